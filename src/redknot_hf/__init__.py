@@ -1,0 +1,1 @@
+"""A head-aware KV cache for Hugging Face Transformers."""
