@@ -1,1 +1,11 @@
-"""A head-aware KV cache for Hugging Face Transformers."""
+"""A head-aware KV cache for Hugging Face Transformers.
+
+Importing the package registers the attention and the mask function `"redknot"`, and changes nothing for models that do
+not ask for it.
+"""
+
+from . import attention as _attention  # registers "redknot"
+from .cache import RedKnotCache
+from .plan import HeadPlan, HeadSpec
+
+__all__ = ["HeadPlan", "HeadSpec", "RedKnotCache"]

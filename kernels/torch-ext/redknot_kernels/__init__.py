@@ -1,1 +1,24 @@
-"""Attention over pages of single KV heads."""
+"""Attention over pages of single KV heads: every function in plain PyTorch, which defines its meaning."""
+
+from .attend import add_sink_logit, attend, merge
+from .decode import decode
+from .pages import append, copy_pages, gather, gather_tokens, scatter_tokens
+from .prefill import Context, prefill, read_context
+from .rules import UNBOUNDED, HeadRules
+
+__all__ = [
+    "UNBOUNDED",
+    "Context",
+    "HeadRules",
+    "add_sink_logit",
+    "append",
+    "attend",
+    "copy_pages",
+    "decode",
+    "gather",
+    "gather_tokens",
+    "merge",
+    "prefill",
+    "read_context",
+    "scatter_tokens",
+]

@@ -1,0 +1,156 @@
+"""Paged attention against an oracle: dense attention in float64 under the explicit mask."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from redknot_kernels import UNBOUNDED, HeadRules, append, decode, prefill, read_context
+
+GLOBAL = (UNBOUNDED, 0)
+
+
+def oracle(query, key, value, heads, reach, scale, softcap=None, s_aux=None, dtype=torch.float64):
+    """Attends the last tokens of `key` under the mask that `heads` (window, sink) spell out."""
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    q = torch.arange(key.shape[2])[-query.shape[2] :, None]
+    k = torch.arange(key.shape[2])[None]
+    seen = torch.stack([(k <= q) & ((k > q - w) | (k < s)) & (k > q - reach) for w, s in heads])
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen.repeat_interleave(group, 0), -torch.inf)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2)
+
+
+class Rows:
+    """The rows of one layer with shuffled pages, filled step by step as a cache does."""
+
+    def __init__(self, batch, heads, dims, page_size, total, reach=UNBOUNDED, dtype=torch.float32, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rules = HeadRules.make(*zip(*heads), page_size=page_size, reach=reach)
+        self.heads, self.reach = heads, reach
+        columns = -(-total // page_size)
+        held = [[min(columns, most) for most in self.rules.max_pages] for _ in range(batch)]
+        pages = torch.randperm(sum(map(sum, held)), generator=self.generator)
+        self.table = torch.zeros(batch, len(heads), columns, dtype=torch.int32)
+        start = 0
+        for b, h in itertools.product(range(batch), range(len(heads))):
+            self.table[b, h, : held[b][h]] = pages[start : start + held[b][h]]
+            start += held[b][h]
+        self.k_pages, self.v_pages = (torch.zeros(len(pages), page_size, d, dtype=dtype) for d in dims)
+        self.keys, self.values = (torch.zeros(batch, len(heads), 0, d, dtype=dtype) for d in dims)
+
+    def step(self, tokens, group, **kwargs):
+        """Runs one step of `tokens`; returns the output and what the oracle says, which stays in `self.oracle`."""
+        batch, heads, length, dim = self.keys.shape
+        random = lambda *shape: torch.randn(*shape, generator=self.generator).to(self.keys.dtype)  # noqa: E731
+        query = random(batch, tokens, heads * group, dim).transpose(1, 2)
+        k_new, v_new = random(batch, heads, tokens, dim), random(batch, heads, tokens, self.values.shape[-1])
+        lengths = torch.full((batch,), length, dtype=torch.int32)
+        pages = self.k_pages, self.v_pages
+        context = read_context(*pages, self.table, length, self.rules) if length else None
+        append(*pages, k_new, v_new, self.table, lengths, self.rules)
+        self.keys, self.values = torch.cat([self.keys, k_new], 2), torch.cat([self.values, v_new], 2)
+        if tokens <= self.rules.slack and length:
+            out = decode(query, *pages, self.table, lengths + tokens, self.rules, **kwargs)
+        else:
+            out = prefill(query, k_new, v_new, context, self.rules, **kwargs)
+        self.oracle = partial(oracle, query, self.keys, self.values, self.heads, self.reach, **kwargs)
+        return out, self.oracle()
+
+
+HEADS = {
+    "global": [GLOBAL, GLOBAL],
+    "local": [(7, 2), (7, 2)],
+    "mixed": [GLOBAL, (7, 2), (1, 0), (33, 5)],
+    "wide_sink": [(3, 20), GLOBAL],
+}
+STEPS = {
+    "one_by_one": [1] * 60,
+    "prompt": [45, 1, 1, 1],
+    "chunks": [5, 64, 1, 17, 40, 1],
+    "short": [1, 2, 3],
+    "verify": [50, 9, 9, 16, 1],
+}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("page_size", [8, 16])
+def test_every_step_equals_the_masked_oracle(heads, steps, page_size):
+    rows = Rows(2, HEADS[heads], (24, 24), page_size, sum(STEPS[steps]))
+    for tokens in STEPS[steps]:
+        out, expected = rows.step(tokens, group=3, scale=0.3)
+        torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reach", [12, 40])
+@pytest.mark.parametrize("steps", ["chunks", "prompt"])
+def test_the_models_own_window_bounds_the_sinks(steps, reach):
+    rows = Rows(1, [(7, 2), (reach, 0), (5, 0)], (16, 16), 8, sum(STEPS[steps]), reach=reach)
+    for tokens in STEPS[steps]:
+        out, expected = rows.step(tokens, group=2, scale=0.3)
+        torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"softcap": 2.0}, {"s_aux": torch.linspace(-1, 2, 8)}, {"softcap": 3.0, "s_aux": torch.linspace(-1, 2, 8)}],
+    ids=["softcap", "s_aux", "both"],
+)
+@pytest.mark.parametrize("dims", [(24, 24), (24, 40), (40, 24)], ids=str)
+def test_softcap_sink_logits_and_unequal_dims(kwargs, dims):
+    rows = Rows(2, HEADS["mixed"], dims, 8, sum(STEPS["chunks"]))
+    for tokens in STEPS["chunks"]:
+        out, expected = rows.step(tokens, group=2, scale=0.3, **kwargs)
+        torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_in_half_precision_is_that_of_plain_attention(dtype):
+    rows = Rows(1, HEADS["mixed"], (32, 32), 16, 400, dtype=dtype)
+    for tokens in (300, 1, 1, 60, 1):
+        out, expected = rows.step(tokens, group=2, scale=0.3)
+        plain = (rows.oracle(dtype=dtype).double() - expected).abs().max()
+        assert (out.double() - expected).abs().max() <= 2 * plain
+
+
+def test_rows_of_different_length_decode_together():
+    heads, lengths = HEADS["mixed"], [0, 1, 6, 37, 90]
+    rows = [Rows(1, heads, (16, 16), 8, 91, seed=i) for i in range(len(lengths))]
+    singles = []
+    for row, length in zip(rows, lengths):
+        if length:
+            row.step(length, group=2, scale=0.3)
+    pages = torch.cumsum(torch.tensor([0] + [len(r.k_pages) for r in rows]), 0)
+    table = torch.cat([r.table + int(p) for r, p in zip(rows, pages)])
+    k_pages, v_pages = torch.cat([r.k_pages for r in rows]), torch.cat([r.v_pages for r in rows])
+    generator = torch.Generator().manual_seed(7)
+    query, k_new, v_new = (torch.randn(5, h, 1, 16, generator=generator) for h in (8, 4, 4))
+    for i, row in enumerate(rows):
+        keys, values = torch.cat([row.keys, k_new[i : i + 1]], 2), torch.cat([row.values, v_new[i : i + 1]], 2)
+        singles.append(oracle(query[i : i + 1], keys, values, heads, UNBOUNDED, 0.3))
+    before = torch.tensor(lengths, dtype=torch.int32)
+    append(k_pages, v_pages, k_new, v_new, table, before, rows[0].rules)
+    out = decode(query, k_pages, v_pages, table, before + 1, rows[0].rules, scale=0.3)
+    torch.testing.assert_close(out.double(), torch.cat(singles), atol=2e-6, rtol=1e-5)
+    empty = decode(query, k_pages, v_pages, table, torch.zeros_like(before), rows[0].rules, scale=0.3)
+    assert (empty == 0).all()
+
+
+def test_slots_and_positions_are_inverse():
+    rules = HeadRules.make((UNBOUNDED, 7, 1, 33), (0, 2, 0, 5), page_size=8)
+    for length in range(1, 120):
+        slots = torch.arange(128)
+        held = rules.positions(slots, torch.tensor([length]))[0]
+        for h in range(rules.heads):
+            kept = [p for p in range(length) if p < rules.sink[h] or p >= length - rules.ring[h]]
+            found = {int(p): int(s) for s, p in enumerate(held[h]) if p < length and s < rules.max_pages[h] * 8}
+            assert set(found) >= set(kept[-rules.window[h] :])
+            where = rules.slots(torch.tensor(kept)[None])[h]
+            assert [found[p] for p in kept] == where.tolist()

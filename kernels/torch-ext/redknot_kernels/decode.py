@@ -1,0 +1,96 @@
+"""Attention of a few new tokens over pages that already hold them."""
+
+import torch
+
+from .attend import add_sink_logit, attend, merge
+from .pages import take_heads, gather
+from .rules import UNBOUNDED
+
+# Bytes of keys and values gathered at once: they stay in the processor's cache, and under the size from which the
+# allocator asks the system for fresh memory on every call.
+_CHUNK_BYTES = 4 << 20
+
+
+def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):
+    """Attends the last tokens of every row over the whole row.
+
+    Args:
+        query: `[batch, query heads, tokens, dim]`; the queries of a sequence stand at its last positions.
+        k_pages, v_pages: `[pages, page_size, dim]`.
+        table: `[batch, KV heads, columns]`, the pages of the rows.
+        lengths: `[batch]`, tokens in the rows, the new ones included; 0 gives an output of 0.
+        rules: `HeadRules` of the KV heads; `tokens <= rules.slack`.
+        scale, softcap: Of the scores.
+        s_aux: `[query heads]`, one more logit in each head's softmax.
+
+    Returns:
+        `[batch, tokens, query heads, value dim]`, contiguous.
+    """
+    batch, query_heads, tokens, _ = query.shape
+    heads = rules.heads
+    grouped = query.unflatten(1, (heads, -1))
+    out = query.new_empty(batch, heads, query_heads // heads, tokens, v_pages.shape[-1])
+    sinks = None if s_aux is None else s_aux.unflatten(0, (heads, -1))
+    for part in (rules.global_heads, rules.local_heads):
+        if not part:
+            continue
+        found, lse = attend_pages(
+            take_heads(grouped, part), k_pages, v_pages, take_heads(table, part), lengths, lengths - tokens, rules.take(part),
+            scale=scale, softcap=softcap,
+        )  # fmt: skip
+        if sinks is not None:
+            logits = sinks[list(part)].flatten()
+            found = add_sink_logit(found.flatten(1, 2), lse.flatten(1, 2), logits).view_as(found)
+        if len(part) == heads:
+            out = found
+        else:
+            out[:, list(part)] = found
+    return out.flatten(1, 2).transpose(1, 2).contiguous()
+
+
+def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale, softcap=None):
+    """Attends queries at positions `start`, `start + 1`, ... over rows of `lengths` tokens.
+
+    Args:
+        query: `[batch, KV heads, group, tokens, dim]`.
+        start: `[batch]`, position of the first query; may lie behind the row's end.
+        (others): As in `decode`, for heads that are all global or all local.
+
+    Returns:
+        Output `[batch, KV heads, group, tokens, value dim]` and log-sum-exp `[batch, KV heads, group, tokens]`.
+    """
+    batch, heads, group, tokens, _ = query.shape
+    size = k_pages.shape[1]
+    ends, starts = lengths.tolist(), start.tolist()
+    columns = min(-(-max(ends) // size), max(rules.max_pages))
+    if columns == 0:
+        return query.new_zeros(*query.shape[:-1], v_pages.shape[-1]), query.new_full(
+            query.shape[:-1], -torch.inf, dtype=torch.float32
+        )
+    page_bytes = batch * heads * size * (k_pages.shape[-1] + v_pages.shape[-1]) * k_pages.element_size()
+    chunk = max(1, _CHUNK_BYTES // page_bytes)
+    folded = query.flatten(2, 3)
+    parts = []
+    for column in range(0, columns, chunk):
+        rows = table[:, :, column : min(column + chunk, columns)]
+        k, v = gather(k_pages, rows), gather(v_pages, rows)
+        first, end = column * size, column * size + k.shape[2]
+        mask = None
+        same = min(ends) >= end or len(set(ends)) == 1
+        if rules.global_heads and same and min(max(ends), end) <= min(starts) + 1:
+            k, v = k[:, :, : max(ends) - first], v[:, :, : max(ends) - first]  # every query sees every token here
+        else:
+            mask = _mask(first, end, lengths, start, tokens, rules)
+            mask = mask.unsqueeze(2).expand(-1, -1, 1 if tokens == 1 else group, -1, -1).flatten(2, 3)
+        parts.append(attend(folded, k, v, scale=scale, mask=mask, softcap=softcap))
+    out, lse = merge(parts)
+    return out.unflatten(2, (group, tokens)), lse.unflatten(2, (group, tokens))
+
+
+def _mask(first, end, lengths, start, tokens, rules):
+    """What each query sees of the slots from `first` to `end`: `[batch, heads, tokens, slots]`."""
+    slots = torch.arange(first, end, device=lengths.device)
+    keys = rules.positions(slots, lengths.long())
+    queries = start.long()[:, None, None] + torch.arange(tokens, device=lengths.device)
+    keys = torch.where(keys < lengths[:, None, None], keys, UNBOUNDED)
+    return rules.visible(queries, keys)

@@ -1,0 +1,82 @@
+"""Moving tokens in and out of pages.
+
+A page holds `page_size` tokens of one KV head. `table` lists the pages of every row; entries past a row's end may hold
+any valid page.
+"""
+
+import torch
+
+
+def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
+    """Writes a step's tokens behind the rows' ends; local rows keep what their ring holds.
+
+    Args:
+        k_pages, v_pages: `[pages, page_size, dim]`, written in place.
+        k_new, v_new: `[batch, heads, tokens, dim]`. More tokens than `rules.slack` need rows of one length.
+        table: `[batch, heads, columns]`, with room for the new tokens.
+        lengths: `[batch]`, tokens in the rows before this step.
+        rules: `HeadRules` of the heads.
+    """
+    batch, heads, tokens, _ = k_new.shape
+    if tokens <= rules.slack:
+        positions = lengths.long()[:, None, None] + torch.arange(tokens, device=lengths.device)
+        _write(k_pages, v_pages, k_new, v_new, table, rules.slots(positions))
+        return
+    length = int(lengths[0])
+    positions = length + torch.arange(tokens, device=lengths.device)
+    if rules.global_heads:
+        part = rules.take(rules.global_heads)
+        _append_kept(k_pages, v_pages, k_new, v_new, table, part, rules.global_heads, positions)
+    for part, group in rules.local_groups:
+        kept = (positions < part.sink[0]) | (positions >= length + tokens - part.ring[0])
+        _append_kept(k_pages, v_pages, k_new, v_new, table, part, group, positions[kept])
+
+
+def _append_kept(k_pages, v_pages, k_new, v_new, table, rules, heads, positions):
+    first = positions[-1] + 1 - k_new.shape[2]  # the last token of a step is always kept
+    k, v, rows = (take_heads(x, heads) for x in (k_new, v_new, table))
+    if len(positions) < k_new.shape[2]:
+        k, v = (x.index_select(2, positions - first) for x in (k, v))
+    _write(k_pages, v_pages, k, v, rows, rules.slots(positions.expand(len(table), 1, -1)))
+
+
+def _write(k_pages, v_pages, k_new, v_new, table, slots):
+    where = token_index(table, slots, k_pages.shape[1]).flatten()
+    for pages, new in ((k_pages, k_new), (v_pages, v_new)):
+        pages.view(-1, pages.shape[-1]).index_copy_(0, where, new.reshape(-1, new.shape[-1]))
+
+
+def gather(pages, table):  # [pages, page_size, dim], [batch, heads, columns] -> [batch, heads, slots, dim]
+    """Reads whole pages of every row, in slot order."""
+    found = pages.index_select(0, table.reshape(-1))
+    return found.view(*table.shape[:2], table.shape[2] * pages.shape[1], pages.shape[2])
+
+
+def gather_tokens(pages, table, slots):  # ..., [batch, heads, tokens] -> [batch, heads, tokens, dim]
+    """Reads single slots of every row."""
+    where = token_index(table, slots, pages.shape[1])
+    return pages.view(-1, pages.shape[-1]).index_select(0, where.flatten()).view(*where.shape, pages.shape[-1])
+
+
+def scatter_tokens(pages, table, slots, new):  # ..., [batch, heads, tokens], [batch, heads, tokens, dim]
+    """Writes single slots of every row, in place."""
+    where = token_index(table, slots, pages.shape[1]).flatten()
+    pages.view(-1, pages.shape[-1]).index_copy_(0, where, new.reshape(-1, new.shape[-1]))
+
+
+def copy_pages(pages, source, target):
+    """Copies whole pages inside a pool, in place."""
+    pages.index_copy_(0, target, pages.index_select(0, source))
+
+
+def token_index(table, slots, page_size):  # [batch, heads, columns], [batch, heads, tokens] -> the same
+    """Index of each slot in the pool seen as one run of tokens."""
+    slots = slots.expand(*table.shape[:2], -1)
+    return table.gather(2, slots // page_size).long() * page_size + slots % page_size
+
+
+def take_heads(tensor, heads):
+    """The given heads of `[batch, heads, ...]`, without a copy where they are all of them."""
+    if len(heads) == tensor.shape[1]:
+        return tensor
+    return tensor.index_select(1, torch.tensor(heads, device=tensor.device))

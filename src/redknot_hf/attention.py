@@ -1,0 +1,225 @@
+"""The attention function `"redknot"`: writes a step to the cache and attends over what every head keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from redknot_kernels import add_sink_logit, attend, decode, gather, prefill, read_context
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from .handle import RedKnotHandle
+from .layer import Run, Step
+from .mask import PaddingMask
+
+Query = Float[Tensor, "batch query_heads tokens key_dim"]
+Output = Float[Tensor, "batch tokens query_heads value_dim"]
+# A mask of the caller's own: bool (True is visible), or added to the scores.
+Explicit = Bool[Tensor, "#batch #query_heads tokens slots"] | Float[Tensor, "#batch #query_heads tokens slots"]
+
+
+def redknot_attention(
+    module: nn.Module,
+    query: Query,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Output, None]:
+    """Attends with a RedKnotCache where there is one, and as any model does where there is none.
+
+    The signature is transformers'. With a cache, `key` and `value` are handles: the new tokens are written to the rows
+    (once, also if several layers share them), and every query sees what its head's rule says. Nothing is differentiated
+    through the cache.
+
+    Raises:
+        ValueError: Weights, dropout, a position bias or two-sided attention are asked of a cache.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: the redknot attention never holds the weights. Load the model with "
+            "attn_implementation='eager' to look at them."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = {"scale": scale, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
+    if not isinstance(key, RedKnotHandle):
+        return _dense(module, query, key, value, attention_mask, dropout, kwargs, **options), None
+    _refuse(module, dropout, kwargs)
+    with torch.no_grad():
+        if attention_mask is None or isinstance(attention_mask, PaddingMask):
+            out = _paged(query, key.redknot, attention_mask, options)
+        else:
+            out = _explicit(query, key.redknot, attention_mask, options)
+    return (_NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out), None
+
+
+def _paged(query: Query, step: Step, mask: PaddingMask | None, options: dict[str, Any]) -> Output:
+    layer = step.layer
+    if not step.written:
+        rows = layer.storage()[0]
+        real = None if mask is None else mask.new_tokens(step.start, step.tokens, rows.lengths)
+        layer.write(step, real)
+    if len(step.runs) == 1 and step.runs[0].real is None:
+        return _run(query, step, step.runs[0], options)
+    batch, heads, tokens, _ = query.shape
+    out = query.new_zeros(batch, tokens, heads, step.value.shape[-1])
+    for run in step.runs:
+        where = slice(None) if run.real is None else run.real
+        out[run.sequences, where] = _run(run.take(query), step, run, options)
+    return out
+
+
+def _run(query: Query, step: Step, run: Run, options: dict[str, Any]) -> Output:
+    layer = step.layer
+    rows, pool = layer.storage()
+    if query.shape[2] > layer.page_size:
+        return prefill(query, run.take(step.key), run.take(step.value), run.context, rows.rules, **options)
+    table, lengths = layer.table()[run.sequences], layer.lengths()[run.sequences]
+    return decode(query, pool.keys, pool.values, table, lengths, rows.rules, **options)
+
+
+def _explicit(query: Query, step: Step, mask: Explicit, options: dict[str, Any]) -> Output:
+    """Attends under a mask of the caller's own, which says what comes after what; each head's window still holds."""
+    layer = step.layer
+    if layer.has_padding:
+        raise ValueError(
+            "a 4-D attention mask over a cache that skipped padding: its columns no longer are positions. Pass the 2-D "
+            "mask, or use one kind of mask from the first call on."
+        )
+    if step.past is None:
+        step.past = _read_past(step)
+        layer.write(step, None)
+    out = query.new_empty(len(query), query.shape[2], query.shape[1], step.value.shape[-1])
+    heads = step.key.shape[1]
+    grouped = query.unflatten(1, (heads, -1))
+    queries = step.start + torch.arange(step.tokens, device=query.device)[None]
+    mask = mask.expand(-1, query.shape[1], -1, -1).unflatten(1, (heads, -1))
+    s_aux = options["s_aux"]
+    for rules, members, past, keys, values in step.past:
+        positions = torch.cat([past, queries[0]])
+        seen = rules.take((0,)).visible(queries, positions[None], causal=False)
+        part = mask[:, members].flatten(1, 2)[..., positions]
+        part = part & seen if part.dtype == torch.bool else part.masked_fill(~seen, -torch.inf)
+        key, value = torch.cat([keys, step.key[:, members]], 2), torch.cat([values, step.value[:, members]], 2)
+        found, lse = attend(
+            grouped[:, members].flatten(1, 2), key, value, scale=options["scale"], mask=part, softcap=options["softcap"]
+        )
+        if s_aux is not None:
+            found = add_sink_logit(found, lse, s_aux.unflatten(0, (heads, -1))[members].flatten())
+        out.unflatten(2, (heads, -1))[:, :, members] = found.unflatten(1, (len(members), -1)).permute(0, 3, 1, 2, 4)
+    return out
+
+
+def _read_past(step: Step) -> list[tuple[Any, ...]]:
+    """For each kind of head: its rules, its heads, and positions, keys and values of what it keeps."""
+    rows, pool = step.layer.storage()
+    table, rules, length = step.layer.table(), rows.rules, step.start
+    device = table.device
+    past = []
+    if rules.global_heads:
+        heads = list(rules.global_heads)
+        pages = table[:, heads, : -(-length // rules.page_size)]
+        keys, values = (gather(x, pages)[:, :, :length] for x in (pool.keys, pool.values))
+        past.append((rules.take(rules.global_heads), heads, torch.arange(length, device=device), keys, values))
+    context = read_context(pool.keys, pool.values, table, length, rules)
+    for (part, heads), (keys, values) in zip(rules.local_groups, context.bands, strict=True):
+        held = min(part.sink[0], length)
+        first = max(length - part.window[0] + 1, 0)
+        again = max(held - first, 0)  # sinks that the band repeats
+        positions = torch.cat([torch.arange(held, device=device), torch.arange(first + again, length, device=device)])
+        keys, values = (torch.cat([x[:, :, :held], x[:, :, held + again :]], 2) for x in (keys, values))
+        past.append((part, list(heads), positions, keys, values))
+    return past
+
+
+def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    if dropout > 0:
+        raise ValueError(f"dropout={dropout} with a RedKnotCache: call model.eval(), or train with use_cache=False")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} adds a position bias, which a RedKnotCache cannot; use DynamicCache")
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise ValueError(f"{type(module).__name__} attends both ways and needs no RedKnotCache; use DynamicCache")
+
+
+class _NoGradient(torch.autograd.Function):
+    """Lets a forward pass run outside of `no_grad`, and stops whoever would train through it."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise RuntimeError("gradients do not flow through a RedKnotCache: train with use_cache=False")
+
+
+def _dense(
+    module: nn.Module,
+    query: Query,
+    key: Float[Tensor, "batch heads keys key_dim"],
+    value: Float[Tensor, "batch heads keys value_dim"],
+    mask: Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+    *,
+    scale: float,
+    softcap: float | None,
+    s_aux: Float[Tensor, " query_heads"] | None,
+) -> Output:
+    """Ordinary attention, differentiable: what the model does without a RedKnotCache."""
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    window = kwargs.get("sliding_window")
+    tokens, keys = query.shape[2], key.shape[2]
+    if isinstance(mask, PaddingMask) or mask is None:
+        flags = None if mask is None or bool(mask.plain().all()) else mask.plain()
+        cut = window is not None and keys > window
+        if causal and (flags is not None or cut or (tokens != keys and tokens > 1)):
+            q = torch.arange(keys - tokens, keys, device=query.device)[:, None]
+            k = torch.arange(keys, device=query.device)
+            seen = (k <= q) & (k > q - window) if cut else k <= q
+            flags = seen[None, None] if flags is None else flags & seen
+        causal, mask = causal and flags is None and tokens > 1, flags
+    else:
+        causal = False
+    if softcap is None and s_aux is None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2).contiguous()
+    weights = _weights(query, key, mask, causal, scale, softcap, s_aux)
+    weights = F.dropout(weights, dropout) if dropout else weights
+    out = weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)
+    return out.flatten(1, 2).transpose(1, 2).contiguous()
+
+
+def _weights(
+    query: Query,
+    key: Float[Tensor, "batch heads keys key_dim"],
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    s_aux: Float[Tensor, " query_heads"] | None,
+) -> Float[Tensor, "batch query_heads tokens keys"]:
+    scores = (query.unflatten(1, (key.shape[1], -1)) @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if s_aux is not None:
+        extra = s_aux[None, :, None, None].expand(*scores.shape[:3], 1).to(scores.dtype)
+        scores = torch.cat([scores, extra], -1)
+    return scores.float().softmax(-1).to(query.dtype)[..., : key.shape[2]]
+
+
+AttentionInterface.register("redknot", redknot_attention)

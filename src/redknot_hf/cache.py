@@ -1,0 +1,184 @@
+"""The cache a user makes: `model.generate(..., past_key_values=RedKnotCache(model.config, plan))`."""
+
+from __future__ import annotations
+
+from copy import copy, deepcopy
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from .handle import RedKnotHandle
+from .layer import RedKnotLayer
+from .plan import HeadPlan
+
+PAGE_SIZES = (16, 32, 64, 128)
+
+
+class RedKnotCache(Cache):
+    """A KV cache in which every KV head keeps what its plan says, and the memory of the rest is never held.
+
+    Pass it to `generate` or to a model's forward as `past_key_values`; the model must run with
+    `attn_implementation="redknot"`. It grows page by page and is mutated by every forward pass. One cache serves one
+    conversation or batch; `copy.deepcopy(cache)` forks it at the cost of its page tables.
+
+    Source: RedKnot, arXiv 2606.06256 (head classes, sections 3.1 and 3.2; pages of single heads, section 3.4).
+
+    Args:
+        config: The model's config.
+        plan: Rule of every KV head; `HeadPlan.uniform(config, HeadSpec())` keeps everything.
+        page_size: Tokens of a page: 16, 32, 64 or 128. Local rows keep up to two pages more than their window.
+        max_cache_len: Slots (padding included) to reserve with the first forward pass and never to exceed; `None` grows.
+        impl: `"torch"`, or `None` to choose by device.
+
+    Raises:
+        ValueError: The plan does not fit the model, the model cannot be served, or an argument is off.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        plan: HeadPlan,
+        *,
+        page_size: int = 64,
+        max_cache_len: int | None = None,
+        impl: str | None = None,
+    ) -> None:
+        text = config.get_text_config(decoder=True)
+        _check_model(text)
+        plan.check(text)
+        if page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size={page_size}: choose one of {PAGE_SIZES}")
+        if max_cache_len is not None and max_cache_len < 1:
+            raise ValueError(f"max_cache_len={max_cache_len}: give a positive number of tokens, or None to grow")
+        if impl not in (None, "torch"):
+            raise ValueError(f"impl={impl!r}: this release has 'torch'; None chooses by device")
+        self.config = text
+        self.plan = plan
+        template = DynamicCache(config=text).layers
+        super().__init__(layers=[_layer(plan, i, t, page_size, max_cache_len) for i, t in enumerate(template)])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[RedKnotHandle, RedKnotHandle]:
+        """Hands new keys and values on to the attention function.
+
+        Raises:
+            ValueError: The model runs with another attention implementation, or the step does not fit the cache.
+        """
+        used = self.config._attn_implementation
+        if used not in (None, "redknot"):
+            raise ValueError(
+                f"the model runs with attn_implementation={used!r}, which cannot read a RedKnotCache. Call "
+                "model.set_attn_implementation('redknot'), or load the model with attn_implementation='redknot'."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last slots of every sequence: a negative number; 0 gives spare memory back.
+
+        Raises:
+            ValueError: The number is positive, or reaches beyond what the rows keep; then nothing has changed.
+        """
+        for layer in self._rows_layers():
+            layer.lengths_after_crop(tokens_to_remove)
+        super().crop(int(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " batch"]) -> None:
+        """Makes sequence i what sequence `beam_idx[i]` was, by its page tables."""
+        super().reorder_cache(beam_idx.cpu())
+
+    def batch_select_indices(self, indices: Int[Tensor, " selected"]) -> None:
+        """Keeps some sequences and gives the memory of the others back."""
+        super().batch_select_indices(torch.as_tensor(indices).cpu())
+
+    def offload(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
+        """Moves the pages of one layer, or of all, to the host. The next step brings them back."""
+        for i in self._chosen(layer_idx):
+            super().offload(i, only_non_sliding)
+
+    def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
+        """Moves the pages of one layer, or of all, to their device ahead of the next step."""
+        for i in self._chosen(layer_idx):
+            self.layers[i].prefetch()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that are resident, free pages included; forks share pages, and each counts them."""
+        return sum(layer.nbytes for layer in self._rows_layers())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that a cache of all tokens of all heads would hold now."""
+        total = 0
+        for layer in self._rows_layers():
+            if layer.pool is not None and layer.rows is not None:
+                token = layer.pool.keys[0:1, 0:1].nbytes + layer.pool.values[0:1, 0:1].nbytes if layer.pool.pages else 0
+                total += layer.slots * layer.rows.table.shape[0] * layer.rows.table.shape[1] * token
+        return total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RedKnotCache:
+        """A fork: pages are shared until either side writes to them."""
+        other = copy(self)
+        memo[id(self)] = other
+        other.layers = deepcopy(self.layers, memo)
+        return other
+
+    def __repr__(self) -> str:
+        heads = [spec for layer in self._rows_layers() for spec in layer.specs]
+        full = sum(spec.is_global for spec in heads)
+        held, dense = self.nbytes, self.dense_nbytes
+        tokens = f"{self.get_seq_length():,} tokens x {max(self._batch(), 0)} sequences"
+        less = f", {dense / held:.1f}x less" if held else ""
+        return (
+            f"RedKnotCache({tokens}, {full} global + {len(heads) - full} local heads, {_size(held)} resident, "
+            f"dense {_size(dense)}{less})"
+        )
+
+    def _rows_layers(self) -> list[RedKnotLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RedKnotLayer)]
+
+    def _batch(self) -> int:
+        return next((layer.rows.batch for layer in self._rows_layers() if layer.rows is not None), 0)
+
+    def _chosen(self, layer_idx: int | None) -> list[int]:
+        chosen = range(len(self.layers)) if layer_idx is None else [layer_idx]
+        return [i for i in chosen if isinstance(self.layers[i], RedKnotLayer)]
+
+
+def _layer(plan: HeadPlan, index: int, template: Any, page_size: int, max_cache_len: int | None) -> Any:
+    """The cache layer for what `DynamicCache` would use there; layers without keys stay transformers' own."""
+    if type(template) is DynamicLayer:
+        return RedKnotLayer(plan[index], None, page_size, max_cache_len)
+    if type(template) is DynamicSlidingWindowLayer:
+        return RedKnotLayer(plan[index], template.sliding_window, page_size, max_cache_len)
+    if type(template) is LinearAttentionLayer or type(template).__name__ == "DummyLayer":
+        return template
+    raise ValueError(
+        f"layer {index} keeps its tokens in a {type(template).__name__}, which RedKnotCache has no counterpart for; use "
+        "DynamicCache with this model"
+    )
+
+
+def _check_model(config: PreTrainedConfig) -> None:
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"{config.model_type} caches latents (MLA, kv_lora_rank={config.kv_lora_rank}) in place of the keys and values "
+            "of its heads, so no head can keep less than another. Use DynamicCache with this model."
+        )
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise ValueError(
+            f"{config.model_type} attends in chunks of {config.attention_chunk_size} tokens, which RedKnotCache does not "
+            "know. Use DynamicCache with this model."
+        )
+
+
+def _size(nbytes: int) -> str:
+    amount, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while amount >= 1024 and unit != "GiB":
+        amount, unit = amount / 1024, next(units)
+    return f"{amount:.1f} {unit}" if unit != "B" else f"{nbytes} B"

@@ -1,0 +1,386 @@
+"""One layer of a RedKnotCache: rows of pages, and the steps that write to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from redknot_kernels import UNBOUNDED, Context, HeadRules, append, gather_tokens, read_context, scatter_tokens
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .handle import RedKnotHandle
+from .plan import HeadSpec
+from .pool import PagePool
+from .rows import Rows
+
+# Tokens that a local row keeps beyond its window while the past is recorded, so that they can be taken back.
+RECORDED = 512
+
+
+@dataclass
+class Run:
+    """Tokens of a step that are attended together: of all sequences, or the real ones of a single sequence.
+
+    Attributes:
+        sequences: Which sequences.
+        real: Indices of the tokens that are no padding; `None` if all.
+        context: The past as it was before the step, if the step is too long to be read back from the pages.
+    """
+
+    sequences: slice
+    real: Int[Tensor, " tokens"] | None
+    context: Context | None = None
+
+    def take(self, tensor: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "run heads run_tokens dim"]:
+        """The run's part of a tensor over the whole step."""
+        tensor = tensor[self.sequences]
+        return tensor if self.real is None else tensor.index_select(2, self.real)
+
+
+@dataclass
+class Step:
+    """The new tokens of one forward pass through one layer."""
+
+    layer: RedKnotLayer
+    key: Float[Tensor, "batch heads tokens key_dim"]
+    value: Float[Tensor, "batch heads tokens value_dim"]
+    start: int
+    runs: list[Run] = field(default_factory=list)
+    written: bool = False
+    past: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Slots of the step, padding included."""
+        return self.key.shape[2]
+
+
+class RedKnotLayer(CacheLayerMixin):
+    """Keys and values of one layer, stored head by head.
+
+    `update` stores nothing: it hands the new tokens to the attention function, which knows the padding mask and calls
+    `write`. Lengths are counted twice: `slots`, what transformers counts, includes padding; rows hold real tokens only.
+
+    Args:
+        specs: Rule of each KV head of the whole model's layer.
+        sliding_window: The model's own window for this layer; every head's rule is cut to it.
+        page_size: Tokens of a page.
+        max_cache_len: Slots to reserve at once and never to exceed; `None` grows page by page.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(
+        self, specs: tuple[HeadSpec, ...], sliding_window: int | None, page_size: int, max_cache_len: int | None
+    ) -> None:
+        super().__init__()
+        self.specs = specs
+        self.sliding_window = sliding_window
+        self.page_size = page_size
+        self.max_cache_len = max_cache_len
+        self.record_past = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.pool: PagePool | None = None
+        self.rows: Rows | None = None
+        self.slots = 0
+        self.is_initialized = False
+        # The steps taken: a number of slots without padding, or which slots of a step were real.
+        self._history: list[int | Bool[Tensor, "batch tokens"]] = []
+        self._mirror: tuple[int, Int[Tensor, "batch heads columns"]] | None = None
+
+    # What transformers calls
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes device, dtype, batch and this process's heads from the first keys and values."""
+        batch, heads = key_states.shape[:2]
+        self.batch_size = batch
+        self.dtype, self.device = key_states.dtype, key_states.device
+        rules = _rules(_local_specs(self.specs, heads), self.page_size, self.sliding_window, self._slack())
+        self.rows = Rows(batch, rules)
+        pages = None
+        if self.max_cache_len is not None:
+            pages = int(self.rows.pages_needed(np.full(batch, self.max_cache_len)).sum())
+        dims = (key_states.shape[-1], value_states.shape[-1])
+        self.pool = PagePool(self.page_size, dims, self.dtype, self.device, pages)
+        self.pool.hold(self.rows)
+        self.is_initialized = True
+
+    # `update` promises tensors and returns handles: the attention function needs the layer, and nothing else passes by it.
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[RedKnotHandle, RedKnotHandle]:
+        """Hands new keys and values to the attention function; nothing is stored yet.
+
+        Raises:
+            ValueError: The batch is not the cache's, or `max_cache_len` would be exceeded.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch, _, tokens, _ = key_states.shape
+        if batch != self.batch_size:
+            raise ValueError(
+                f"the cache holds {self.batch_size} sequences and got keys of {batch}. Call "
+                "cache.batch_repeat_interleave(n) to continue every sequence n times (num_return_sequences, beams), or "
+                "use a new cache."
+            )
+        if self.max_cache_len is not None and self.slots + tokens > self.max_cache_len:
+            raise ValueError(
+                f"{self.slots} slots are used and {tokens} more exceed max_cache_len={self.max_cache_len}. Make the cache "
+                "with a larger max_cache_len, or with none, so that it grows."
+            )
+        step = Step(self, key_states.detach(), value_states.detach(), self.slots)
+        return RedKnotHandle.wrap(key_states, step), RedKnotHandle.wrap(value_states, step)
+
+    def get_seq_length(self) -> int:
+        """Slots seen, padding included."""
+        return self.slots
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask describes every slot: rows that dropped tokens still need to know about padding."""
+        return self.slots + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Most slots, or -1."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def reset(self) -> None:
+        """Drops all tokens and their memory."""
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last slots: a negative number of them, or 0 to give spare memory back.
+
+        Raises:
+            ValueError: The number is positive, or reaches beyond what the rows keep.
+        """
+        lengths = self.lengths_after_crop(tokens_to_remove)
+        if lengths is None or self.rows is None or self.pool is None:
+            return
+        left = -int(tokens_to_remove)
+        self.slots -= left
+        while left:
+            last = self._history.pop()
+            held = last if isinstance(last, int) else last.shape[1]
+            if held > left:
+                self._history.append(held - left if isinstance(last, int) else last[:, : held - left])
+            left -= min(held, left)
+        self.rows.cut(lengths)
+        self.trim()
+
+    def activate_past_recording(self) -> None:
+        """Keeps `RECORDED` more tokens per local row from now on, so that as many can be taken back by `crop`."""
+        if self.record_past:
+            return
+        self.record_past = True
+        if self.rows is not None:
+            self._widen(_rules(_local_specs(self.specs, self.rows.rules.heads), self.page_size, self.sliding_window, RECORDED))
+
+    def offload(self) -> None:
+        """Moves the pages to the host; the next step, or `prefetch`, brings them back."""
+        if self.pool is not None:
+            self.pool.to("cpu")
+            self._mirror = None
+
+    def prefetch(self) -> None:
+        """Moves the pages to the layer's device."""
+        if self.pool is not None and self.pool.keys.device != self.device:
+            self.pool.to(self.device)
+            self._mirror = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes sequence i what sequence `beam_idx[i]` was; pages are shared until they are written."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Continues every sequence `repeats` times; pages are shared until they are written."""
+        if self.rows is not None:
+            self._select(torch.arange(self.rows.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some sequences and gives the memory of the others back."""
+        self._select(indices)
+        self.trim()
+
+    # What the attention function calls
+
+    def write(self, step: Step, real: Bool[Tensor, "batch tokens"] | None) -> None:
+        """Commits a step to the pages; `real` says which tokens are no padding. A second call changes nothing."""
+        if step.written:
+            return
+        rows, pool = self.storage()
+        self.prefetch()
+        rules = rows.rules
+        step.runs = self._runs(step.tokens, real)
+        counts = np.full(rows.batch, step.tokens) if real is None else real.sum(1).cpu().numpy()
+        self._reserve(rows.lengths + counts)
+        table, lengths = self.table(), self.lengths()
+        for run in step.runs:
+            key, value = run.take(step.key), run.take(step.value)
+            part = table[run.sequences], lengths[run.sequences]
+            if key.shape[2] > self.page_size and rows.lengths[run.sequences][0] > 0:
+                past = int(rows.lengths[run.sequences][0])
+                run.context = read_context(pool.keys, pool.values, part[0], past, rules)
+            append(pool.keys, pool.values, key, value, *part, rules)
+        rows.advance(counts)
+        self.slots += step.tokens
+        self._remember(step.tokens if real is None else real)
+        step.written = True
+
+    def table(self) -> Int[Tensor, "batch heads columns"]:
+        """The page table on the layer's device; absent pages read as page 0."""
+        rows, pool = self.storage()
+        if self._mirror is None or self._mirror[0] != rows.version:
+            self._mirror = (rows.version, torch.from_numpy(np.maximum(rows.table, 0)).to(pool.keys.device))
+        return self._mirror[1]
+
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Tokens of each sequence, on the layer's device."""
+        rows, pool = self.storage()
+        return torch.from_numpy(rows.lengths).to(pool.keys.device)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether some slot was padding, so that slots are not positions."""
+        return any(not isinstance(step, int) for step in self._history)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages; they may be shared with a fork."""
+        return 0 if self.pool is None else self.pool.nbytes
+
+    def lengths_after_crop(self, tokens_to_remove: int) -> Int[np.ndarray, " batch"] | None:
+        """Tokens of each sequence after a crop; `None` if there is nothing to take back. Raises as `crop` does."""
+        removed = -int(tokens_to_remove)
+        if removed < 0:
+            raise ValueError(f"crop({-removed}): pass the number of slots to take back as a negative number")
+        if removed == 0 or self.rows is None:
+            return None
+        if removed > self.slots:
+            raise ValueError(f"crop(-{removed}) takes back more than the {self.slots} slots of the cache")
+        lengths = self.rows.lengths - self._real_among_last(removed)
+        missing = self.rows.missing_after(lengths)
+        if missing:
+            raise ValueError(
+                f"crop(-{removed}) reaches {missing} tokens beyond what the local heads keep behind their windows. Call "
+                f"cache.activate_past_recording() first (it keeps {RECORDED} tokens more), or use a larger page_size."
+            )
+        return lengths
+
+    def trim(self) -> None:
+        """Gives pages that no row holds back to the device, apart from one for each global row."""
+        if self.pool is not None and self.rows is not None:
+            self.pool.trim(self.rows.unbounded)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RedKnotLayer:
+        """A fork: the same pages, copied when either side writes to them."""
+        other = RedKnotLayer.__new__(RedKnotLayer)
+        other.__dict__.update(self.__dict__)
+        other._history = list(self._history)
+        other._mirror = None
+        if self.pool is not None and self.rows is not None:
+            other.rows = self.rows.fork()
+            self.pool.hold(other.rows)
+        memo[id(self)] = other
+        return other
+
+    # The steps of the above
+
+    def storage(self) -> tuple[Rows, PagePool]:
+        """The rows and their pages.
+
+        Raises:
+            RuntimeError: No forward pass has been made yet.
+        """
+        if self.rows is None or self.pool is None:
+            raise RuntimeError("the layer holds nothing yet: it takes its shape from the first forward pass")
+        return self.rows, self.pool
+
+    def _slack(self) -> int:
+        return RECORDED if self.record_past else 0
+
+    def _runs(self, tokens: int, real: Bool[Tensor, "batch tokens"] | None) -> list[Run]:
+        rows, _ = self.storage()
+        level = len(set(rows.lengths.tolist())) == 1
+        if real is None and (level or tokens <= self.page_size):
+            return [Run(slice(0, rows.batch), None)]
+        indices = [None] * rows.batch if real is None else [r.nonzero()[:, 0] for r in real]
+        return [Run(slice(b, b + 1), i) for b, i in enumerate(indices) if i is None or len(i)]
+
+    def _reserve(self, lengths: Int[np.ndarray, " batch"]) -> None:
+        rows, pool = self.storage()
+        allocate = lambda count: pool.allocate(count, spare=rows.unbounded)  # noqa: E731
+        if pool.shared:
+            pool.copy(*rows.unshare(lengths, pool.refs(), allocate))
+        rows.reserve(lengths, allocate)
+
+    def _remember(self, step: int | Bool[Tensor, "batch tokens"]) -> None:
+        last = self._history[-1] if self._history else None
+        if isinstance(step, int) and isinstance(last, int):
+            self._history[-1] = last + step
+        else:
+            self._history.append(step)
+
+    def _real_among_last(self, slots: int) -> Int[np.ndarray, " batch"]:
+        rows, _ = self.storage()
+        counts = np.zeros(rows.batch, np.int64)
+        for step in reversed(self._history):
+            held = step if isinstance(step, int) else step.shape[1]
+            taken = min(held, slots)
+            counts += taken if isinstance(step, int) else step[:, held - taken :].sum(1).cpu().numpy()
+            slots -= taken
+        return counts
+
+    def _select(self, index: Tensor) -> None:
+        if self.rows is None or self.pool is None:
+            return
+        where = index.cpu()
+        self.rows.select(where.numpy())
+        self.batch_size = self.rows.batch
+        self._history = [s if isinstance(s, int) else s[where.to(s.device)] for s in self._history]
+        self.pool.shared = True
+
+    def _widen(self, rules: HeadRules) -> None:
+        """Lays rows out by rules with longer rings; rows that have not gone round stay where they are."""
+        rows, pool = self.storage()
+        moved = []
+        for b, h in np.argwhere(rows.wrapped()):
+            positions = torch.from_numpy(rows.positions_held(b, h)).to(pool.keys.device)[None, None]
+            row = self.table()[b : b + 1, h : h + 1]
+            slots = rows.rules.take((int(h),)).slots(positions)
+            moved.append((b, h, positions, *(gather_tokens(x, row, slots) for x in (pool.keys, pool.values))))
+        rows.widen(rules)
+        self._reserve(rows.lengths)
+        for b, h, positions, key, value in moved:
+            row, slots = self.table()[b : b + 1, h : h + 1], rules.take((int(h),)).slots(positions)
+            scatter_tokens(pool.keys, row, slots, key)
+            scatter_tokens(pool.values, row, slots, value)
+        self.trim()
+
+
+def _rules(specs: tuple[HeadSpec, ...], page_size: int, sliding_window: int | None, slack: int) -> HeadRules:
+    """The plan's rules, cut to the model's own window: a head that sees further than the model keeps that window."""
+    reach = UNBOUNDED if sliding_window is None else sliding_window
+    windows = [min(reach, UNBOUNDED if spec.window is None else spec.window) for spec in specs]
+    sinks = [spec.sink if window < reach else 0 for spec, window in zip(specs, windows)]
+    return HeadRules.make(windows, sinks, page_size, reach, slack)
+
+
+def _local_specs(specs: tuple[HeadSpec, ...], heads: int) -> tuple[HeadSpec, ...]:
+    """The specs of this process's heads: under tensor parallelism rank r holds the r-th slice of them."""
+    if heads == len(specs):
+        return specs
+    if len(specs) % heads or not torch.distributed.is_initialized():
+        raise ValueError(
+            f"the plan has {len(specs)} KV heads for a layer whose keys have {heads}. Make the plan for this model "
+            "(HeadPlan.uniform(model.config, ...)); under tensor parallelism the plan has the heads of all ranks."
+        )
+    rank = torch.distributed.get_rank() % (len(specs) // heads)
+    return specs[rank * heads : (rank + 1) * heads]

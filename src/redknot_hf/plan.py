@@ -1,0 +1,308 @@
+"""A head plan: what each KV head of a model keeps.
+
+A global head keeps every token. A local head keeps the first `sink` tokens and the last `window`. The split is that
+of RedKnot (arXiv 2606.06256). A plan is data: plain Python without tensors.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import index
+from pathlib import Path
+from typing import Any, Self
+
+from redknot_hf import plan_formats
+from redknot_hf.plan_formats import AnyPath, Pairs
+
+_ITEMSIZE = {"float8_e4m3fn": 1, "float8_e5m2": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+# Global heads are full blocks. A local head's glyph grows with its window.
+_GLOBAL_GLYPH = "█"
+_LOCAL_GLYPHS = "·▁▂▃▄▅▆"
+_MAX_ROWS = 20
+_MAX_WIDTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """The rule of one KV head: a query at position q sees key k iff k <= q and (k > q - window or k < sink).
+
+    Args:
+        window: Tokens a query sees back, itself included. None makes a global head, which sees everything.
+        sink: First tokens of the sequence that a local head keeps beside its window.
+
+    Raises:
+        ValueError: `window` is under 1, `sink` is negative, one is no int, or a global head has a sink.
+    """
+
+    window: int | None = None
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        # bool is an int, and HeadSpec(True) is a mistake.
+        if self.window is not None and (type(self.window) is not int or self.window < 1):
+            raise ValueError(f"window is {self.window!r}: give an int of at least 1 token, or None for a global head")
+        if type(self.sink) is not int or self.sink < 0:
+            raise ValueError(f"sink is {self.sink!r}: give an int of at least 0 tokens")
+        if self.window is None and self.sink:
+            raise ValueError(f"sink is {self.sink} and window is None: a global head keeps all, give it sink=0")
+
+    @property
+    def is_global(self) -> bool:
+        """Whether the head keeps every token."""
+        return self.window is None
+
+    def kept(self, length: int) -> int:
+        """Return how many tokens the head keeps of a sequence of `length` tokens."""
+        if length < 0:
+            raise ValueError(f"length is {length}: give at least 0 tokens")
+        return length if self.window is None else min(length, self.sink + self.window)
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """The HeadSpec of every KV head of a model: `plan[layer][head]`.
+
+    Plans are equal, and hash alike, when their heads are equal. Provenance plays no part in that.
+
+    Args:
+        heads: Layers of KV heads. Lists become tuples.
+        provenance: How the plan came to be, as JSON can hold it. Copied.
+
+    Raises:
+        ValueError: The plan has no heads, or an entry is not a HeadSpec.
+    """
+
+    heads: tuple[tuple[HeadSpec, ...], ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict, kw_only=True, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", tuple(tuple(layer) for layer in self.heads))
+        object.__setattr__(self, "provenance", dict(self.provenance))
+        for spec in chain.from_iterable(self.heads):
+            if not isinstance(spec, HeadSpec):
+                raise ValueError(f"a head of the plan is {spec!r}: give a HeadSpec")
+        if not self.num_heads:
+            raise ValueError("the plan has no heads: give at least one layer with one KV head")
+
+    @classmethod
+    def uniform(cls, config: Any, spec: HeadSpec) -> Self:
+        """Give every KV head of the model with this transformers config the same spec."""
+        return cls(tuple((spec,) * count for count in _kv_heads(config)))
+
+    @classmethod
+    def with_global(cls, config: Any, global_heads: Iterable[tuple[int, int]], local: HeadSpec) -> Self:
+        """Make the (layer, KV head) pairs global and give the rest of the model the spec `local`.
+
+        Raises:
+            ValueError: A pair lies outside the model.
+        """
+        counts = _kv_heads(config)
+        chosen = {(index(layer), index(head)) for layer, head in global_heads}
+        for layer, head in sorted(chosen):
+            if not (0 <= layer < len(counts) and 0 <= head < counts[layer]):
+                raise ValueError(
+                    f"global head ({layer}, {head}) lies outside the model, which has {_shape(counts)}: "
+                    "give (layer, KV head) pairs that count from 0"
+                )
+        spec = {True: HeadSpec(), False: local}
+        return cls(tuple(tuple(spec[(i, h) in chosen] for h in range(n)) for i, n in enumerate(counts)))
+
+    @classmethod
+    def load(cls, path: AnyPath, config: Any = None) -> Self:
+        """Load a plan that `save` wrote, and check it against the config when one is given.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged or of another format, or the plan does not fit the config.
+        """
+        pairs, provenance = plan_formats.read_plan(path)
+        return cls._from_pairs(path, pairs, provenance, config)
+
+    @classmethod
+    def from_redknot(cls, path: AnyPath, config: Any = None) -> Self:
+        """Load a head-class JSON of RedKnot (arXiv 2606.06256).
+
+        Global, retrieval and dense heads load as global, and so do all heads of the dense prefix layers. A local head
+        has its own distance as window, else 512 tokens, and its own sink, else 4 tokens.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, of another format or of an MLA model, or does not fit the config.
+        """
+        provenance = {"source": "redknot", "file": Path(path).name}
+        return cls._from_pairs(path, plan_formats.read_redknot(path), provenance, config)
+
+    @classmethod
+    def from_duo_attention(
+        cls,
+        path: AnyPath,
+        *,
+        global_ratio: float | None = None,
+        threshold: float | None = None,
+        config: Any = None,
+    ) -> Self:
+        """Load the scores of DuoAttention (arXiv 2410.10819): `full_attention_heads.tsv`, or the folder that holds it.
+
+        Local heads take `sink=sink_size` and `window=recent_size` from the `config.json` beside the scores.
+        DuoAttention's recent_size counts the tokens it keeps; a window of as many includes the query's own.
+
+        Args:
+            path: The file or the folder.
+            global_ratio: Share of the heads, 0 to 1, that are global: exactly `round(ratio * heads)`, those with the
+                highest scores. The first of equal scores wins, layer by layer.
+            threshold: A head is global when its score, clipped to [0, 1], is at least this.
+            config: Checked against the plan when given.
+
+        Raises:
+            FileNotFoundError: The scores or `config.json` are missing.
+            ValueError: Not exactly one of `global_ratio` and `threshold` is given, the ratio is outside 0 to 1, a
+                file is damaged, or the plan does not fit the config.
+        """
+        pairs = plan_formats.read_duo_attention(path, global_ratio, threshold)
+        choice = {"threshold": threshold} if global_ratio is None else {"global_ratio": global_ratio}
+        provenance = {"source": "duo-attention", "file": Path(path).name, **choice}
+        return cls._from_pairs(path, pairs, provenance, config)
+
+    @classmethod
+    def _from_pairs(cls, path: AnyPath, pairs: Pairs, provenance: Mapping[str, Any], config: Any) -> Self:
+        try:
+            plan = cls(tuple(tuple(HeadSpec(*pair) for pair in layer) for layer in pairs), provenance=provenance)
+            if config is not None:
+                plan.check(config)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from e
+        return plan
+
+    def save(self, path: AnyPath) -> None:
+        """Write the plan as small JSON: a default spec, the exceptions, the provenance. The file is replaced at once.
+
+        Raises:
+            ValueError: JSON cannot hold the provenance.
+        """
+        pairs = tuple(tuple((spec.window, spec.sink) for spec in layer) for layer in self.heads)
+        plan_formats.write_plan(path, pairs, self.provenance)
+
+    def check(self, config: Any) -> None:
+        """Check that the plan fits the model with this transformers config.
+
+        Raises:
+            ValueError: The model has other layers or KV heads.
+        """
+        mine, theirs = tuple(map(len, self.heads)), _kv_heads(config)
+        if mine != theirs:
+            names = [*(getattr(config, "architectures", None) or []), getattr(config, "model_type", None)]
+            model = " / ".join(filter(None, names)) or type(config).__name__
+            raise ValueError(
+                f"the plan has {_shape(mine)}, the model ({model}) has {_shape(theirs)}: "
+                "load the plan of this model, or make one with HeadPlan.with_global(model.config, ...)"
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads over all layers."""
+        return sum(map(len, self.heads))
+
+    @property
+    def num_global(self) -> int:
+        """KV heads that keep every token."""
+        return sum(spec.is_global for spec in chain.from_iterable(self.heads))
+
+    def nbytes(self, length: int, head_dim: int | tuple[int, int], dtype: Any) -> int:
+        """Return the bytes of K and V that ONE sequence of `length` tokens keeps.
+
+        Args:
+            length: Tokens of the sequence.
+            head_dim: Elements of a key and of a value, or the pair (key, value) where they differ.
+            dtype: A torch or numpy dtype, its name, or the bytes of an element.
+
+        Raises:
+            ValueError: The dtype is unknown, or the length negative.
+        """
+        elements = sum(head_dim) if isinstance(head_dim, tuple) else 2 * head_dim
+        return self._kept(length) * elements * _itemsize(dtype)
+
+    def _kept(self, length: int) -> int:
+        return sum(spec.kept(length) for spec in chain.from_iterable(self.heads))
+
+    def __getitem__(self, layer: int) -> tuple[HeadSpec, ...]:
+        return self.heads[layer]
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __iter__(self) -> Iterator[tuple[HeadSpec, ...]]:
+        return iter(self.heads)
+
+    def __repr__(self) -> str:
+        return f"HeadPlan({_shape(tuple(map(len, self.heads)))}, {self.num_global} global)"
+
+    def __str__(self) -> str:
+        return "\n".join([_header(self), *_picture(self), _saving(self)])
+
+
+def _kv_heads(config: Any) -> tuple[int, ...]:
+    """Return the KV heads of each layer of the (text) model with this transformers config."""
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    layers = getattr(config, "num_hidden_layers", None)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if isinstance(layers, int) and isinstance(heads, int):
+        return (heads,) * layers
+    if isinstance(heads, (list, tuple)) and len(heads) == layers:
+        return tuple(heads)
+    raise ValueError(
+        f"{type(config).__name__} has num_hidden_layers={layers!r} and {heads!r} KV heads: "
+        "give the config of a decoder, model.config"
+    )
+
+
+def _shape(counts: tuple[int, ...]) -> str:
+    heads = str(counts[0]) if len(set(counts)) == 1 else str(list(counts))
+    return f"{len(counts)} layers x {heads} KV heads"
+
+
+def _itemsize(dtype: Any) -> int:
+    size = getattr(dtype, "itemsize", dtype)
+    if isinstance(size, str):
+        size = _ITEMSIZE.get(size.removeprefix("torch."))
+    if type(size) is not int or size < 1:
+        raise ValueError(f"dtype is {dtype!r}: give a torch or numpy dtype, bytes, or one of {', '.join(_ITEMSIZE)}")
+    return size
+
+
+def _header(plan: HeadPlan) -> str:
+    kinds = Counter(spec for spec in chain.from_iterable(plan) if not spec.is_global).most_common()
+    text = "; ".join(f"window {spec.window}, sink {spec.sink}" for spec, _ in kinds[:3])
+    more = f"; {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""
+    local = f"{plan.num_heads - plan.num_global} local" + (f" ({text}{more})" if kinds else "")
+    return f"HeadPlan: {_shape(tuple(map(len, plan.heads)))}, {plan.num_global} global, {local}"
+
+
+def _picture(plan: HeadPlan) -> list[str]:
+    """Return a row of glyphs for each layer, in columns, and the legend."""
+    windows = sorted({spec.window for spec in chain.from_iterable(plan) if spec.window is not None})
+    glyphs: dict[int | None, str] = {None: _GLOBAL_GLYPH}
+    glyphs |= {window: _LOCAL_GLYPHS[i * len(_LOCAL_GLYPHS) // len(windows)] for i, window in enumerate(windows)}
+    digits, width = len(str(len(plan) - 1)), max(map(len, plan.heads))
+    rows_of = ("".join(glyphs[spec.window] for spec in layer) for layer in plan)
+    cells = [f"  {i:>{digits}}  {row:<{width}}" for i, row in enumerate(rows_of)]
+    columns = min(-(-len(cells) // _MAX_ROWS), max(1, _MAX_WIDTH // len(cells[0])))
+    rows = -(-len(cells) // columns)
+    legend = [f"{_GLOBAL_GLYPH} global"] * (plan.num_global > 0)
+    for glyph in _LOCAL_GLYPHS:
+        if shared := [window for window in windows if glyphs[window] == glyph]:
+            span = str(shared[0]) if len(shared) == 1 else f"{shared[0]} to {shared[-1]}"
+            legend.append(f"{glyph} window {span}")
+    return ["  ".join(cells[row::rows]).rstrip() for row in range(rows)] + ["  " + "   ".join(legend)]
+
+
+def _saving(plan: HeadPlan) -> str:
+    parts = []
+    for thousands in (8, 32, 128):
+        length = thousands * 1024
+        share = plan._kept(length) / (plan.num_heads * length)
+        percent = f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.1f}"
+        parts.append(f"{thousands}K {percent} % ({1 / share:.1f}x less)")
+    return "KV kept: " + ", ".join(parts)

@@ -1,0 +1,119 @@
+"""Pages of tokens on one device, and who holds them."""
+
+from __future__ import annotations
+
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from redknot_kernels import copy_pages
+from torch import Tensor
+
+from .rows import ABSENT, Ids, Rows
+
+
+class PagePool:
+    """Keys and values of one layer, page by page.
+
+    A page is free when no table lists it, so nothing can leak: rows that are cut, dropped or garbage-collected give
+    their pages back without a word. The pool grows and shrinks by whole pages, layer by layer: while it is resized, one
+    layer's keys (or values) stand in memory twice, not the cache.
+
+    Attributes:
+        keys, values: `[pages, page_size, dim]`. Always finite, so that a masked slot cannot spoil a sum.
+        fixed: The number of pages is settled (`max_cache_len`).
+        shared: Some page may have several holders.
+    """
+
+    def __init__(
+        self, page_size: int, dims: tuple[int, int], dtype: torch.dtype, device: torch.device, pages: int | None = None
+    ) -> None:
+        self.page_size = page_size
+        self.fixed = pages is not None
+        self.shared = False
+        self.keys: Float[Tensor, "pages page_size key_dim"] = torch.zeros(
+            pages or 0, page_size, dims[0], dtype=dtype, device=device
+        )
+        self.values: Float[Tensor, "pages page_size value_dim"] = torch.zeros(
+            pages or 0, page_size, dims[1], dtype=dtype, device=device
+        )
+        self._holders: WeakSet[Rows] = WeakSet()
+
+    @property
+    def pages(self) -> int:
+        """Number of pages, free ones included."""
+        return len(self.keys)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the pages occupy."""
+        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+
+    def hold(self, rows: Rows) -> None:
+        """Remembers a holder of pages, for as long as it lives."""
+        self.shared = self.shared or len(self._holders) > 0
+        self._holders.add(rows)
+
+    def refs(self) -> Int[np.ndarray, " pages"]:
+        """How often each page is listed."""
+        listed = [rows.table[rows.table != ABSENT] for rows in self._holders]
+        refs = np.bincount(np.concatenate(listed), minlength=self.pages) if listed else np.zeros(self.pages, np.int64)
+        self.shared = bool((refs > 1).any())
+        return refs
+
+    def allocate(self, count: int, spare: int = 0) -> Ids:
+        """Finds `count` free pages; where the pool must grow, by `spare` more, so that it need not the next time.
+
+        Raises:
+            RuntimeError: The pool is fixed and full.
+        """
+        free = np.flatnonzero(self.refs() == 0)
+        if len(free) < count:
+            if self.fixed:
+                raise RuntimeError(
+                    f"the pool is full: {count} pages of {self.page_size} tokens are needed and {len(free)} of "
+                    f"{self.pages} are free. Give the cache a larger max_cache_len, or none, so that it grows."
+                )
+            grown = np.arange(self.pages, self.pages + count - len(free) + spare)
+            self._rebuild(np.arange(self.pages), len(grown))
+            free = np.concatenate([free, grown])
+        return free[:count]
+
+    def trim(self, spare: int) -> None:
+        """Gives free pages beyond `spare` back to the device, unless the pool is fixed."""
+        refs = self.refs()
+        if self.fixed or (refs == 0).sum() <= spare:
+            return
+        kept = np.flatnonzero(refs)
+        new = np.full(self.pages, ABSENT, np.int32)
+        new[kept] = np.arange(len(kept))
+        self._rebuild(kept, 0)
+        for rows in self._holders:
+            rows.renumber(new)
+
+    def copy(self, source: Ids, target: Ids) -> None:
+        """Copies pages to pages."""
+        if len(source):
+            where = [torch.as_tensor(ids, dtype=torch.long, device=self.keys.device) for ids in (source, target)]
+            copy_pages(self.keys, *where)
+            copy_pages(self.values, *where)
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves all pages to a device."""
+        self.keys, self.values = (x.to(device, non_blocking=True) for x in (self.keys, self.values))
+
+    def _rebuild(self, kept: Ids, more: int) -> None:
+        """Keeps some pages, in this order, and adds empty ones; keys first, so that only one copy is extra."""
+        self.keys = _resized(self.keys, kept, more)
+        self.values = _resized(self.values, kept, more)
+
+
+def _resized(pages: Float[Tensor, "pages page_size dim"], kept: Ids, more: int) -> Float[Tensor, "new page_size dim"]:
+    out = pages.new_empty(len(kept) + more, *pages.shape[1:])
+    if len(kept) == len(pages):
+        out[: len(kept)] = pages
+    else:
+        torch.index_select(pages, 0, torch.as_tensor(kept, device=pages.device), out=out[: len(kept)])
+    out[len(kept) :] = 0
+    return out

@@ -1,0 +1,170 @@
+"""Which pages each row of a layer owns: bookkeeping over integers, without a tensor in sight.
+
+A row is one KV head of one sequence. Its pages are listed in `table`; `redknot_kernels.rules` says which slot a position
+has. Pages may stand in several tables, or several times in one: they are shared, and copied before they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+if TYPE_CHECKING:
+    from redknot_kernels import HeadRules
+
+Ids = Int[np.ndarray, " pages"]
+Allocate = Callable[[int], Ids]
+
+ABSENT = -1
+
+
+class Rows:
+    """The rows of one layer.
+
+    Attributes:
+        rules: What each KV head keeps.
+        table: Page of each column of each row, `ABSENT` where there is none; `[batch, heads, columns]`.
+        lengths: Tokens of each sequence, padding not counted; `[batch]`.
+        version: Grows with every change of `table`.
+    """
+
+    def __init__(self, batch: int, rules: HeadRules) -> None:
+        self.rules = rules
+        self.table: Int[np.ndarray, "batch heads columns"] = np.full((batch, rules.heads, 0), ABSENT, np.int32)
+        self.lengths: Int[np.ndarray, " batch"] = np.zeros(batch, np.int64)
+        self.version = 0
+        # What a ring has lost: everything (sinks apart) below `peak - ring`, and below `floor`.
+        self._peak = self.lengths.copy()
+        self._floor: Int[np.ndarray, "batch heads"] = np.zeros((batch, rules.heads), np.int64)
+        self._room = self.lengths.copy()
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def unbounded(self) -> int:
+        """Number of rows that grow for ever."""
+        return self.batch * len(self.rules.global_heads)
+
+    def pages_needed(self, lengths: Int[np.ndarray, " batch"]) -> Int[np.ndarray, "batch heads"]:
+        """Pages of each row when the sequences have these lengths."""
+        pages = -(-lengths // self.rules.page_size)
+        return np.minimum(pages[:, None], np.array(self.rules.max_pages))
+
+    def reserve(self, lengths: Int[np.ndarray, " batch"], allocate: Allocate) -> None:
+        """Gives every row the pages it needs to hold sequences of these lengths."""
+        if (lengths <= self._room).all():
+            return
+        needed = self.pages_needed(lengths)
+        missing_columns = needed.max(initial=0) - self.table.shape[2]
+        if missing_columns > 0:
+            self.table = np.pad(self.table, ((0, 0), (0, 0), (0, missing_columns)), constant_values=ABSENT)
+        missing = self._columns_below(needed) & (self.table == ABSENT)
+        self.table[missing] = allocate(int(missing.sum()))
+        self.version += 1
+        size = self.rules.page_size
+        self._room = np.maximum(self._room, -(-lengths // size) * size)
+
+    def unshare(
+        self, lengths: Int[np.ndarray, " batch"], refs: Int[np.ndarray, " pool"], allocate: Allocate
+    ) -> tuple[Ids, Ids]:
+        """Gives every row its own copy of the shared pages that growing to `lengths` writes.
+
+        Local rows are small and get all of their shared pages at once.
+
+        Returns:
+            Pages to copy from and to.
+        """
+        first = np.where(self._is_global(), (self.lengths // self.rules.page_size)[:, None], 0)
+        growing = (lengths > self.lengths)[:, None, None]
+        touched = growing & ~self._columns_below(first) & (self.table != ABSENT)
+        touched[touched] = refs[self.table[touched]] > 1
+        where = np.flatnonzero(touched)
+        pages = self.table.flat[where]
+        unique, index, count = np.unique(pages, return_index=True, return_counts=True)
+        stay = index[count == refs[unique]]  # nobody else holds the page: its first holder keeps it
+        where, pages = np.delete(where, stay), np.delete(pages, stay)
+        if len(pages):
+            copies = allocate(len(pages))
+            self.table.flat[where] = copies
+            self.version += 1
+            return pages, copies
+        return pages, pages
+
+    def advance(self, counts: Int[np.ndarray, " batch"]) -> None:
+        """Counts tokens that were written."""
+        self.lengths = self.lengths + counts
+        self._peak = np.maximum(self._peak, self.lengths)
+
+    def oldest(self) -> Int[np.ndarray, "batch heads"]:
+        """First position, behind the sinks, that each row still holds."""
+        return np.maximum(self._floor, self._peak[:, None] - np.array(self.rules.ring))
+
+    def missing_after(self, lengths: Int[np.ndarray, " batch"]) -> int:
+        """Tokens that a next query would miss if the sequences were cut back to `lengths`; 0 if none."""
+        sink = np.array(self.rules.sink)
+        wanted = np.maximum(lengths[:, None] - np.array(self.rules.window) + 1, sink)
+        lost = np.minimum(self.oldest(), lengths[:, None]) - wanted
+        return int(lost.max(initial=0))
+
+    def cut(self, lengths: Int[np.ndarray, " batch"]) -> None:
+        """Cuts the sequences back to `lengths` and drops the pages that hold nothing any more."""
+        needed = np.where(self.wrapped(), np.array(self.rules.max_pages), self.pages_needed(lengths))
+        self.table = np.where(self._columns_below(needed), self.table, ABSENT).astype(np.int32)
+        self.table = self.table[:, :, : needed.max(initial=0)]
+        self.lengths = lengths
+        self._room = np.minimum(self._room, -(-lengths // self.rules.page_size) * self.rules.page_size)
+        self.version += 1
+
+    def select(self, index: Int[np.ndarray, " selected"]) -> None:
+        """Makes row i what row `index[i]` was; pages are shared, not copied."""
+        self.table, self.lengths, self._peak, self._floor, self._room = (
+            x[index] for x in (self.table, self.lengths, self._peak, self._floor, self._room)
+        )
+        self.version += 1
+
+    def renumber(self, new: Int[np.ndarray, " pool"]) -> None:
+        """Replaces every page id by `new[id]`."""
+        held = self.table != ABSENT
+        self.table[held] = new[self.table[held]]
+        self.version += 1
+
+    def positions_held(self, sequence: int, head: int) -> Int[np.ndarray, " tokens"]:
+        """Positions whose tokens a row still holds, in order."""
+        sink, length = self.rules.sink[head], int(self.lengths[sequence])
+        first = max(int(self.oldest()[sequence, head]), sink)
+        return np.concatenate([np.arange(min(sink, length)), np.arange(first, max(first, length))])
+
+    def widen(self, rules: HeadRules) -> None:
+        """Takes rules with longer rings. Rows that have gone round lose their pages: the caller writes them anew."""
+        wrapped = self.wrapped()
+        self._floor = np.where(wrapped, self.oldest(), self._floor)
+        self.table[wrapped] = ABSENT
+        self.rules = rules
+        self._room = np.zeros_like(self._room)
+        self.version += 1
+
+    def wrapped(self) -> Bool[np.ndarray, "batch heads"]:
+        """Rows whose ring has gone round."""
+        return self._peak[:, None] > np.array(self.rules.sink) + np.array(self.rules.ring)
+
+    def fork(self) -> Rows:
+        """Another holder of the same pages."""
+        other = Rows(self.batch, self.rules)
+        other.table, other.lengths, other._peak, other._floor, other._room = (
+            x.copy() for x in (self.table, self.lengths, self._peak, self._floor, self._room)
+        )
+        return other
+
+    def _is_global(self) -> Bool[np.ndarray, " heads"]:
+        mask = np.zeros(self.rules.heads, bool)
+        mask[list(self.rules.global_heads)] = True
+        return mask
+
+    def _columns_below(self, limit: Int[np.ndarray, "batch heads"]) -> Bool[np.ndarray, "batch heads columns"]:
+        return np.arange(self.table.shape[2]) < limit[:, :, None]
