@@ -4,8 +4,8 @@ Importing the package registers the attention and the mask function `"redknot"`,
 not ask for it.
 """
 
-from . import attention as _attention  # registers "redknot"
+from .attention import redknot_attention
 from .cache import RedKnotCache
 from .plan import HeadPlan, HeadSpec
 
-__all__ = ["HeadPlan", "HeadSpec", "RedKnotCache"]
+__all__ = ["HeadPlan", "HeadSpec", "RedKnotCache", "redknot_attention"]

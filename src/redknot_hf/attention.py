@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from redknot_kernels import add_sink_logit, attend, decode, gather, prefill, read_context
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from .handle import RedKnotHandle
-from .layer import Run, Step
+from .dense import dense_attention
+from .handle import RedKnotHandle, Run, Step
 from .mask import PaddingMask
 
 Query = Float[Tensor, "batch query_heads tokens key_dim"]
@@ -34,7 +33,7 @@ def redknot_attention(
     """Attends with a RedKnotCache where there is one, and as any model does where there is none.
 
     The signature is transformers'. With a cache, `key` and `value` are handles: the new tokens are written to the rows
-    (once, also if several layers share them), and every query sees what its head's rule says. Nothing is differentiated
+    (once, also if several layers share them), and every query sees what its head's rule says. No gradient flows
     through the cache.
 
     Raises:
@@ -48,7 +47,7 @@ def redknot_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = {"scale": scale, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
     if not isinstance(key, RedKnotHandle):
-        return _dense(module, query, key, value, attention_mask, dropout, kwargs, **options), None
+        return dense_attention(module, query, key, value, attention_mask, dropout, kwargs, **options), None
     _refuse(module, dropout, kwargs)
     with torch.no_grad():
         if attention_mask is None or isinstance(attention_mask, PaddingMask):
@@ -86,10 +85,10 @@ def _run(query: Query, step: Step, run: Run, options: dict[str, Any]) -> Output:
 def _explicit(query: Query, step: Step, mask: Explicit, options: dict[str, Any]) -> Output:
     """Attends under a mask of the caller's own, which says what comes after what; each head's window still holds."""
     layer = step.layer
-    if layer.has_padding:
+    if layer.history.padded:
         raise ValueError(
-            "a 4-D attention mask over a cache that skipped padding: its columns no longer are positions. Pass the 2-D "
-            "mask, or use one kind of mask from the first call on."
+            "a 4-D attention mask over a cache that skipped padding: its columns no longer are positions. Pass the "
+            "2-D mask, or use one kind of mask from the first call on."
         )
     if step.past is None:
         step.past = _read_past(step)
@@ -107,7 +106,12 @@ def _explicit(query: Query, step: Step, mask: Explicit, options: dict[str, Any])
         part = part & seen if part.dtype == torch.bool else part.masked_fill(~seen, -torch.inf)
         key, value = torch.cat([keys, step.key[:, members]], 2), torch.cat([values, step.value[:, members]], 2)
         found, lse = attend(
-            grouped[:, members].flatten(1, 2), key, value, scale=options["scale"], mask=part, softcap=options["softcap"]
+            grouped[:, members].flatten(1, 2),
+            key,
+            value,
+            scale=options["scale"],
+            mask=part,
+            softcap=options["softcap"],
         )
         if s_aux is not None:
             found = add_sink_logit(found, lse, s_aux.unflatten(0, (heads, -1))[members].flatten())
@@ -141,7 +145,9 @@ def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout > 0:
         raise ValueError(f"dropout={dropout} with a RedKnotCache: call model.eval(), or train with use_cache=False")
     if kwargs.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__} adds a position bias, which a RedKnotCache cannot; use DynamicCache")
+        raise ValueError(
+            f"{type(module).__name__} adds a position bias, which a RedKnotCache cannot; use DynamicCache"
+        )
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise ValueError(f"{type(module).__name__} attends both ways and needs no RedKnotCache; use DynamicCache")
@@ -157,69 +163,6 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         raise RuntimeError("gradients do not flow through a RedKnotCache: train with use_cache=False")
-
-
-def _dense(
-    module: nn.Module,
-    query: Query,
-    key: Float[Tensor, "batch heads keys key_dim"],
-    value: Float[Tensor, "batch heads keys value_dim"],
-    mask: Tensor | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-    *,
-    scale: float,
-    softcap: float | None,
-    s_aux: Float[Tensor, " query_heads"] | None,
-) -> Output:
-    """Ordinary attention, differentiable: what the model does without a RedKnotCache."""
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    window = kwargs.get("sliding_window")
-    tokens, keys = query.shape[2], key.shape[2]
-    if isinstance(mask, PaddingMask) or mask is None:
-        flags = None if mask is None or bool(mask.plain().all()) else mask.plain()
-        cut = window is not None and keys > window
-        if causal and (flags is not None or cut or (tokens != keys and tokens > 1)):
-            q = torch.arange(keys - tokens, keys, device=query.device)[:, None]
-            k = torch.arange(keys, device=query.device)
-            seen = (k <= q) & (k > q - window) if cut else k <= q
-            flags = seen[None, None] if flags is None else flags & seen
-        causal, mask = causal and flags is None and tokens > 1, flags
-    else:
-        causal = False
-    if softcap is None and s_aux is None:
-        out = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return out.transpose(1, 2).contiguous()
-    weights = _weights(query, key, mask, causal, scale, softcap, s_aux)
-    weights = F.dropout(weights, dropout) if dropout else weights
-    out = weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)
-    return out.flatten(1, 2).transpose(1, 2).contiguous()
-
-
-def _weights(
-    query: Query,
-    key: Float[Tensor, "batch heads keys key_dim"],
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float | None,
-    s_aux: Float[Tensor, " query_heads"] | None,
-) -> Float[Tensor, "batch query_heads tokens keys"]:
-    scores = (query.unflatten(1, (key.shape[1], -1)) @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if mask is not None:
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    if s_aux is not None:
-        extra = s_aux[None, :, None, None].expand(*scores.shape[:3], 1).to(scores.dtype)
-        scores = torch.cat([scores, extra], -1)
-    return scores.float().softmax(-1).to(query.dtype)[..., : key.shape[2]]
 
 
 AttentionInterface.register("redknot", redknot_attention)

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from .handle import RedKnotHandle
 from .layer import RedKnotLayer
 from .plan import HeadPlan
 
@@ -31,7 +30,7 @@ class RedKnotCache(Cache):
         config: The model's config.
         plan: Rule of every KV head; `HeadPlan.uniform(config, HeadSpec())` keeps everything.
         page_size: Tokens of a page: 16, 32, 64 or 128. Local rows keep up to two pages more than their window.
-        max_cache_len: Slots (padding included) to reserve with the first forward pass and never to exceed; `None` grows.
+        max_cache_len: Slots, padding included, to reserve with the first forward pass, never to exceed; `None` grows.
         impl: `"torch"`, or `None` to choose by device.
 
     Raises:
@@ -63,7 +62,7 @@ class RedKnotCache(Cache):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[RedKnotHandle, RedKnotHandle]:
+    ) -> tuple[Tensor, Tensor]:
         """Hands new keys and values on to the attention function.
 
         Raises:
@@ -89,7 +88,9 @@ class RedKnotCache(Cache):
 
     def reorder_cache(self, beam_idx: Int[Tensor, " batch"]) -> None:
         """Makes sequence i what sequence `beam_idx[i]` was, by its page tables."""
-        super().reorder_cache(beam_idx.cpu())
+        index: Any = beam_idx.cpu()
+        for layer in self.layers:
+            layer.reorder_cache(index)
 
     def batch_select_indices(self, indices: Int[Tensor, " selected"]) -> None:
         """Keeps some sequences and gives the memory of the others back."""
@@ -116,7 +117,9 @@ class RedKnotCache(Cache):
         total = 0
         for layer in self._rows_layers():
             if layer.pool is not None and layer.rows is not None:
-                token = layer.pool.keys[0:1, 0:1].nbytes + layer.pool.values[0:1, 0:1].nbytes if layer.pool.pages else 0
+                token = (
+                    layer.pool.keys[0:1, 0:1].nbytes + layer.pool.values[0:1, 0:1].nbytes if layer.pool.pages else 0
+                )
                 total += layer.slots * layer.rows.table.shape[0] * layer.rows.table.shape[1] * token
         return total
 
@@ -158,21 +161,21 @@ def _layer(plan: HeadPlan, index: int, template: Any, page_size: int, max_cache_
     if type(template) is LinearAttentionLayer or type(template).__name__ == "DummyLayer":
         return template
     raise ValueError(
-        f"layer {index} keeps its tokens in a {type(template).__name__}, which RedKnotCache has no counterpart for; use "
-        "DynamicCache with this model"
+        f"layer {index} keeps its tokens in a {type(template).__name__}, which RedKnotCache has no counterpart for; "
+        "use DynamicCache with this model"
     )
 
 
 def _check_model(config: PreTrainedConfig) -> None:
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(
-            f"{config.model_type} caches latents (MLA, kv_lora_rank={config.kv_lora_rank}) in place of the keys and values "
-            "of its heads, so no head can keep less than another. Use DynamicCache with this model."
+            f"{config.model_type} caches latents (MLA, kv_lora_rank={config.kv_lora_rank}) in place of the keys and "
+            "values of its heads, so no head can keep less than another. Use DynamicCache with this model."
         )
     if getattr(config, "attention_chunk_size", None) is not None:
         raise ValueError(
-            f"{config.model_type} attends in chunks of {config.attention_chunk_size} tokens, which RedKnotCache does not "
-            "know. Use DynamicCache with this model."
+            f"{config.model_type} attends in chunks of {config.attention_chunk_size} tokens, which RedKnotCache does "
+            "not know. Use DynamicCache with this model."
         )
 
 

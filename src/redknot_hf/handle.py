@@ -1,28 +1,75 @@
-"""What `RedKnotCache.update` returns in place of keys and values: a tensor that only the attention function opens."""
+"""What `RedKnotCache.update` returns for keys and values: a tensor that only the attention function opens."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
+from redknot_kernels import Context
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .layer import Step
+    from .layer import RedKnotLayer
 
 # Questions about a tensor that touch no element.
-_METADATA = frozenset({
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")),
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.element_size, Tensor.is_floating_point, Tensor.__len__,
-})  # fmt: skip
+_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
+_METHODS = ("size", "dim", "numel", "stride", "element_size", "is_floating_point", "__len__")
+_METADATA = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {getattr(Tensor, name) for name in _METHODS}
+
+
+@dataclass
+class Run:
+    """Tokens of a step that are attended together: of all sequences, or the real ones of a single sequence.
+
+    Attributes:
+        sequences: Which sequences.
+        real: Indices of the tokens that are no padding; `None` if all.
+        context: The past as it was before the step, if the step is too long to be read back from the pages.
+    """
+
+    sequences: slice
+    real: Int[Tensor, " tokens"] | None
+    context: Context | None = None
+
+    def take(self, tensor: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "run heads run_tokens dim"]:
+        """The run's part of a tensor over the whole step."""
+        tensor = tensor[self.sequences]
+        return tensor if self.real is None else tensor.index_select(2, self.real)
+
+
+@dataclass
+class Step:
+    """The new tokens of one forward pass through one layer.
+
+    Attributes:
+        layer: Where they go.
+        start: Slots of the cache before them.
+        runs: Which of them are attended together; empty until they are written.
+        past: What the rows held before, where a mask of the caller's own asked for it.
+    """
+
+    layer: RedKnotLayer
+    key: Float[Tensor, "batch heads tokens key_dim"]
+    value: Float[Tensor, "batch heads tokens value_dim"]
+    start: int
+    runs: list[Run] = field(default_factory=list)
+    written: bool = False
+    past: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Slots of the step, padding included."""
+        return self.key.shape[2]
 
 
 class RedKnotHandle(torch.Tensor):
     """The new keys or values of one layer, on their way from `update` to the attention function.
 
-    Models pass what `update` returns to the attention function untouched, so the handle carries the layer there. Shape,
-    dtype and device can be asked; any other operation means that another attention implementation, or the model itself,
-    reads keys that are not there, and raises.
+    Models pass what `update` returns to the attention function untouched, so the handle carries the layer there.
+    Shape, dtype and device can be asked; any other operation means that another attention implementation, or the model
+    itself, reads keys that are not there, and raises.
     """
 
     redknot: Step
@@ -40,10 +87,10 @@ class RedKnotHandle(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise RuntimeError(
-            f"{getattr(func, '__name__', func)} was called on keys or values that a RedKnotCache holds, so the attention "
-            "did not run through redknot. Call model.set_attn_implementation('redknot') before generating. If it is set, "
-            "this model works on its cached keys outside of transformers' attention interface (MLA, ALiBi and the like) "
-            "and cannot use a RedKnotCache."
+            f"{getattr(func, '__name__', func)} was called on keys or values that a RedKnotCache holds, so the "
+            "attention did not run through redknot. Call model.set_attn_implementation('redknot') before generating. "
+            "If it is set, this model works on its cached keys outside of transformers' attention interface (MLA, "
+            "ALiBi and the like) and cannot use a RedKnotCache; use DynamicCache."
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:

@@ -2,68 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from redknot_kernels import UNBOUNDED, Context, HeadRules, append, gather_tokens, read_context, scatter_tokens
+from jaxtyping import Bool, Int
+from redknot_kernels import HeadRules, append, gather_tokens, read_context, scatter_tokens
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .handle import RedKnotHandle
+from .handle import RedKnotHandle, Run, Step
+from .history import SlotHistory
 from .plan import HeadSpec
 from .pool import PagePool
 from .rows import Rows
+from .rules import head_rules, local_specs
 
 # Tokens that a local row keeps beyond its window while the past is recorded, so that they can be taken back.
 RECORDED = 512
-
-
-@dataclass
-class Run:
-    """Tokens of a step that are attended together: of all sequences, or the real ones of a single sequence.
-
-    Attributes:
-        sequences: Which sequences.
-        real: Indices of the tokens that are no padding; `None` if all.
-        context: The past as it was before the step, if the step is too long to be read back from the pages.
-    """
-
-    sequences: slice
-    real: Int[Tensor, " tokens"] | None
-    context: Context | None = None
-
-    def take(self, tensor: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "run heads run_tokens dim"]:
-        """The run's part of a tensor over the whole step."""
-        tensor = tensor[self.sequences]
-        return tensor if self.real is None else tensor.index_select(2, self.real)
-
-
-@dataclass
-class Step:
-    """The new tokens of one forward pass through one layer."""
-
-    layer: RedKnotLayer
-    key: Float[Tensor, "batch heads tokens key_dim"]
-    value: Float[Tensor, "batch heads tokens value_dim"]
-    start: int
-    runs: list[Run] = field(default_factory=list)
-    written: bool = False
-    past: Any = None
-
-    @property
-    def tokens(self) -> int:
-        """Slots of the step, padding included."""
-        return self.key.shape[2]
 
 
 class RedKnotLayer(CacheLayerMixin):
     """Keys and values of one layer, stored head by head.
 
     `update` stores nothing: it hands the new tokens to the attention function, which knows the padding mask and calls
-    `write`. Lengths are counted twice: `slots`, what transformers counts, includes padding; rows hold real tokens only.
+    `write`. Lengths are counted twice: `slots` is what transformers counts, padding included; rows hold real tokens.
 
     Args:
         specs: Rule of each KV head of the whole model's layer.
@@ -92,8 +56,7 @@ class RedKnotLayer(CacheLayerMixin):
         self.rows: Rows | None = None
         self.slots = 0
         self.is_initialized = False
-        # The steps taken: a number of slots without padding, or which slots of a step were real.
-        self._history: list[int | Bool[Tensor, "batch tokens"]] = []
+        self.history = SlotHistory()
         self._mirror: tuple[int, Int[Tensor, "batch heads columns"]] | None = None
 
     # What transformers calls
@@ -103,8 +66,7 @@ class RedKnotLayer(CacheLayerMixin):
         batch, heads = key_states.shape[:2]
         self.batch_size = batch
         self.dtype, self.device = key_states.dtype, key_states.device
-        rules = _rules(_local_specs(self.specs, heads), self.page_size, self.sliding_window, self._slack())
-        self.rows = Rows(batch, rules)
+        self.rows = Rows(batch, self._head_rules(heads))
         pages = None
         if self.max_cache_len is not None:
             pages = int(self.rows.pages_needed(np.full(batch, self.max_cache_len)).sum())
@@ -113,7 +75,7 @@ class RedKnotLayer(CacheLayerMixin):
         self.pool.hold(self.rows)
         self.is_initialized = True
 
-    # `update` promises tensors and returns handles: the attention function needs the layer, and nothing else passes by it.
+    # `update` promises tensors and returns handles: the attention function needs the layer, and this is its way.
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[RedKnotHandle, RedKnotHandle]:
@@ -128,13 +90,13 @@ class RedKnotLayer(CacheLayerMixin):
         if batch != self.batch_size:
             raise ValueError(
                 f"the cache holds {self.batch_size} sequences and got keys of {batch}. Call "
-                "cache.batch_repeat_interleave(n) to continue every sequence n times (num_return_sequences, beams), or "
-                "use a new cache."
+                "cache.batch_repeat_interleave(n) to continue every sequence n times (num_return_sequences, beams), "
+                "or use a new cache."
             )
         if self.max_cache_len is not None and self.slots + tokens > self.max_cache_len:
             raise ValueError(
-                f"{self.slots} slots are used and {tokens} more exceed max_cache_len={self.max_cache_len}. Make the cache "
-                "with a larger max_cache_len, or with none, so that it grows."
+                f"{self.slots} slots are used and {tokens} more exceed max_cache_len={self.max_cache_len}. Make the "
+                "cache with a larger max_cache_len, or with none, so that it grows."
             )
         step = Step(self, key_states.detach(), value_states.detach(), self.slots)
         return RedKnotHandle.wrap(key_states, step), RedKnotHandle.wrap(value_states, step)
@@ -164,14 +126,8 @@ class RedKnotLayer(CacheLayerMixin):
         lengths = self.lengths_after_crop(tokens_to_remove)
         if lengths is None or self.rows is None or self.pool is None:
             return
-        left = -int(tokens_to_remove)
-        self.slots -= left
-        while left:
-            last = self._history.pop()
-            held = last if isinstance(last, int) else last.shape[1]
-            if held > left:
-                self._history.append(held - left if isinstance(last, int) else last[:, : held - left])
-            left -= min(held, left)
+        self.slots += int(tokens_to_remove)
+        self.history.drop_last(-int(tokens_to_remove))
         self.rows.cut(lengths)
         self.trim()
 
@@ -181,7 +137,7 @@ class RedKnotLayer(CacheLayerMixin):
             return
         self.record_past = True
         if self.rows is not None:
-            self._widen(_rules(_local_specs(self.specs, self.rows.rules.heads), self.page_size, self.sliding_window, RECORDED))
+            self._widen(self._head_rules(self.rows.rules.heads))
 
     def offload(self) -> None:
         """Moves the pages to the host; the next step, or `prefetch`, brings them back."""
@@ -231,7 +187,7 @@ class RedKnotLayer(CacheLayerMixin):
             append(pool.keys, pool.values, key, value, *part, rules)
         rows.advance(counts)
         self.slots += step.tokens
-        self._remember(step.tokens if real is None else real)
+        self.history.add(step.tokens if real is None else real)
         step.written = True
 
     def table(self) -> Int[Tensor, "batch heads columns"]:
@@ -247,11 +203,6 @@ class RedKnotLayer(CacheLayerMixin):
         return torch.from_numpy(rows.lengths).to(pool.keys.device)
 
     @property
-    def has_padding(self) -> bool:
-        """Whether some slot was padding, so that slots are not positions."""
-        return any(not isinstance(step, int) for step in self._history)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the pages; they may be shared with a fork."""
         return 0 if self.pool is None else self.pool.nbytes
@@ -265,12 +216,12 @@ class RedKnotLayer(CacheLayerMixin):
             return None
         if removed > self.slots:
             raise ValueError(f"crop(-{removed}) takes back more than the {self.slots} slots of the cache")
-        lengths = self.rows.lengths - self._real_among_last(removed)
+        lengths = self.rows.lengths - self.history.real_among_last(removed, self.rows.batch)
         missing = self.rows.missing_after(lengths)
         if missing:
             raise ValueError(
-                f"crop(-{removed}) reaches {missing} tokens beyond what the local heads keep behind their windows. Call "
-                f"cache.activate_past_recording() first (it keeps {RECORDED} tokens more), or use a larger page_size."
+                f"crop(-{removed}) reaches {missing} tokens beyond what the local heads keep behind their windows. "
+                f"Call cache.activate_past_recording() first (it keeps {RECORDED} tokens more), or use larger pages."
             )
         return lengths
 
@@ -281,9 +232,8 @@ class RedKnotLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RedKnotLayer:
         """A fork: the same pages, copied when either side writes to them."""
-        other = RedKnotLayer.__new__(RedKnotLayer)
-        other.__dict__.update(self.__dict__)
-        other._history = list(self._history)
+        other = copy(self)
+        other.history = self.history.fork()
         other._mirror = None
         if self.pool is not None and self.rows is not None:
             other.rows = self.rows.fork()
@@ -303,8 +253,9 @@ class RedKnotLayer(CacheLayerMixin):
             raise RuntimeError("the layer holds nothing yet: it takes its shape from the first forward pass")
         return self.rows, self.pool
 
-    def _slack(self) -> int:
-        return RECORDED if self.record_past else 0
+    def _head_rules(self, heads: int) -> HeadRules:
+        slack = RECORDED if self.record_past else 0
+        return head_rules(local_specs(self.specs, heads), self.page_size, self.sliding_window, slack)
 
     def _runs(self, tokens: int, real: Bool[Tensor, "batch tokens"] | None) -> list[Run]:
         rows, _ = self.storage()
@@ -321,30 +272,13 @@ class RedKnotLayer(CacheLayerMixin):
             pool.copy(*rows.unshare(lengths, pool.refs(), allocate))
         rows.reserve(lengths, allocate)
 
-    def _remember(self, step: int | Bool[Tensor, "batch tokens"]) -> None:
-        last = self._history[-1] if self._history else None
-        if isinstance(step, int) and isinstance(last, int):
-            self._history[-1] = last + step
-        else:
-            self._history.append(step)
-
-    def _real_among_last(self, slots: int) -> Int[np.ndarray, " batch"]:
-        rows, _ = self.storage()
-        counts = np.zeros(rows.batch, np.int64)
-        for step in reversed(self._history):
-            held = step if isinstance(step, int) else step.shape[1]
-            taken = min(held, slots)
-            counts += taken if isinstance(step, int) else step[:, held - taken :].sum(1).cpu().numpy()
-            slots -= taken
-        return counts
-
     def _select(self, index: Tensor) -> None:
         if self.rows is None or self.pool is None:
             return
         where = index.cpu()
         self.rows.select(where.numpy())
         self.batch_size = self.rows.batch
-        self._history = [s if isinstance(s, int) else s[where.to(s.device)] for s in self._history]
+        self.history.select(where)
         self.pool.shared = True
 
     def _widen(self, rules: HeadRules) -> None:
@@ -363,24 +297,3 @@ class RedKnotLayer(CacheLayerMixin):
             scatter_tokens(pool.keys, row, slots, key)
             scatter_tokens(pool.values, row, slots, value)
         self.trim()
-
-
-def _rules(specs: tuple[HeadSpec, ...], page_size: int, sliding_window: int | None, slack: int) -> HeadRules:
-    """The plan's rules, cut to the model's own window: a head that sees further than the model keeps that window."""
-    reach = UNBOUNDED if sliding_window is None else sliding_window
-    windows = [min(reach, UNBOUNDED if spec.window is None else spec.window) for spec in specs]
-    sinks = [spec.sink if window < reach else 0 for spec, window in zip(specs, windows)]
-    return HeadRules.make(windows, sinks, page_size, reach, slack)
-
-
-def _local_specs(specs: tuple[HeadSpec, ...], heads: int) -> tuple[HeadSpec, ...]:
-    """The specs of this process's heads: under tensor parallelism rank r holds the r-th slice of them."""
-    if heads == len(specs):
-        return specs
-    if len(specs) % heads or not torch.distributed.is_initialized():
-        raise ValueError(
-            f"the plan has {len(specs)} KV heads for a layer whose keys have {heads}. Make the plan for this model "
-            "(HeadPlan.uniform(model.config, ...)); under tensor parallelism the plan has the heads of all ranks."
-        )
-    rank = torch.distributed.get_rank() % (len(specs) // heads)
-    return specs[rank * heads : (rank + 1) * heads]

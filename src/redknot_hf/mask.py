@@ -39,27 +39,27 @@ class PaddingMask(torch.Tensor):
         Raises:
             ValueError: The mask hides tokens that the cache holds, or shows padding that it skipped.
         """
-        memo = self.__dict__.get("_new_tokens")
+        memo = getattr(self, "_seen", None)
         if memo is None or memo[0] != (start, tokens):
             flags = self.plain()[:, 0, 0]
             seen = flags[:, :start].sum(1).cpu().numpy()
             if (seen != lengths).any():
                 b = int(np.flatnonzero(seen != lengths)[0])
                 raise ValueError(
-                    f"the attention mask shows {seen[b]} of the first {start} tokens of sequence {b}, and the cache holds "
-                    f"{lengths[b]} of them. Padding is skipped when it is stored, so the mask over past tokens must stay "
-                    "what it was; start a new cache to change it."
+                    f"the attention mask shows {seen[b]} of the first {start} tokens of sequence {b}, and the cache "
+                    f"holds {lengths[b]} of them. Padding is skipped when it is stored, so the mask over past tokens "
+                    "must stay what it was; start a new cache to change it."
                 )
             real = flags[:, start : start + tokens]
-            memo = self.__dict__["_new_tokens"] = ((start, tokens), None if bool(real.all()) else real)
+            memo = self._seen = ((start, tokens), None if bool(real.all()) else real)
         return memo[1]
 
 
-def redknot_mask(
+def redknot_mask(  # noqa: PLR0913 - what transformers passes
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Bool[Tensor, "batch seen"] | None = None,
@@ -70,8 +70,9 @@ def redknot_mask(
     """Describes the mask of one forward pass (the signature is transformers').
 
     Returns:
-        `None` or a `PaddingMask` where queries are the last slots and see back as far as their heads do; else, for packed
-        sequences, overlays, two-sided attention and pre-allocated caches, the explicit `[batch, 1, queries, keys]`.
+        `None` or a `PaddingMask` where queries are the last slots and see back as far as their heads do; else, for
+        packed sequences, overlays, two-sided attention and pre-allocated caches, the explicit `[batch, 1, queries,
+        keys]`.
     """
     last = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     if use_vmap or not allow_is_causal_skip or not last:

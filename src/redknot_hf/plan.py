@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from operator import index
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from redknot_hf import plan_formats
 from redknot_hf.plan_formats import AnyPath, Pairs
@@ -60,7 +60,7 @@ class HeadSpec:
         return length if self.window is None else min(length, self.sink + self.window)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class HeadPlan:
     """The HeadSpec of every KV head of a model: `plan[layer][head]`.
 
@@ -75,11 +75,11 @@ class HeadPlan:
     """
 
     heads: tuple[tuple[HeadSpec, ...], ...]
-    provenance: Mapping[str, Any] = field(default_factory=dict, kw_only=True, compare=False)
+    provenance: Mapping[str, Any] = field(compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "heads", tuple(tuple(layer) for layer in self.heads))
-        object.__setattr__(self, "provenance", dict(self.provenance))
+    def __init__(self, heads: Iterable[Iterable[HeadSpec]], *, provenance: Mapping[str, Any] | None = None):
+        object.__setattr__(self, "heads", tuple(map(tuple, heads)))
+        object.__setattr__(self, "provenance", dict(provenance or {}))
         for spec in chain.from_iterable(self.heads):
             if not isinstance(spec, HeadSpec):
                 raise ValueError(f"a head of the plan is {spec!r}: give a HeadSpec")
@@ -87,12 +87,12 @@ class HeadPlan:
             raise ValueError("the plan has no heads: give at least one layer with one KV head")
 
     @classmethod
-    def uniform(cls, config: Any, spec: HeadSpec) -> Self:
+    def uniform(cls, config: Any, spec: HeadSpec) -> "HeadPlan":
         """Give every KV head of the model with this transformers config the same spec."""
         return cls(tuple((spec,) * count for count in _kv_heads(config)))
 
     @classmethod
-    def with_global(cls, config: Any, global_heads: Iterable[tuple[int, int]], local: HeadSpec) -> Self:
+    def with_global(cls, config: Any, global_heads: Iterable[tuple[int, int]], local: HeadSpec) -> "HeadPlan":
         """Make the (layer, KV head) pairs global and give the rest of the model the spec `local`.
 
         Raises:
@@ -102,15 +102,13 @@ class HeadPlan:
         chosen = {(index(layer), index(head)) for layer, head in global_heads}
         for layer, head in sorted(chosen):
             if not (0 <= layer < len(counts) and 0 <= head < counts[layer]):
-                raise ValueError(
-                    f"global head ({layer}, {head}) lies outside the model, which has {_shape(counts)}: "
-                    "give (layer, KV head) pairs that count from 0"
-                )
+                where = f"({layer}, {head}) lies outside the model, which has {_shape(counts)}"
+                raise ValueError(f"global head {where}: give (layer, KV head) pairs that count from 0")
         spec = {True: HeadSpec(), False: local}
         return cls(tuple(tuple(spec[(i, h) in chosen] for h in range(n)) for i, n in enumerate(counts)))
 
     @classmethod
-    def load(cls, path: AnyPath, config: Any = None) -> Self:
+    def load(cls, path: AnyPath, config: Any = None) -> "HeadPlan":
         """Load a plan that `save` wrote, and check it against the config when one is given.
 
         Raises:
@@ -121,7 +119,7 @@ class HeadPlan:
         return cls._from_pairs(path, pairs, provenance, config)
 
     @classmethod
-    def from_redknot(cls, path: AnyPath, config: Any = None) -> Self:
+    def from_redknot(cls, path: AnyPath, config: Any = None) -> "HeadPlan":
         """Load a head-class JSON of RedKnot (arXiv 2606.06256).
 
         Global, retrieval and dense heads load as global, and so do all heads of the dense prefix layers. A local head
@@ -136,13 +134,8 @@ class HeadPlan:
 
     @classmethod
     def from_duo_attention(
-        cls,
-        path: AnyPath,
-        *,
-        global_ratio: float | None = None,
-        threshold: float | None = None,
-        config: Any = None,
-    ) -> Self:
+        cls, path: AnyPath, *, global_ratio: float | None = None, threshold: float | None = None, config: Any = None
+    ) -> "HeadPlan":
         """Load the scores of DuoAttention (arXiv 2410.10819): `full_attention_heads.tsv`, or the folder that holds it.
 
         Local heads take `sink=sink_size` and `window=recent_size` from the `config.json` beside the scores.
@@ -166,7 +159,7 @@ class HeadPlan:
         return cls._from_pairs(path, pairs, provenance, config)
 
     @classmethod
-    def _from_pairs(cls, path: AnyPath, pairs: Pairs, provenance: Mapping[str, Any], config: Any) -> Self:
+    def _from_pairs(cls, path: AnyPath, pairs: Pairs, provenance: Mapping[str, Any], config: Any) -> "HeadPlan":
         try:
             plan = cls(tuple(tuple(HeadSpec(*pair) for pair in layer) for layer in pairs), provenance=provenance)
             if config is not None:
@@ -252,10 +245,8 @@ def _kv_heads(config: Any) -> tuple[int, ...]:
         return (heads,) * layers
     if isinstance(heads, (list, tuple)) and len(heads) == layers:
         return tuple(heads)
-    raise ValueError(
-        f"{type(config).__name__} has num_hidden_layers={layers!r} and {heads!r} KV heads: "
-        "give the config of a decoder, model.config"
-    )
+    found = f"num_hidden_layers={layers!r} and {heads!r} KV heads"
+    raise ValueError(f"{type(config).__name__} has {found}: give the config of a decoder, model.config")
 
 
 def _shape(counts: tuple[int, ...]) -> str:
@@ -290,12 +281,11 @@ def _picture(plan: HeadPlan) -> list[str]:
     cells = [f"  {i:>{digits}}  {row:<{width}}" for i, row in enumerate(rows_of)]
     columns = min(-(-len(cells) // _MAX_ROWS), max(1, _MAX_WIDTH // len(cells[0])))
     rows = -(-len(cells) // columns)
-    legend = [f"{_GLOBAL_GLYPH} global"] * (plan.num_global > 0)
+    legend = f"  {_GLOBAL_GLYPH} global" + ("   window:" if windows else "")
     for glyph in _LOCAL_GLYPHS:
         if shared := [window for window in windows if glyphs[window] == glyph]:
-            span = str(shared[0]) if len(shared) == 1 else f"{shared[0]} to {shared[-1]}"
-            legend.append(f"{glyph} window {span}")
-    return ["  ".join(cells[row::rows]).rstrip() for row in range(rows)] + ["  " + "   ".join(legend)]
+            legend += f"  {glyph} {shared[0]}" + (f" to {shared[-1]}" if len(shared) > 1 else "")
+    return [*("  ".join(cells[row::rows]).rstrip() for row in range(rows)), legend]
 
 
 def _saving(plan: HeadPlan) -> str:

@@ -17,8 +17,8 @@ class PagePool:
     """Keys and values of one layer, page by page.
 
     A page is free when no table lists it, so nothing can leak: rows that are cut, dropped or garbage-collected give
-    their pages back without a word. The pool grows and shrinks by whole pages, layer by layer: while it is resized, one
-    layer's keys (or values) stand in memory twice, not the cache.
+    their pages back without a word. The pool grows and shrinks by whole pages, layer by layer: while it is resized,
+    one layer's keys (or values) stand in memory twice, not the cache.
 
     Attributes:
         keys, values: `[pages, page_size, dim]`. Always finite, so that a masked slot cannot spoil a sum.

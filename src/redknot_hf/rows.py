@@ -1,7 +1,8 @@
 """Which pages each row of a layer owns: bookkeeping over integers, without a tensor in sight.
 
-A row is one KV head of one sequence. Its pages are listed in `table`; `redknot_kernels.rules` says which slot a position
-has. Pages may stand in several tables, or several times in one: they are shared, and copied before they are written.
+A row is one KV head of one sequence. Its pages are listed in `table`; `redknot_kernels.rules` says which slot a
+position has. Pages may stand in several tables, or several times in one: they are shared, and copied before they are
+written.
 """
 
 from __future__ import annotations

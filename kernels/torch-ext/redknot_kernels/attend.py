@@ -15,7 +15,8 @@ def attend(query, key, value, *, scale, mask=None, causal=False, softcap=None):
         key: `[batch, KV heads, keys, dim]`; query heads are a multiple of KV heads and share them in groups.
         value: `[batch, KV heads, keys, value dim]`.
         scale: Factor of the scores.
-        mask: Bool (True = visible) or float (added to the scores), broadcastable to `[batch, query heads, tokens, keys]`.
+        mask: Bool (True = visible) or float (added to the scores), `[batch, query heads, tokens, keys]` or broadcast
+            to it.
         causal: Query t sees keys 0 to t; tokens == keys.
         softcap: Bound c of the scores, as `c * tanh(score / c)`.
 
@@ -35,7 +36,7 @@ def merge(parts):
     lse = torch.stack([part_lse for _, part_lse in parts])
     total = torch.logsumexp(lse, 0)
     weight = torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))
-    out = sum(part * w.unsqueeze(-1) for (part, _), w in zip(parts, weight))
+    out = torch.stack([part * w.unsqueeze(-1) for (part, _), w in zip(parts, weight)]).sum(0)
     return out.to(parts[0][0].dtype), total
 
 

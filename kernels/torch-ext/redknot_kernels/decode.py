@@ -3,7 +3,7 @@
 import torch
 
 from .attend import add_sink_logit, attend, merge
-from .pages import take_heads, gather
+from .pages import gather, take_heads
 from .rules import UNBOUNDED
 
 # Bytes of keys and values gathered at once: they stay in the processor's cache, and under the size from which the
@@ -34,8 +34,9 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
     for part in (rules.global_heads, rules.local_heads):
         if not part:
             continue
+        rows = take_heads(table, part)
         found, lse = attend_pages(
-            take_heads(grouped, part), k_pages, v_pages, take_heads(table, part), lengths, lengths - tokens, rules.take(part),
+            take_heads(grouped, part), k_pages, v_pages, rows, lengths, lengths - tokens, rules.take(part),
             scale=scale, softcap=softcap,
         )  # fmt: skip
         if sinks is not None:

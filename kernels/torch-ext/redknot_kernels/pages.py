@@ -17,7 +17,7 @@ def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
         lengths: `[batch]`, tokens in the rows before this step.
         rules: `HeadRules` of the heads.
     """
-    batch, heads, tokens, _ = k_new.shape
+    tokens = k_new.shape[2]
     if tokens <= rules.slack:
         positions = lengths.long()[:, None, None] + torch.arange(tokens, device=lengths.device)
         _write(k_pages, v_pages, k_new, v_new, table, rules.slots(positions))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .attend import add_sink_logit, attend, merge
 from .decode import attend_pages
-from .pages import take_heads, gather_tokens
+from .pages import gather_tokens, take_heads
 from .rules import UNBOUNDED
 
 # Bytes of keys and values laid out at once for the bands of a local head.
@@ -21,8 +21,9 @@ class Context:
     Attributes:
         length: Tokens of every row.
         k_pages, v_pages, table: The pages; global heads read their past from them.
-        bands: For each of `rules.local_groups` the keys and the values at positions 0 to `sink`, followed by those from
-            `length - window + 1` on, `[batch, heads of the group, tokens, dim]`; copied, since the step overwrites them.
+        bands: For each of `rules.local_groups` the keys and the values at positions 0 to `sink`, followed by those
+            from `length - window + 1` on, `[batch, heads of the group, tokens, dim]`. Copies, since the step
+            overwrites the pages.
     """
 
     length: int
@@ -71,7 +72,9 @@ def prefill(query, k_new, v_new, context, rules, *, scale, softcap=None, s_aux=N
             work.append((members, lambda q, k, v, p=part, b=past: _banded(q, k, v, b, p, scale, softcap)))
     out = query.new_empty(batch, tokens, heads, group, v_new.shape[-1])
     for members, run in work:
-        found, lse = run(take_heads(grouped, members).flatten(1, 2), take_heads(k_new, members), take_heads(v_new, members))
+        found, lse = run(
+            take_heads(grouped, members).flatten(1, 2), take_heads(k_new, members), take_heads(v_new, members)
+        )
         found = add_sink_logit(found, lse, None if sinks is None else sinks[list(members)].flatten())
         found = found.unflatten(1, (len(members), group)).permute(0, 3, 1, 2, 4)
         if len(members) == heads:
@@ -90,8 +93,9 @@ def _causal(query, k_new, v_new, context, rules, heads, scale, softcap):
     if context is None or context.length == 0:
         return new
     lengths = torch.full((len(query),), context.length, device=query.device)
+    rows = take_heads(context.table, heads)
     out, lse = attend_pages(
-        query.unflatten(1, (len(heads), -1)), context.k_pages, context.v_pages, take_heads(context.table, heads), lengths,
+        query.unflatten(1, (len(heads), -1)), context.k_pages, context.v_pages, rows, lengths,
         lengths, rules, scale=scale, softcap=softcap,
     )  # fmt: skip
     return merge([new, (out.flatten(1, 2), lse.flatten(1, 2))])
@@ -106,7 +110,9 @@ def _banded(query, k_new, v_new, past, rules, scale, softcap):
     blocks = -(-tokens // block)
     sinks, bands = zip(*(_sink_and_band(new, s, length, sink) for new, s in _pairs((k_new, v_new), stored)))
     before = (window - 1) - (bands[0].shape[2] - tokens)  # room where the sequence begins inside the first window
-    bands = [F.pad(band, (0, 0, before, blocks * block - tokens)).unfold(2, window - 1 + block, block) for band in bands]
+    bands = [
+        F.pad(band, (0, 0, before, blocks * block - tokens)).unfold(2, window - 1 + block, block) for band in bands
+    ]
     query = F.pad(query, (0, 0, 0, blocks * block - tokens)).unflatten(2, (blocks, block))
     step = max(1, _CHUNK_BYTES // (bands[0][:, :, 0].numel() * query.element_size() * 2))
     outs, lses = [], []

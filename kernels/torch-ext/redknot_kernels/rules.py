@@ -55,9 +55,7 @@ class HeadRules:
     @cached_property
     def max_pages(self):
         """The most pages a row of each head holds."""
-        return tuple(
-            UNBOUNDED if r >= UNBOUNDED else (s + r) // self.page_size for s, r in zip(self.sink, self.ring)
-        )
+        return tuple(UNBOUNDED if r >= UNBOUNDED else (s + r) // self.page_size for s, r in zip(self.sink, self.ring))
 
     @cached_property
     def slack(self):

@@ -1,0 +1,22 @@
+"""What every test runs under."""
+
+import pytest
+import torch
+
+# Tests are many and small: one thread each is faster than two that wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Memory that is allocated without being written holds NaN, so that reading it shows."""
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+def _poisoned(make):
+    def poison(*args, **kwargs):
+        tensor = make(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+
+    return poison

@@ -1,0 +1,70 @@
+"""Dense attention under the explicit mask that a plan means: what every cached result is held against."""
+
+import torch
+from redknot_hf import HeadPlan, HeadSpec
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+_plan: HeadPlan | None = None
+
+
+def random_plan(config, seed: int = 0) -> HeadPlan:
+    """A plan whose heads differ within every layer: some global, others with windows and sinks of all sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    pick = lambda options: options[int(torch.randint(len(options), (), generator=generator))]  # noqa: E731
+    specs = [None, (1, 0), (3, 1), (7, 2), (16, 0), (17, 4), (40, 3)]
+    heads = [
+        HeadSpec() if (s := pick(specs)) is None else HeadSpec(*s)
+        for _ in range(config.num_hidden_layers * config.num_key_value_heads)
+    ]
+    rows = zip(*[iter(heads)] * config.num_key_value_heads, strict=True)
+    return HeadPlan(tuple(rows))
+
+
+@torch.no_grad()
+def masked_logits(model: PreTrainedModel, plan: HeadPlan, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits of the whole sequence in one pass without a cache, every head under its rule."""
+    global _plan
+    _plan = plan
+    before = model.config._attn_implementation
+    model.set_attn_implementation("masked_oracle")
+    try:
+        flags = torch.ones_like(ids) if mask is None else mask
+        positions = (flags.cumsum(-1) - 1).clamp(min=0)
+        return model(ids, attention_mask=flags, position_ids=positions, use_cache=False).logits
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+    """Every step spelled out; positions count real tokens."""
+    assert _plan is not None
+    real = attention_mask[:, 0, 0]
+    position = real.cumsum(-1) - 1
+    q, k = position[:, :, None], position[:, None, :]
+    window = DynamicCache(config=module.config).layers[module.layer_idx]
+    reach = getattr(window, "sliding_window", None) or 1 << 30
+    seen = [
+        (k <= q) & real[:, None, :] & (k > q - reach) & ((k > q - (s.window or 1 << 30)) | (k < s.sink))
+        for s in _plan[module.layer_idx]
+    ]
+    group = query.shape[1] // key.shape[1]
+    seen = torch.stack(seen, 1).repeat_interleave(group, 1)
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query.float() @ key.float().transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.float()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1).nan_to_num(0.0)[..., : key.shape[2]]
+    return (weights @ value.float()).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _mask(batch_size, kv_length, attention_mask=None, **kwargs):
+    return attention_mask[:, None, None, :kv_length]
+
+
+AttentionInterface.register("masked_oracle", _attention)
+AttentionMaskInterface.register("masked_oracle", _mask)

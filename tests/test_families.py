@@ -1,0 +1,64 @@
+"""The two equalities that hold the library, for every supported family."""
+
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, make_model
+from oracle import masked_logits, random_plan
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from transformers import DynamicCache
+
+
+def prompts(batch, length, padding=()):
+    """Random ids, and a mask with this many slots of left padding a row."""
+    ids = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(padding):
+        ids[row, :pad], mask[row, :pad] = 0, 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_global_equals_dynamic_cache_token_for_token(family, page_size):
+    model = make_model(family)
+    ids, mask = prompts(2, 40, padding=(0, 9))
+    options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False}
+    cache = RedKnotCache(model.config, HeadPlan.uniform(model.config, HeadSpec()), page_size=page_size)
+    ours = model.generate(ids, past_key_values=cache, **options)
+    model.set_attn_implementation("eager")
+    dense = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+    assert torch.equal(ours, dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_plan_equals_the_explicit_mask_at_every_step(family):
+    model = make_model(family)
+    ids, mask = prompts(2, 75, padding=(0, 9))
+    plan = random_plan(model.config, seed=len(family))
+    expected = masked_logits(model, plan, ids, mask)
+    cache = RedKnotCache(model.config, plan, page_size=16)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for start, stop in [(0, 33), (33, 52), *((i, i + 1) for i in range(52, 75))]:
+            logits = model(
+                ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+            ).logits
+            real = mask[:, start:stop].bool()
+            torch.testing.assert_close(logits[real], expected[:, start:stop][real], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_within_the_rounding_of_dense_attention(dtype):
+    model, exact = make_model("llama", dtype), make_model("llama")
+    exact.load_state_dict(model.state_dict())
+    ids, _ = prompts(1, 75)
+    plan = random_plan(model.config)
+    expected = masked_logits(exact, plan, ids)
+    rounding = (masked_logits(model, plan, ids).float() - expected).abs().max()
+    cache = RedKnotCache(model.config, plan, page_size=16)
+    with torch.no_grad():
+        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in [(0, 40), (40, 41), (41, 75)]]
+    assert (torch.cat(parts, 1).float() - expected).abs().max() <= 2 * rounding

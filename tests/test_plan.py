@@ -1,0 +1,255 @@
+import json
+import pickle
+from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, LlavaConfig
+
+from redknot_hf.plan import HeadPlan, HeadSpec
+
+LOCAL = HeadSpec(window=256, sink=4)
+
+
+def config(layers=3, kv_heads=2, **more):
+    return SimpleNamespace(num_hidden_layers=layers, num_key_value_heads=kv_heads, **more)
+
+
+@pytest.mark.parametrize(
+    ("window", "sink", "message"),
+    [
+        (0, 0, "window is 0"),
+        (-3, 0, "window is -3"),
+        (True, 0, "window is True"),
+        (8, -1, "sink is -1"),
+        (8, False, "sink is False"),
+        (None, 4, "a global head keeps all, give it sink=0"),
+    ],
+)
+def test_spec_refuses(window, sink, message):
+    with pytest.raises(ValueError, match=message):
+        HeadSpec(window, sink)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 12, 13, 14, 15, 1000])
+@pytest.mark.parametrize("spec", [HeadSpec(9, 4), HeadSpec(1, 0), HeadSpec(1, 13)], ids=str)
+def test_kept_counts_the_keys_a_later_query_can_see(spec, length):
+    last = length - 1
+    visible = [k for k in range(length) if k > last - spec.window or k < spec.sink]
+    assert spec.kept(length) == len(visible)
+    assert HeadSpec().kept(length) == length
+
+
+def test_kept_refuses_a_negative_length():
+    with pytest.raises(ValueError, match="length is -1"):
+        LOCAL.kept(-1)
+
+
+def test_plan_is_frozen_nested_data():
+    plan = HeadPlan([[HeadSpec(), LOCAL], [LOCAL, LOCAL]], provenance={"method": "hand"})
+    assert plan.heads == ((HeadSpec(), LOCAL), (LOCAL, LOCAL))
+    assert plan[0][0].is_global
+    assert not plan[-1][1].is_global
+    assert (len(plan), plan.num_heads, plan.num_global) == (2, 4, 1)
+    assert list(plan) == [plan[0], plan[1]]
+    assert repr(plan) == "HeadPlan(2 layers x 2 KV heads, 1 global)"
+    with pytest.raises(FrozenInstanceError):
+        plan.heads = ()
+
+
+def test_provenance_is_no_part_of_equality():
+    one, other = HeadPlan(((LOCAL,),), provenance={"a": 1}), HeadPlan(((LOCAL,),))
+    assert one == other
+    assert len({one, other}) == 1
+    assert other != HeadPlan(((HeadSpec(),),))
+    copy = pickle.loads(pickle.dumps(one))
+    assert (copy, copy.provenance) == (one, {"a": 1})
+
+
+@pytest.mark.parametrize("heads", [(), ((),)])
+def test_plan_refuses_to_be_empty(heads):
+    with pytest.raises(ValueError, match="no heads"):
+        HeadPlan(heads)
+
+
+@pytest.mark.parametrize(
+    ("model_config", "shape"),
+    [
+        (config(3, 2), (2, 2, 2)),
+        (config(2, None, num_attention_heads=5), (5, 5)),
+        (SimpleNamespace(num_hidden_layers=1, num_attention_heads=4), (4,)),
+        (config(3, [2, 0, 4]), (2, 0, 4)),
+        (LlamaConfig(num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, hidden_size=12), (2, 2, 2)),
+        (GPT2Config(n_layer=2, n_head=3, n_embd=6), (3, 3)),
+        (LlavaConfig(text_config=LlamaConfig(num_hidden_layers=2, num_key_value_heads=4)), (4, 4)),
+    ],
+    ids=["kv", "none", "mha", "by layer", "llama", "gpt2", "llava"],
+)
+def test_shape_comes_from_the_text_config(model_config, shape):
+    plan = HeadPlan.uniform(model_config, LOCAL)
+    assert tuple(map(len, plan)) == shape
+    assert plan.num_global == 0
+    plan.check(model_config)
+
+
+def test_config_without_layers_is_refused():
+    with pytest.raises(ValueError, match=r"SimpleNamespace has num_hidden_layers=None and None KV heads"):
+        HeadPlan.uniform(SimpleNamespace(), LOCAL)
+
+
+def test_with_global():
+    plan = HeadPlan.with_global(config(), ((layer, np.int64(1)) for layer in (0, 2)), local=LOCAL)
+    assert plan.heads == ((LOCAL, HeadSpec()), (LOCAL, LOCAL), (LOCAL, HeadSpec()))
+
+
+@pytest.mark.parametrize("pair", [(3, 0), (0, 2), (-1, 0), (0, -1)])
+def test_with_global_refuses_pairs_outside_the_model(pair):
+    with pytest.raises(ValueError, match=rf"\({pair[0]}, {pair[1]}\) lies outside .* 3 layers x 2 KV heads"):
+        HeadPlan.with_global(config(), [(0, 0), pair], local=LOCAL)
+
+
+@pytest.mark.parametrize(
+    ("model_config", "model"),
+    [
+        (config(4, 2, model_type="llama", architectures=["LlamaForCausalLM"]), "LlamaForCausalLM / llama"),
+        (config(4, 2, model_type="llama", architectures=None), "llama"),
+        (config(4, 2), "SimpleNamespace"),
+    ],
+)
+def test_check_names_both_shapes(model_config, model):
+    plan = HeadPlan.uniform(config(3, 2), LOCAL)
+    message = rf"the plan has 3 layers x 2 KV heads, the model \({model}\) has 4 layers x 2 KV heads: load"
+    with pytest.raises(ValueError, match=message):
+        plan.check(model_config)
+
+
+PLANS = {
+    "all global": HeadPlan.uniform(config(2, 3), HeadSpec()),
+    "all local": HeadPlan.uniform(config(1, 1), LOCAL),
+    "mixed": HeadPlan(((HeadSpec(), LOCAL, LOCAL), (HeadSpec(64), LOCAL, HeadSpec(64, 1)))),
+    "by layer": HeadPlan(((LOCAL,), (), (HeadSpec(), LOCAL))),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_save_and_load(plan, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text("an older file")
+    provenance = {"model": "tiny", "drift": [0.5, None]}
+    HeadPlan(plan.heads, provenance=provenance).save(path)
+    loaded = HeadPlan.load(str(path))
+    assert loaded == plan
+    assert loaded.provenance == provenance
+    assert list(tmp_path.iterdir()) == [path]  # no temporary file stays
+
+
+def test_file_is_small_and_readable(tmp_path):
+    plan = HeadPlan.with_global(config(32, 8), [(0, 0), (0, 3), (12, 6), (19, 2), (25, 5)], local=LOCAL)
+    plan.save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    assert len(text) < 600
+    assert text.splitlines() == [
+        "{",
+        '  "format": "redknot-plan",',
+        '  "version": 1,',
+        '  "layers": 32,',
+        '  "kv_heads": 8,',
+        '  "default": {"window": 256, "sink": 4},',
+        '  "exceptions": [',
+        '    {"window": null, "heads": [[0, 0], [0, 3], [12, 6], [19, 2], [25, 5]]}',
+        "  ],",
+        '  "provenance": {}',
+        "}",
+    ]
+
+
+@pytest.mark.parametrize("provenance", [{"model": object()}, {"drift": float("nan")}], ids=["object", "nan"])
+def test_save_refuses_provenance_that_json_cannot_hold(provenance, tmp_path):
+    with pytest.raises(ValueError, match=r"plan\.json: the provenance does not fit JSON"):
+        HeadPlan(((LOCAL,),), provenance=provenance).save(tmp_path / "plan.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_checks_the_config(tmp_path):
+    path = tmp_path / "plan.json"
+    HeadPlan.uniform(config(3, 2), LOCAL).save(path)
+    assert HeadPlan.load(path, config(3, 2)).num_heads == 6
+    with pytest.raises(
+        ValueError, match=r"plan\.json: the plan has 3 layers x 2 KV heads, the model .* has 3 layers x 4"
+    ):
+        HeadPlan.load(path, config(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"), [({"window": 0}, "window is 0"), ({"window": 8, "sink": -1}, "sink is -1")]
+)
+def test_load_names_the_file_of_a_wrong_spec(spec, message, tmp_path):
+    path = tmp_path / "plan.json"
+    HeadPlan.uniform(config(), LOCAL).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"default": spec}))
+    with pytest.raises(ValueError, match=rf"plan\.json: {message}"):
+        HeadPlan.load(path)
+
+
+# Two global heads keep 100 tokens each, four local ones 4 + 8: 248 tokens.
+SMALL = HeadPlan.with_global(config(3, 2), [(0, 0), (2, 1)], local=HeadSpec(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("length", "head_dim", "dtype", "nbytes"),
+    [
+        (100, 64, torch.bfloat16, 248 * 2 * 64 * 2),
+        (100, 64, "bfloat16", 248 * 2 * 64 * 2),
+        (100, 64, "torch.float16", 248 * 2 * 64 * 2),
+        (100, 64, "float32", 248 * 2 * 64 * 4),
+        (100, 64, np.dtype("float64"), 248 * 2 * 64 * 8),
+        (100, 64, 1, 248 * 2 * 64),
+        (100, (192, 128), torch.float8_e4m3fn, 248 * 320),
+        (5, 64, 2, 6 * 5 * 2 * 64 * 2),
+        (0, 64, 2, 0),
+    ],
+)
+def test_nbytes(length, head_dim, dtype, nbytes):
+    assert SMALL.nbytes(length, head_dim, dtype) == nbytes
+
+
+@pytest.mark.parametrize("dtype", ["bf16", 0, True, None])
+def test_nbytes_refuses_unknown_dtypes(dtype):
+    with pytest.raises(ValueError, match=f"dtype is {dtype!r}: give a torch or numpy dtype"):
+        SMALL.nbytes(1, 64, dtype)
+
+
+def test_print():
+    plan = HeadPlan.with_global(config(2, 8), [(0, 0), (0, 3), (1, 7)], local=HeadSpec(128))
+    assert str(plan).splitlines() == [
+        "HeadPlan: 2 layers x 8 KV heads, 3 global, 13 local (window 128, sink 0)",
+        "  0  █··█····",
+        "  1  ·······█",
+        "  █ global   window:  · 128",
+        "KV kept: 8K 20 % (5.0x less), 32K 19 % (5.2x less), 128K 19 % (5.3x less)",
+    ]
+
+
+def test_print_windows_by_size():
+    windows = [16, 32, 64, None, 128, 128, 256, 512, 1024, 2048]
+    lines = str(HeadPlan([[HeadSpec(window) for window in windows]])).splitlines()
+    assert lines[0].endswith("9 local (window 128, sink 0; window 16, sink 0; window 32, sink 0; 5 more kinds)")
+    assert lines[1] == "  0  ··▁█▂▂▃▄▅▆"
+    assert lines[2] == "  █ global   window:  · 16 to 32  ▁ 64  ▂ 128  ▃ 256  ▄ 512  ▅ 1024  ▆ 2048"
+
+
+@pytest.mark.parametrize(("layers", "kv_heads", "rows"), [(20, 8, 20), (32, 8, 16), (80, 8, 20), (80, 64, 80)])
+def test_print_puts_many_layers_side_by_side(layers, kv_heads, rows):
+    lines = str(HeadPlan.uniform(config(layers, kv_heads), LOCAL)).splitlines()
+    assert len(lines) == rows + 3
+    assert max(map(len, lines)) <= 110
+    assert lines[1].split()[::2] == [str(layer) for layer in range(0, layers, rows)]
+
+
+def test_print_all_global():
+    lines = str(HeadPlan.uniform(config(), HeadSpec())).splitlines()
+    assert lines[0] == "HeadPlan: 3 layers x 2 KV heads, 6 global, 0 local"
+    assert lines[-2] == "  █ global"
+    assert lines[-1].startswith("KV kept: 8K 100 % (1.0x less)")
