@@ -39,7 +39,7 @@ def redknot_attention(
     Raises:
         ValueError: Weights, dropout, a position bias or two-sided attention are asked of a cache.
     """
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
         raise ValueError(
             "output_attentions=True: the redknot attention never holds the weights. Load the model with "
             "attn_implementation='eager' to look at them."
@@ -53,6 +53,7 @@ def redknot_attention(
         if attention_mask is None or isinstance(attention_mask, PaddingMask):
             out = _paged(query, key.redknot, attention_mask, options)
         else:
+            _check_explicit(attention_mask, query, key.redknot)
             out = _explicit(query, key.redknot, attention_mask, options)
     return (_NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out), None
 
@@ -85,11 +86,6 @@ def _run(query: Query, step: Step, run: Run, options: dict[str, Any]) -> Output:
 def _explicit(query: Query, step: Step, mask: Explicit, options: dict[str, Any]) -> Output:
     """Attends under a mask of the caller's own, which says what comes after what; each head's window still holds."""
     layer = step.layer
-    if layer.history.padded:
-        raise ValueError(
-            "a 4-D attention mask over a cache that skipped padding: its columns no longer are positions. Pass the "
-            "2-D mask, or use one kind of mask from the first call on."
-        )
     if step.past is None:
         step.past = _read_past(step)
         layer.write(step, None)
@@ -151,6 +147,23 @@ def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise ValueError(f"{type(module).__name__} attends both ways and needs no RedKnotCache; use DynamicCache")
+
+
+def _check_explicit(mask: Tensor, query: Query, step: Step) -> None:
+    if step.layer.history.padded:
+        raise ValueError(
+            "a 4-D attention mask over a cache that skipped padding: its columns no longer are positions. Pass the "
+            "2-D mask, or use one kind of mask from the first call on."
+        )
+    batch, heads, tokens, _ = query.shape
+    slots = step.start + step.tokens
+    fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+    fits = fits and mask.shape[2] == tokens and mask.shape[3] >= slots
+    if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(
+            f"the attention mask is {list(mask.shape)} of {mask.dtype}: give [{batch}, 1, {tokens}, {slots}] of bool "
+            "(True is visible) or of float (added to the scores), or the 2-D mask"
+        )
 
 
 class _NoGradient(torch.autograd.Function):

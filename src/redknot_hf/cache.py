@@ -74,9 +74,14 @@ class RedKnotCache(Cache):
                 f"the model runs with attn_implementation={used!r}, which cannot read a RedKnotCache. Call "
                 "model.set_attn_implementation('redknot'), or load the model with attn_implementation='redknot'."
             )
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the model has a layer {layer_idx} and the cache {len(self.layers)} layers: make the cache from "
+                "model.config and a plan of this model"
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last slots of every sequence: a negative number; 0 gives spare memory back.
 
         Raises:

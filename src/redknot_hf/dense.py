@@ -31,7 +31,7 @@ def dense_attention(  # noqa: PLR0913 - what transformers passes
     """Ordinary attention, differentiable: what the model does without a RedKnotCache."""
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    window = kwargs.get("sliding_window")
+    window = kwargs.get("sliding_window") or getattr(mask, "window", None)
     tokens, keys = query.shape[2], key.shape[2]
     if isinstance(mask, PaddingMask) or mask is None:
         flags = None if mask is None or bool(mask.plain().all()) else mask.plain()

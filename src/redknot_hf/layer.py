@@ -117,18 +117,17 @@ class RedKnotLayer(CacheLayerMixin):
         """Drops all tokens and their memory."""
         self._clear()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last slots: a negative number of them, or 0 to give spare memory back.
 
         Raises:
             ValueError: The number is positive, or reaches beyond what the rows keep.
         """
         lengths = self.lengths_after_crop(tokens_to_remove)
-        if lengths is None or self.rows is None or self.pool is None:
-            return
-        self.slots += int(tokens_to_remove)
-        self.history.drop_last(-int(tokens_to_remove))
-        self.rows.cut(lengths)
+        if lengths is not None and self.rows is not None:
+            self.slots += int(tokens_to_remove)
+            self.history.drop_last(-int(tokens_to_remove))
+            self.rows.cut(lengths)
         self.trim()
 
     def activate_past_recording(self) -> None:
@@ -207,7 +206,7 @@ class RedKnotLayer(CacheLayerMixin):
         """Bytes of the pages; they may be shared with a fork."""
         return 0 if self.pool is None else self.pool.nbytes
 
-    def lengths_after_crop(self, tokens_to_remove: int) -> Int[np.ndarray, " batch"] | None:
+    def lengths_after_crop(self, tokens_to_remove: int | Tensor) -> Int[np.ndarray, " batch"] | None:
         """Tokens of each sequence after a crop; `None` if there is nothing to take back. Raises as `crop` does."""
         removed = -int(tokens_to_remove)
         if removed < 0:
@@ -285,15 +284,15 @@ class RedKnotLayer(CacheLayerMixin):
         """Lays rows out by rules with longer rings; rows that have not gone round stay where they are."""
         rows, pool = self.storage()
         moved = []
-        for b, h in np.argwhere(rows.wrapped()):
+        for b, h in np.argwhere(rows.wrapped()).tolist():
             positions = torch.from_numpy(rows.positions_held(b, h)).to(pool.keys.device)[None, None]
             row = self.table()[b : b + 1, h : h + 1]
-            slots = rows.rules.take((int(h),)).slots(positions)
+            slots = rows.rules.take((h,)).slots(positions)
             moved.append((b, h, positions, *(gather_tokens(x, row, slots) for x in (pool.keys, pool.values))))
         rows.widen(rules)
         self._reserve(rows.lengths)
         for b, h, positions, key, value in moved:
-            row, slots = self.table()[b : b + 1, h : h + 1], rules.take((int(h),)).slots(positions)
+            row, slots = self.table()[b : b + 1, h : h + 1], rules.take((h,)).slots(positions)
             scatter_tokens(pool.keys, row, slots, key)
             scatter_tokens(pool.values, row, slots, value)
         self.trim()

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
@@ -18,7 +17,20 @@ class PaddingMask(torch.Tensor):
 
     Four dimensions let it pass transformers' mask code a second time unchanged. The class tells it from a mask of the
     caller's own.
+
+    Attributes:
+        window: Tokens that the model's sliding layers see back, where that is less than the mask is long. Some models
+            say so to the mask function only.
     """
+
+    window: int | None = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(out, PaddingMask):  # a part of the mask, or the mask on another device
+            out.window = next((x.window for x in args if isinstance(x, PaddingMask)), None)
+        return out
 
     def plain(self) -> Bool[Tensor, "batch 1 1 slots"]:
         """The flags as an ordinary tensor."""
@@ -71,20 +83,37 @@ def redknot_mask(  # noqa: PLR0913 - what transformers passes
 
     Returns:
         `None` or a `PaddingMask` where queries are the last slots and see back as far as their heads do; else, for
-        packed sequences, overlays, two-sided attention and pre-allocated caches, the explicit `[batch, 1, queries,
-        keys]`.
+        packed sequences, overlays, chunks, two-sided attention and pre-allocated caches, the explicit `[batch, 1,
+        queries, keys]`.
+
+    Raises:
+        ValueError: The 2-D mask is of another batch, or does not reach to the last slot.
     """
+    if attention_mask is not None and attention_mask.shape[0] != batch_size:
+        raise ValueError(f"the attention mask has {attention_mask.shape[0]} rows: give one for each of {batch_size}")
     last = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    if use_vmap or not allow_is_causal_skip or not last:
+    # Of the local patterns only the sliding window needs no matrix: chunks, say, do not end where the query is.
+    reach = kwargs.get("local_size")
+    chunked = reach is not None and reach != getattr(kwargs.get("config"), "sliding_window", None)
+    if use_vmap or not allow_is_causal_skip or not last or chunked:
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
             attention_mask=attention_mask, allow_is_causal_skip=False, use_vmap=use_vmap, **kwargs,
         )  # fmt: skip
-    if attention_mask is None:
+    slots = kv_offset + kv_length
+    window = None if reach is None or reach >= kv_length else reach
+    if attention_mask is None and window is None:
         return None
-    missing = kv_offset + kv_length - attention_mask.shape[-1]
-    flags = F.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
-    return flags[:, None, None, kv_offset : kv_offset + kv_length].as_subclass(PaddingMask)
+    if attention_mask is None:
+        attention_mask = torch.ones(batch_size, slots, dtype=torch.bool, device=kwargs.get("device"))
+    if attention_mask.shape[1] < slots:
+        raise ValueError(
+            f"the attention mask has {attention_mask.shape[1]} columns: give one for each of {slots} slots, the "
+            f"{slots - q_length} before this step and its {q_length}"
+        )
+    mask = attention_mask[:, None, None, kv_offset:slots].as_subclass(PaddingMask)
+    mask.window = window
+    return mask
 
 
 AttentionMaskInterface.register("redknot", redknot_mask)

@@ -32,12 +32,12 @@ class PagePool:
         self.page_size = page_size
         self.fixed = pages is not None
         self.shared = False
-        self.keys: Float[Tensor, "pages page_size key_dim"] = torch.zeros(
-            pages or 0, page_size, dims[0], dtype=dtype, device=device
-        )
-        self.values: Float[Tensor, "pages page_size value_dim"] = torch.zeros(
-            pages or 0, page_size, dims[1], dtype=dtype, device=device
-        )
+        self.keys: Float[Tensor, "pages page_size key_dim"]
+        self.values: Float[Tensor, "pages page_size value_dim"]
+        with torch.inference_mode(False):  # so that what was made in inference mode can be written outside of it
+            self.keys, self.values = (
+                torch.zeros(pages or 0, page_size, dim, dtype=dtype, device=device) for dim in dims
+            )
         self._holders: WeakSet[Rows] = WeakSet()
 
     @property
@@ -101,15 +101,19 @@ class PagePool:
 
     def to(self, device: torch.device | str) -> None:
         """Moves all pages to a device."""
-        self.keys, self.values = (x.to(device, non_blocking=True) for x in (self.keys, self.values))
+        with torch.inference_mode(False):
+            self.keys, self.values = (x.to(device, non_blocking=True) for x in (self.keys, self.values))
 
     def _rebuild(self, kept: Ids, more: int) -> None:
         """Keeps some pages, in this order, and adds empty ones; keys first, so that only one copy is extra."""
-        self.keys = _resized(self.keys, kept, more)
-        self.values = _resized(self.values, kept, more)
+        with torch.inference_mode(False):
+            self.keys = _resized(self.keys, kept, more)
+            self.values = _resized(self.values, kept, more)
 
 
-def _resized(pages: Float[Tensor, "pages page_size dim"], kept: Ids, more: int) -> Float[Tensor, "new page_size dim"]:
+def _resized(
+    pages: Float[Tensor, "pages page_size dim"], kept: Int[np.ndarray, " kept"], more: int
+) -> Float[Tensor, "new page_size dim"]:
     out = pages.new_empty(len(kept) + more, *pages.shape[1:])
     if len(kept) == len(pages):
         out[: len(kept)] = pages

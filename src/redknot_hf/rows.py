@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 if TYPE_CHECKING:
     from redknot_kernels import HeadRules
 
-Ids = Int[np.ndarray, " pages"]
+Ids = Int[np.ndarray, " ids"]
 Allocate = Callable[[int], Ids]
 
 ABSENT = -1
@@ -37,8 +37,7 @@ class Rows:
         self.table: Int[np.ndarray, "batch heads columns"] = np.full((batch, rules.heads, 0), ABSENT, np.int32)
         self.lengths: Int[np.ndarray, " batch"] = np.zeros(batch, np.int64)
         self.version = 0
-        # What a ring has lost: everything (sinks apart) below `peak - ring`, and below `floor`.
-        self._peak = self.lengths.copy()
+        # Rings lose what lies `ring` behind the end; after a cut, what they had lost before stays lost.
         self._floor: Int[np.ndarray, "batch heads"] = np.zeros((batch, rules.heads), np.int64)
         self._room = self.lengths.copy()
 
@@ -100,11 +99,10 @@ class Rows:
     def advance(self, counts: Int[np.ndarray, " batch"]) -> None:
         """Counts tokens that were written."""
         self.lengths = self.lengths + counts
-        self._peak = np.maximum(self._peak, self.lengths)
 
     def oldest(self) -> Int[np.ndarray, "batch heads"]:
         """First position, behind the sinks, that each row still holds."""
-        return np.maximum(self._floor, self._peak[:, None] - np.array(self.rules.ring))
+        return np.maximum(self._floor, self.lengths[:, None] - np.array(self.rules.ring))
 
     def missing_after(self, lengths: Int[np.ndarray, " batch"]) -> int:
         """Tokens that a next query would miss if the sequences were cut back to `lengths`; 0 if none."""
@@ -115,17 +113,18 @@ class Rows:
 
     def cut(self, lengths: Int[np.ndarray, " batch"]) -> None:
         """Cuts the sequences back to `lengths` and drops the pages that hold nothing any more."""
-        needed = np.where(self.wrapped(), np.array(self.rules.max_pages), self.pages_needed(lengths))
+        needed = self.pages_needed(lengths)
         self.table = np.where(self._columns_below(needed), self.table, ABSENT).astype(np.int32)
         self.table = self.table[:, :, : needed.max(initial=0)]
+        self._floor = np.minimum(self.oldest(), lengths[:, None])
         self.lengths = lengths
         self._room = np.minimum(self._room, -(-lengths // self.rules.page_size) * self.rules.page_size)
         self.version += 1
 
     def select(self, index: Int[np.ndarray, " selected"]) -> None:
         """Makes row i what row `index[i]` was; pages are shared, not copied."""
-        self.table, self.lengths, self._peak, self._floor, self._room = (
-            x[index] for x in (self.table, self.lengths, self._peak, self._floor, self._room)
+        self.table, self.lengths, self._floor, self._room = (
+            x[index] for x in (self.table, self.lengths, self._floor, self._room)
         )
         self.version += 1
 
@@ -151,14 +150,14 @@ class Rows:
         self.version += 1
 
     def wrapped(self) -> Bool[np.ndarray, "batch heads"]:
-        """Rows whose ring has gone round."""
-        return self._peak[:, None] > np.array(self.rules.sink) + np.array(self.rules.ring)
+        """Rows longer than their slots, so that the ring has gone round."""
+        return self.lengths[:, None] > np.array(self.rules.sink) + np.array(self.rules.ring)
 
     def fork(self) -> Rows:
         """Another holder of the same pages."""
         other = Rows(self.batch, self.rules)
-        other.table, other.lengths, other._peak, other._floor, other._room = (
-            x.copy() for x in (self.table, self.lengths, self._peak, self._floor, self._room)
+        other.table, other.lengths, other._floor, other._room = (
+            x.copy() for x in (self.table, self.lengths, self._floor, self._room)
         )
         return other
 

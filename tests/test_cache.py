@@ -1,0 +1,221 @@
+"""The cache as a user holds it: what it keeps, frees, shares, takes back and says."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from families import VOCABULARY, make_model
+from oracle import masked_logits, random_plan
+
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+
+PAGE = 16
+
+
+def some_ids(batch, length, seed=1):
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def feed(model, cache, ids):
+    return model(ids, past_key_values=cache).logits
+
+
+def planned(batch=1, length=0, seed=0, **kwargs):
+    """A Llama, a random plan, a cache, and the ids it has read."""
+    model = make_model("llama")
+    cache = RedKnotCache(model.config, random_plan(model.config, seed), page_size=PAGE, **kwargs)
+    ids = some_ids(batch, length)
+    if length:
+        feed(model, cache, ids)
+    return model, cache, ids
+
+
+def page_bytes(cache):
+    pool = cache.layers[0].pool
+    return pool.keys[0].nbytes + pool.values[0].nbytes
+
+
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 33, 100, 257])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_resident_bytes_are_those_of_the_plan_and_at_most_two_pages_a_row(batch, length):
+    model, cache, _ = planned(batch, length)
+    plan = cache.plan
+    kept = batch * plan.nbytes(length, model.config.head_dim, torch.float32)
+    assert kept <= cache.nbytes <= kept + 2 * page_bytes(cache) * plan.num_heads * batch
+    storages = [x.untyped_storage() for layer in cache.layers for x in (layer.pool.keys, layer.pool.values)]
+    assert cache.nbytes == sum(storage.nbytes() for storage in storages)
+    assert cache.dense_nbytes == batch * length * plan.num_heads * 2 * model.config.head_dim * 4
+
+
+def live_floats():
+    """Address and bytes of every floating-point storage that is alive."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.is_floating_point()]
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+
+def test_a_forward_pass_leaves_the_pages_and_nothing_else():
+    model, cache, _ = planned()
+    before = live_floats()
+    feed(model, cache, some_ids(1, 90))
+    feed(model, cache, some_ids(1, 1))
+    after = live_floats()
+    assert sum(nbytes for address, nbytes in after.items() if address not in before) == cache.nbytes
+
+
+@pytest.mark.parametrize(
+    "spec", [HeadSpec(window=32, sink=4), HeadSpec(window=17, sink=0), HeadSpec(window=1, sink=2)]
+)
+def test_a_local_row_stops_growing(spec):
+    model = make_model("llama")
+    cache = RedKnotCache(model.config, HeadPlan.uniform(model.config, spec), page_size=PAGE)
+    feed(model, cache, some_ids(1, spec.window + spec.sink + 2 * PAGE))
+    before = cache.nbytes
+    for _ in range(4 * spec.window):
+        feed(model, cache, some_ids(1, 1))
+    assert cache.nbytes == before
+    row = cache.layers[0].rows.table[0, 0]
+    assert (row >= 0).sum() * PAGE < spec.window + spec.sink + 2 * PAGE
+
+
+@pytest.mark.parametrize("removed", [1, 7, PAGE])
+@pytest.mark.parametrize("length", [20, 45, 90])
+def test_crop_takes_tokens_back(length, removed):
+    model, cache, ids = planned(2, length)
+    cache.crop(torch.tensor(-removed))
+    assert cache.get_seq_length() == length - removed
+    other = some_ids(2, 30, seed=5)
+    logits = feed(model, cache, other)
+    whole = torch.cat([ids[:, : length - removed], other], 1)
+    torch.testing.assert_close(logits, masked_logits(model, cache.plan, whole)[:, -30:], atol=2e-4, rtol=1e-4)
+
+
+def test_crop_frees_pages_and_can_empty_the_cache():
+    model = make_model("llama")
+    cache = RedKnotCache(model.config, HeadPlan.uniform(model.config, HeadSpec()), page_size=PAGE)
+    ids = some_ids(1, 200)
+    expected = feed(model, cache, ids)
+    full = cache.nbytes
+    cache.crop(-150)
+    assert cache.nbytes < full / 2
+    cache.crop(-50)
+    assert cache.get_seq_length() == 0
+    assert torch.equal(feed(model, cache, ids), expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_recording_lets_crop_reach_far_behind_the_window(when):
+    model, cache, _ = planned(1)
+    plan = cache.plan
+    ids = some_ids(1, 400)
+    if when == "before":
+        cache.activate_past_recording()
+        feed(model, cache, ids[:, :150])
+    else:
+        feed(model, cache, ids[:, :150])
+        cache.activate_past_recording()
+    for start in range(150, 400, 25):
+        feed(model, cache, ids[:, start : start + 25])
+    cache.crop(-250)
+    other = some_ids(1, 20, seed=3)
+    expected = masked_logits(model, plan, torch.cat([ids[:, :150], other], 1))[:, -20:]
+    torch.testing.assert_close(feed(model, cache, other), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_widening_leaves_a_fork_alone():
+    model, cache, ids = planned(1, 120)
+    fork = copy.deepcopy(cache)
+    cache.activate_past_recording()
+    other = some_ids(1, 40, seed=3)
+    expected = masked_logits(model, cache.plan, torch.cat([ids, other], 1))[:, -40:]
+    for held in (fork, cache):
+        torch.testing.assert_close(feed(model, held, other), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_fork_shares_pages_until_one_side_writes():
+    model, cache, ids = planned(1, 200)
+    alone = cache.nbytes
+    forks = [copy.deepcopy(cache) for _ in range(4)]
+    assert cache.nbytes == alone
+    for seed, fork in enumerate([cache, *forks]):
+        other = some_ids(1, 25, seed=seed)
+        expected = masked_logits(model, cache.plan, torch.cat([ids, other], 1))[:, -25:]
+        torch.testing.assert_close(feed(model, fork, other), expected, atol=2e-4, rtol=1e-4)
+    grown = cache.nbytes
+    del fork, forks
+    cache.crop(0)
+    assert cache.nbytes < grown
+
+
+def test_batch_is_repeated_selected_and_reordered_by_page_tables():
+    model, cache, ids = planned(2, 70)
+    before = cache.nbytes
+    cache.batch_repeat_interleave(3)
+    assert cache.nbytes == before
+    rows = ids.repeat_interleave(3, 0)
+    order = torch.tensor([5, 0, 0, 3, 2, 4])
+    cache.reorder_cache(order)
+    rows = rows[order]
+    step = some_ids(6, 20, seed=2)
+    feed(model, cache, step)
+    rows = torch.cat([rows, step], 1)
+    held = cache.nbytes
+    chosen = torch.tensor([4, 1])
+    cache.batch_select_indices(chosen)
+    assert cache.batch_size == 2
+    assert cache.nbytes < held
+    last = some_ids(2, 3, seed=4)
+    expected = masked_logits(model, cache.plan, torch.cat([rows[chosen], last], 1))[:, -3:]
+    torch.testing.assert_close(feed(model, cache, last), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_reset_frees_everything_and_starts_over():
+    model, cache, _ = planned(2, 50)
+    cache.reset()
+    assert (cache.nbytes, cache.get_seq_length()) == (0, 0)
+    ids = some_ids(1, 30)
+    torch.testing.assert_close(feed(model, cache, ids), masked_logits(model, cache.plan, ids), atol=2e-4, rtol=1e-4)
+
+
+def test_offload_and_prefetch_change_nothing():
+    model, cache, ids = planned(1, 60)
+    other = some_ids(1, 9, seed=3)
+    cache.offload()
+    assert all(layer.pool.keys.device.type == "cpu" for layer in cache.layers)
+    cache.prefetch(layer_idx=1)
+    cache.prefetch()
+    expected = masked_logits(model, cache.plan, torch.cat([ids, other], 1))[:, -9:]
+    torch.testing.assert_close(feed(model, cache, other), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_max_cache_len_reserves_at_once_and_serves_to_the_last_slot():
+    model, cache, ids = planned(2, 10, max_cache_len=60)
+    reserved = cache.nbytes
+    other = some_ids(2, 50, seed=3)
+    logits = torch.cat([feed(model, cache, other[:, i : i + 10]) for i in range(0, 50, 10)], 1)
+    assert cache.nbytes == reserved
+    assert cache.get_max_length() == 60
+    expected = masked_logits(model, cache.plan, torch.cat([ids, other], 1))[:, 10:]
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside_of_it():
+    model, cache, _ = planned()
+    with torch.inference_mode():
+        model(some_ids(1, 30), past_key_values=cache)
+    logits = feed(model, cache, some_ids(1, 5, seed=2))
+    assert logits.isfinite().all()
+
+
+def test_print_says_tokens_heads_and_bytes():
+    model, cache, _ = planned(2, 100)
+    text = str(cache)
+    assert "\n" not in text
+    full = cache.plan.num_global
+    assert "100 tokens x 2 sequences" in text
+    assert f"{full} global + {16 - full} local heads" in text
+    assert f"{cache.nbytes / 1024:.1f} KiB resident" in text
+    assert f"dense {cache.dense_nbytes / 1024:.1f} KiB, {cache.dense_nbytes / cache.nbytes:.1f}x less" in text
+    assert "0 tokens x 0 sequences" in str(RedKnotCache(model.config, cache.plan))
