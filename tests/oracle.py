@@ -1,5 +1,8 @@
 """Dense attention under the explicit mask that a plan means: what every cached result is held against."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from redknot_hf import HeadPlan, HeadSpec
 from torch import Tensor
@@ -22,33 +25,46 @@ def random_plan(config, seed: int = 0) -> HeadPlan:
     return HeadPlan(tuple(rows))
 
 
+@contextmanager
+def under_plan(model: PreTrainedModel, plan: HeadPlan) -> Iterator[None]:
+    """Every head of the model under its rule; forward passes take the whole sequence and `use_cache=False`."""
+    global _plan
+    before = model.config._attn_implementation, _plan
+    model.set_attn_implementation("masked_oracle")
+    _plan = plan
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before[0])
+        _plan = before[1]
+
+
 @torch.no_grad()
 def masked_logits(model: PreTrainedModel, plan: HeadPlan, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits of the whole sequence in one pass without a cache, every head under its rule."""
-    global _plan
-    _plan = plan
-    before = model.config._attn_implementation
-    model.set_attn_implementation("masked_oracle")
-    try:
-        flags = torch.ones_like(ids) if mask is None else mask
-        positions = (flags.cumsum(-1) - 1).clamp(min=0)
-        return model(ids, attention_mask=flags, position_ids=positions, use_cache=False).logits
-    finally:
-        model.set_attn_implementation(before)
+    """Logits of the whole sequence in one pass without a cache; a 4-D mask of bool stands in place of causality."""
+    flags = torch.ones_like(ids) if mask is None or mask.ndim == 4 else mask
+    positions = (flags.cumsum(-1) - 1).clamp(min=0)
+    with under_plan(model, plan):
+        return model(
+            ids, attention_mask=flags if mask is None else mask, position_ids=positions, use_cache=False
+        ).logits
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
     """Every step spelled out; positions count real tokens."""
     assert _plan is not None
-    real = attention_mask[:, 0, 0]
-    position = real.cumsum(-1) - 1
-    q, k = position[:, :, None], position[:, None, :]
     window = DynamicCache(config=module.config).layers[module.layer_idx]
     reach = getattr(window, "sliding_window", None) or 1 << 30
-    seen = [
-        (k <= q) & real[:, None, :] & (k > q - reach) & ((k > q - (s.window or 1 << 30)) | (k < s.sink))
-        for s in _plan[module.layer_idx]
-    ]
+    if attention_mask.shape[2] == 1:  # flags of padding
+        real = attention_mask[:, 0, 0]
+        position = real.cumsum(-1) - 1
+        q, k = position[:, :, None], position[:, None, :]
+        shown = (k <= q) & real[:, None, :]
+    else:
+        q, k = torch.arange(query.shape[2])[None, :, None], torch.arange(key.shape[2])[None, None]
+        shown = attention_mask[:, 0]
+    shown = shown & (k > q - reach)
+    seen = [shown & ((k > q - (s.window or 1 << 30)) | (k < s.sink)) for s in _plan[module.layer_idx]]
     group = query.shape[1] // key.shape[1]
     seen = torch.stack(seen, 1).repeat_interleave(group, 1)
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -62,7 +78,9 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
     return (weights @ value.float()).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def _mask(batch_size, kv_length, attention_mask=None, **kwargs):
+def _mask(batch_size, kv_length, attention_mask=None, device="cpu", **kwargs):
+    if attention_mask is None:
+        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     return attention_mask[:, None, None, :kv_length]
 
 

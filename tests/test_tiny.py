@@ -103,7 +103,7 @@ def test_model_answers(lexicon, model):
     results = [result for collection in collections for result in answer_all(model, collection, lexicon.id["."])]
     forced = [hit for _, hits, _ in results for hit in hits]
     assert sum(forced) / len(forced) >= 0.8
-    # One hop is what a model of this size does without fault: see its card.
+    # Codes and places are what the model finds without fault: see its card.
     generated = [exact for kind, _, exact in results if kind in ("code", "place")]
     assert sum(generated) / len(generated) >= 0.9
 

@@ -43,6 +43,7 @@ SPECIAL = "<pad> <bos> <eos> <doc> </doc>"
 TEXT, ANSWER, PADDING = 0.1, 1.0, 0.0
 
 Kind = Literal["code", "country", "place", "variable", "alias"]
+KINDS: tuple[Kind, ...] = ("code", "country", "place", "variable", "alias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +120,14 @@ class Corpus:
             weights += [TEXT] + [PADDING] * (missing - 1)
         return np.array(ids[:length]), np.array(weights[:length], dtype=np.float32)
 
-    def collection(self, length: int, n_questions: int) -> Collection:
+    def collection(self, length: int, n_questions: int, kinds: Sequence[Kind] = KINDS) -> Collection:
         """Return a context of at most `length` tokens and `n_questions` questions, the kinds in turn."""
         n_documents = self._n_documents(length)
-        facts = self._facts(n_questions)
+        facts = self._facts(n_questions if kinds == KINDS else -(-3 * n_questions // len(kinds)))
         context = self._documents(facts.sentences, n_documents, length)
         if len(context) > length:
             raise ValueError(f"the facts of {n_questions} questions need {len(context)} tokens, length is {length}")
-        questions = [question for alternatives in facts.asked for question in alternatives]
+        questions = [question for asked in facts.asked for question in asked if question.kind in kinds]
         return Collection(context, _kinds_in_turn(questions)[:n_questions])
 
     def _n_documents(self, length: int) -> int:

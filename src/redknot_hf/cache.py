@@ -72,7 +72,8 @@ class RedKnotCache(Cache):
         if used not in (None, "redknot"):
             raise ValueError(
                 f"the model runs with attn_implementation={used!r}, which cannot read a RedKnotCache. Call "
-                "model.set_attn_implementation('redknot'), or load the model with attn_implementation='redknot'."
+                "model.set_attn_implementation('redknot'), or load the model with attn_implementation='redknot'. A "
+                "model that refuses both does not use transformers' attention interface; use DynamicCache with it."
             )
         if layer_idx >= len(self.layers):
             raise ValueError(
