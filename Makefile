@@ -1,8 +1,30 @@
 # `make demo` and `make test` need Python 3.11+, git and make; they set up the rest in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-oldest lint speed clean
+
+demo: .venv/.ready
+	$(BIN)/python examples/quickstart.py
+
+test: .venv/.ready
+	$(BIN)/python -m pytest --numprocesses auto
+
+test-oldest: .venv-oldest/.ready
+	$(OLDEST)/python -m pytest -m core
+
+lint: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+speed: .venv/.ready
+	$(BIN)/python -m evals.speed --out evals/results/speed_cpu.jsonl
+
+clean:
+	rm -rf .venv .venv-oldest
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -11,17 +33,9 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples]" --group test --group lint
 	touch $@
 
-demo: .venv/.ready
-	$(BIN)/python examples/quickstart.py
-
-test: .venv/.ready
-	$(BIN)/python -m pytest
-
-lint: .venv/.ready
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/pyright
-	$(BIN)/lint-imports
-
-clean:
-	rm -rf .venv
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/pip install --quiet --upgrade "pip>=25.1"
+	$(OLDEST)/pip install --quiet -c constraints-oldest.txt torch
+	$(OLDEST)/pip install --quiet -c constraints-oldest.txt -e . --group test
+	touch $@

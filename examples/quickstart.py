@@ -5,6 +5,7 @@ Run it from anywhere: `python examples/quickstart.py`. The model comes with the 
 
 import argparse
 import copy
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -78,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"The first {tokenizer.decode(question.prompt)} {' | '.join(answers)}")
     draw(runs, args.figure)
     print(f"KV bytes over length: {args.figure}")
+    if args.json:
+        args.json.write_text(json.dumps(summary(runs, collection, end), indent=1) + "\n")
     if runs[1].answers != runs[0].answers:
         print("With all heads global the tokens must be those of DynamicCache, and they are not.", file=sys.stderr)
         return 1
@@ -166,6 +170,27 @@ def table(runs: list[Run], collection: Collection, end: int) -> Table:
     return result
 
 
+def summary(runs: list[Run], collection: Collection, end: int) -> dict[str, Any]:
+    """Put the figures of the table, and what they were taken on, in a form for files."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "tokens": len(collection.context),
+        "caches": {
+            one.name: {
+                "right": one.right(collection, end),
+                "same_tokens": one.same(runs[0]),
+                "answer_tokens": sum(map(len, one.answers)),
+                "kv_bytes": one.nbytes[len(collection.context)],
+                "read_s": round(one.read_seconds, 3),
+                "answer_s": round(one.answer_seconds / len(one.answers), 4),
+            }
+            for one in runs
+        },
+    }
+
+
 def draw(runs: list[Run], path: Path) -> None:
     """Draw resident bytes over length into an image file."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -185,6 +210,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of documents and questions (default: %(default)s)")
     parser.add_argument("--figure", type=Path, default=Path("quickstart.png"), help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="file for the figures of the table")
     return parser.parse_args(argv)
 
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from redknot_hf import HeadPlan, HeadSpec
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+
+from redknot_hf import HeadPlan, HeadSpec
 
 _plan: HeadPlan | None = None
 

@@ -1,7 +1,7 @@
 """What `generate` does with a RedKnotCache, against what it does without one.
 
-An all-global plan is held against DynamicCache; a plan with local heads against the model without any cache, every head
-under its explicit mask. Tokens must be the same, and logits within rounding.
+An all-global plan is held against DynamicCache; a plan with local heads against the model without any cache, every
+head under its explicit mask. Tokens must be the same, and logits within rounding.
 """
 
 import copy
@@ -10,9 +10,10 @@ import pytest
 import torch
 from families import make_model
 from oracle import masked_logits, random_plan, under_plan
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 from test_families import prompts
 from transformers import DynamicCache
+
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
 llama_only = pytest.mark.parametrize("model", ["llama"], indirect=True)
@@ -112,6 +113,7 @@ def test_seeded_sampling(model, plan):
 def test_beams(model, plan, padding):
     ids, mask = prompts(2, 38, padding)
     options = {"attention_mask": mask, "num_beams": 3, "num_return_sequences": 2, "output_scores": True}
+    options["eos_token_id"] = list(range(3, 9))  # some hypotheses end early
     ours, dense = (
         generate(model, new_cache(model, plan), ids, **options),
         generate_dense(model, plan, ids, **options),
@@ -179,6 +181,32 @@ def test_second_turn_on_one_cache(model, plan, given, more):
     ours = generate(model, cache, ids[:, start:], attention_mask=mask)
     ours.sequences = torch.cat([ids[:, :start], ours.sequences], 1)
     assert_same(ours, dense)
+
+
+@two_families
+def test_turns_of_all_kinds_on_one_cache(model, plan):
+    cache = new_cache(model, plan)
+    ids = repetitive(70)
+    for turn in ({"prompt_lookup_num_tokens": 20}, {}, {"prefill_chunk_size": 7}):
+        dense = generate_dense(model, plan, ids, max_new_tokens=30)
+        assert_same(generate(model, cache, ids, max_new_tokens=30, **turn), dense)
+        ids = torch.cat([dense.sequences, repetitive(19)], 1)
+
+
+@two_families
+def test_tokens_taken_back_from_a_cache_that_records(model, plan):
+    ids, mask = prompts(2, 70, (0, 9))
+    cache = new_cache(model, plan)
+    options = {"attention_mask": mask, "max_new_tokens": 10}
+    ids = generate(model, cache, ids, **options).sequences
+    cache.activate_past_recording()
+    mask = torch.nn.functional.pad(mask, (0, 10), value=1)
+    ids = generate(model, cache, ids, attention_mask=mask, max_new_tokens=40).sequences
+    cache.crop(-45)
+    assert cache.get_seq_length() == 70 + 10 + 40 - 1 - 45
+    ids, mask = torch.cat([ids[:, :80], prompts(2, 7)[0]], 1), torch.nn.functional.pad(mask, (0, 7), value=1)
+    options = {"attention_mask": mask, "max_new_tokens": 10}
+    assert_same(generate(model, cache, ids, **options), generate_dense(model, plan, ids, **options))
 
 
 @two_families

@@ -1,9 +1,11 @@
 """Attention of a few new tokens over pages that already hold them."""
 
+from functools import lru_cache
+
 import torch
 
 from .attend import add_sink_logit, attend, merge
-from .pages import gather, take_heads
+from .pages import gather, head_index, take_heads
 from .rules import UNBOUNDED
 
 # Bytes of keys and values gathered at once: they stay in the processor's cache, and under the size from which the
@@ -45,7 +47,7 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
         if len(part) == heads:
             out = found
         else:
-            out[:, list(part)] = found
+            out.index_copy_(1, head_index(part, out.device), found)
     return out.flatten(1, 2).transpose(1, 2).contiguous()
 
 
@@ -81,17 +83,26 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
         if rules.global_heads and same and min(max(ends), end) <= min(starts) + 1:
             k, v = k[:, :, : max(ends) - first], v[:, :, : max(ends) - first]  # every query sees every token here
         else:
-            mask = _mask(first, end, lengths, start, tokens, rules)
-            mask = mask.unsqueeze(2).expand(-1, -1, 1 if tokens == 1 else group, -1, -1).flatten(2, 3)
+            mask = (_mask_of_one if tokens == 1 else _mask)(
+                first, end, tuple(ends), tuple(starts), tokens, rules, query.device
+            )
+            mask = mask.to(query.dtype).unsqueeze(2)  # one for the group, of which all stand at the same positions
+            mask = mask.expand(-1, -1, 1 if tokens == 1 else group, -1, -1).flatten(2, 3)
         parts.append(attend(folded, k, v, scale=scale, mask=mask, softcap=softcap))
     out, lse = merge(parts)
     return out.unflatten(2, (group, tokens)), lse.unflatten(2, (group, tokens))
 
 
-def _mask(first, end, lengths, start, tokens, rules):
-    """What each query sees of the slots from `first` to `end`: `[batch, heads, tokens, slots]`."""
-    slots = torch.arange(first, end, device=lengths.device)
-    keys = rules.positions(slots, lengths.long())
-    queries = start.long()[:, None, None] + torch.arange(tokens, device=lengths.device)
-    keys = torch.where(keys < lengths[:, None, None], keys, UNBOUNDED)
-    return rules.visible(queries, keys)
+def _mask(first, end, lengths, starts, tokens, rules, device):
+    """What each query sees of the slots from `first` to `end`, as 0 or -inf: `[batch, 1 or heads, tokens, slots]`."""
+    if len(set(zip(rules.window, rules.sink, rules.ring))) == 1:
+        rules = rules.take((0,))
+    lengths, starts = (torch.tensor(x, device=device)[:, None, None] for x in (lengths, starts))
+    keys = rules.positions(torch.arange(first, end, device=device), lengths[:, 0, 0])
+    keys = torch.where(keys < lengths, keys, UNBOUNDED)
+    seen = rules.visible(starts + torch.arange(tokens, device=device), keys)
+    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
+
+
+# In a step of decoding, layers of equal rules ask for the same small mask.
+_mask_of_one = lru_cache(maxsize=16)(_mask)

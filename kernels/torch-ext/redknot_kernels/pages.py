@@ -4,6 +4,8 @@ A page holds `page_size` tokens of one KV head. `table` lists the pages of every
 any valid page.
 """
 
+from functools import lru_cache
+
 import torch
 
 
@@ -79,4 +81,10 @@ def take_heads(tensor, heads):
     """The given heads of `[batch, heads, ...]`, without a copy where they are all of them."""
     if len(heads) == tensor.shape[1]:
         return tensor
-    return tensor.index_select(1, torch.tensor(heads, device=tensor.device))
+    return tensor.index_select(1, head_index(heads, tensor.device))
+
+
+@lru_cache(maxsize=4096)
+def head_index(heads, device):
+    """The heads as a tensor, for indexing."""
+    return torch.tensor(heads, device=device)
