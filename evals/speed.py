@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 
@@ -49,7 +49,7 @@ MODELS = {"bundled": bundled, "llama_1024": llama_1024}
 def measure(model: PreTrainedModel, plan: HeadPlan, length: int, tokens: int, repeats: int) -> dict[str, dict]:
     """Medians of prefill seconds and milliseconds a decoded token, and resident bytes, for each method."""
     whole = HeadPlan.uniform(model.config, HeadSpec())
-    methods: dict[str, tuple[str, Callable[[], Cache]]] = {
+    methods: dict[str, tuple[str, Callable[[], DynamicCache | RedKnotCache]]] = {
         "dynamic": ("sdpa", lambda: DynamicCache(config=model.config)),
         "all_global": ("redknot", lambda: RedKnotCache(model.config, whole)),
         "plan": ("redknot", lambda: RedKnotCache(model.config, plan)),
@@ -82,11 +82,11 @@ def measure(model: PreTrainedModel, plan: HeadPlan, length: int, tokens: int, re
     }
 
 
-def resident(cache: Cache) -> int:
+def resident(cache: DynamicCache | RedKnotCache) -> int:
     """Bytes of keys and values a cache holds."""
     if isinstance(cache, RedKnotCache):
         return cache.nbytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(tensor.nbytes for keys, values, *_ in cache for tensor in (keys, values) if tensor is not None)
 
 
 def table(rows: list[dict]) -> str:

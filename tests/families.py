@@ -37,7 +37,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "query_pre_attn_scalar": 16,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
         },
-    ),  # fmt: skip
+    ),
     "phi3": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": None}),
     "gpt_oss": ("gpt_oss", {"sliding_window": 12, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "granite": ("granite", {"attention_multiplier": 0.2}),

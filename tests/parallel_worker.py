@@ -13,7 +13,7 @@ from redknot_hf import HeadPlan, RedKnotCache
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
 
 
-def run(model, plan: HeadPlan, prompt: dict) -> tuple[dict[str, torch.Tensor], list[list[int | None]]]:
+def run(model, plan: HeadPlan, prompt: dict) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Tokens and logits of greedy decoding and of beams, and how many pages each KV head of layer 0 has in the end."""
     found = {}
     for name, options in {"greedy": {}, "beams": {"num_beams": 3}}.items():
