@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_model
-from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
+from transformers import BloomConfig, BloomForCausalLM, DynamicCache, LlamaConfig, MistralConfig, StaticCache
 from transformers.masking_utils import (
     create_causal_mask,
     create_chunked_causal_mask,
@@ -29,8 +29,34 @@ CACHES = {
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_nothing_is_said_where_nothing_is_hidden(cache):
-    assert create_causal_mask(LLAMA, EMBEDS, None, CACHES[cache]()) is None
+def test_no_mask_is_one_element_that_says_all(cache):
+    mask = create_causal_mask(LLAMA, EMBEDS, None, CACHES[cache]())
+    assert type(mask) is PaddingMask
+    assert mask.whole
+    assert mask.plain().untyped_storage().nbytes() == 1
+    assert mask.plain().shape == (2, 1, 1, 6)
+    assert mask.plain().all()
+    assert mask.new_tokens(0, 6, np.array([0, 0])) is None
+    with pytest.raises(ValueError, match=r"shows 3 of the first 3 tokens of sequence 1.*holds 1 of them"):
+        mask.new_tokens(3, 3, np.array([3, 1]))
+
+
+@pytest.mark.parametrize(
+    "use", [lambda m: m + torch.zeros(1), lambda m: m.masked_fill(m, 0), lambda m: torch.where(m, 1, 0), lambda m: ~m]
+)
+@pytest.mark.parametrize("given", [None, PADDED])
+def test_a_model_that_computes_with_the_mask_is_told_off(use, given):
+    mask = create_causal_mask(LLAMA, EMBEDS, given, None)
+    with pytest.raises(RuntimeError, match=r"was called on the attention mask.*use DynamicCache"):
+        use(mask)
+
+
+def test_a_model_outside_of_the_interface_does_not_see_the_future_in_silence():
+    config = BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=32)
+    model = BloomForCausalLM(config)
+    model.config._attn_implementation = "redknot"
+    with pytest.raises(RuntimeError, match="use DynamicCache"):
+        model(torch.tensor([[1, 2, 3]]), use_cache=False)
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -90,9 +116,6 @@ def test_static_cache_without_padding_gets_the_matrix():
 def test_a_sliding_window_is_said_where_it_hides_something(length, window, padded):
     attention_mask = PADDED[:, -length:] if padded else None
     mask = create_sliding_window_causal_mask(MISTRAL, EMBEDS[:, :length], attention_mask, None)
-    if not padded and window is None:
-        assert mask is None
-        return
     assert type(mask) is PaddingMask
     assert mask.window == window
     assert torch.equal(mask.plain()[:, 0, 0], attention_mask.bool() if padded else torch.ones(2, length).bool())

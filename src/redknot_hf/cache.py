@@ -24,7 +24,7 @@ class RedKnotCache(Cache):
     `attn_implementation="redknot"`. It grows page by page and is mutated by every forward pass. One cache serves one
     conversation or batch; `copy.deepcopy(cache)` forks it at the cost of its page tables.
 
-    Source: RedKnot, arXiv 2606.06256 (head classes, sections 3.1 and 3.2; pages of single heads, section 3.4).
+    Source: RedKnot, arXiv 2606.06256 (head classes and SegPagedAttention).
 
     Args:
         config: The model's config.

@@ -34,7 +34,7 @@ def dense_attention(  # noqa: PLR0913 - what transformers passes
     window = kwargs.get("sliding_window") or getattr(mask, "window", None)
     tokens, keys = query.shape[2], key.shape[2]
     if isinstance(mask, PaddingMask) or mask is None:
-        flags = None if mask is None or bool(mask.plain().all()) else mask.plain()
+        flags = None if mask is None or mask.whole or bool(mask.plain().all()) else mask.plain()
         reach = keys if window is None else min(window, keys)
         if causal and (flags is not None or reach < keys or (tokens != keys and tokens > 1)):
             q = torch.arange(keys - tokens, keys, device=query.device)[:, None]

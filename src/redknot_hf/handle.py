@@ -10,13 +10,10 @@ from jaxtyping import Float, Int
 from redknot_kernels import Context
 from torch import Tensor
 
+from .metadata import METADATA
+
 if TYPE_CHECKING:
     from .layer import RedKnotLayer
-
-# Questions about a tensor that touch no element.
-_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
-_METHODS = ("size", "dim", "numel", "stride", "element_size", "is_floating_point", "__len__")
-_METADATA = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {getattr(Tensor, name) for name in _METHODS}
 
 
 @dataclass
@@ -83,7 +80,7 @@ class RedKnotHandle(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _METADATA or func is Tensor.as_subclass:
+        if func in METADATA or func is Tensor.as_subclass:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise RuntimeError(

@@ -11,25 +11,50 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
+from .metadata import METADATA
+
+# What models and device hooks do to a mask on its way to the attention function.
+_PASSING_ON = METADATA | {
+    *(getattr(Tensor, name) for name in ("to", "cpu", "cuda", "clone", "detach", "contiguous", "as_subclass")),
+    *(getattr(Tensor, name) for name in ("__getitem__", "narrow", "expand", "index_select", "repeat_interleave")),
+    Tensor.__repr__,
+}
+
 
 class PaddingMask(torch.Tensor):
     """Which slots hold real tokens, `[batch, 1, 1, slots]` of bool; what comes after what goes without saying.
 
     Four dimensions let it pass transformers' mask code a second time unchanged. The class tells it from a mask of the
-    caller's own.
+    caller's own. A model that computes with it, because it does not use transformers' attention interface, would miss
+    that attention is causal; so it can be cut and moved, and anything else raises.
 
     Attributes:
+        whole: Every slot is real; the flags then are one element, expanded.
         window: Tokens that the model's sliding layers see back, where that is less than the mask is long. Some models
             say so to the mask function only.
     """
 
+    whole: bool = False
     window: int | None = None
 
     @classmethod
+    def make(cls, flags: Bool[Tensor, "batch 1 1 slots"], whole: bool, window: int | None) -> PaddingMask:
+        """Makes a mask of flags."""
+        mask = flags.as_subclass(cls)
+        mask.whole, mask.window = whole, window
+        return mask
+
+    @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _PASSING_ON:
+            raise RuntimeError(
+                f"{getattr(func, '__name__', func)} was called on the attention mask of "
+                "attn_implementation='redknot', so this model does not use transformers' attention interface. Load it "
+                "without attn_implementation='redknot', and use DynamicCache with it."
+            )
         out = super().__torch_function__(func, types, args, kwargs or {})
         if isinstance(out, PaddingMask):  # a part of the mask, or the mask on another device
-            out.window = next((x.window for x in args if isinstance(x, PaddingMask)), None)
+            out.whole, out.window = args[0].whole, args[0].window
         return out
 
     def plain(self) -> Bool[Tensor, "batch 1 1 slots"]:
@@ -51,20 +76,26 @@ class PaddingMask(torch.Tensor):
         Raises:
             ValueError: The mask hides tokens that the cache holds, or shows padding that it skipped.
         """
+        if self.whole:
+            _check_past(np.full_like(lengths, start), start, lengths)
+            return None
         memo = getattr(self, "_seen", None)
         if memo is None or memo[0] != (start, tokens):
             flags = self.plain()[:, 0, 0]
-            seen = flags[:, :start].sum(1).cpu().numpy()
-            if (seen != lengths).any():
-                b = int(np.flatnonzero(seen != lengths)[0])
-                raise ValueError(
-                    f"the attention mask shows {seen[b]} of the first {start} tokens of sequence {b}, and the cache "
-                    f"holds {lengths[b]} of them. Padding is skipped when it is stored, so the mask over past tokens "
-                    "must stay what it was; start a new cache to change it."
-                )
+            _check_past(flags[:, :start].sum(1).cpu().numpy(), start, lengths)
             real = flags[:, start : start + tokens]
             memo = self._seen = ((start, tokens), None if bool(real.all()) else real)
         return memo[1]
+
+
+def _check_past(seen: Int[np.ndarray, " batch"], start: int, lengths: Int[np.ndarray, " batch"]) -> None:
+    if (seen != lengths).any():
+        b = int(np.flatnonzero(seen != lengths)[0])
+        raise ValueError(
+            f"the attention mask shows {seen[b]} of the first {start} tokens of sequence {b}, and the cache holds "
+            f"{lengths[b]} of them. Padding is skipped when it is stored, so the mask over past tokens must be passed "
+            "again as it was (no mask shows all); start a new cache to change it."
+        )
 
 
 def redknot_mask(  # noqa: PLR0913 - what transformers passes
@@ -82,7 +113,7 @@ def redknot_mask(  # noqa: PLR0913 - what transformers passes
     """Describes the mask of one forward pass (the signature is transformers').
 
     Returns:
-        `None` or a `PaddingMask` where queries are the last slots and see back as far as their heads do; else, for
+        A `PaddingMask` where queries are the last slots and see back as far as their heads do; else, for
         packed sequences, overlays, chunks, two-sided attention and pre-allocated caches, the explicit `[batch, 1,
         queries, keys]`.
 
@@ -102,18 +133,15 @@ def redknot_mask(  # noqa: PLR0913 - what transformers passes
         )  # fmt: skip
     slots = kv_offset + kv_length
     window = None if reach is None or reach >= kv_length else reach
-    if attention_mask is None and window is None:
-        return None
     if attention_mask is None:
-        attention_mask = torch.ones(batch_size, slots, dtype=torch.bool, device=kwargs.get("device"))
+        flags = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
+        return PaddingMask.make(flags.expand(batch_size, 1, 1, kv_length), True, window)
     if attention_mask.shape[1] < slots:
         raise ValueError(
             f"the attention mask has {attention_mask.shape[1]} columns: give one for each of {slots} slots, the "
             f"{slots - q_length} before this step and its {q_length}"
         )
-    mask = attention_mask[:, None, None, kv_offset:slots].as_subclass(PaddingMask)
-    mask.window = window
-    return mask
+    return PaddingMask.make(attention_mask[:, None, None, kv_offset:slots], False, window)
 
 
 AttentionMaskInterface.register("redknot", redknot_mask)

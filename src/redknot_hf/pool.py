@@ -83,9 +83,10 @@ class PagePool:
     def trim(self, spare: int) -> None:
         """Gives free pages beyond `spare` back to the device, unless the pool is fixed."""
         refs = self.refs()
-        if self.fixed or (refs == 0).sum() <= spare:
+        free = np.flatnonzero(refs == 0)
+        if self.fixed or len(free) <= spare:
             return
-        kept = np.flatnonzero(refs)
+        kept = np.concatenate([np.flatnonzero(refs), free[:spare]])
         new = np.full(self.pages, ABSENT, np.int32)
         new[kept] = np.arange(len(kept))
         self._rebuild(kept, 0)
