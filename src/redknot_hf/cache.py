@@ -59,6 +59,7 @@ class RedKnotCache(Cache):
         self.plan = plan
         template = DynamicCache(config=text).layers
         super().__init__(layers=[_layer(plan, i, t, page_size, max_cache_len) for i, t in enumerate(template)])
+        self._first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, RedKnotLayer)), 0)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -68,7 +69,8 @@ class RedKnotCache(Cache):
         Raises:
             ValueError: The model runs with another attention implementation, or the step does not fit the cache.
         """
-        used = self.config._attn_implementation
+        # Asking takes transformers a while, and the first layer comes before any work.
+        used = self.config._attn_implementation if layer_idx == self._first else None
         if used not in (None, "redknot"):
             raise ValueError(
                 f"the model runs with attn_implementation={used!r}, which cannot read a RedKnotCache. Call "

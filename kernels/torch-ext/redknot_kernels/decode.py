@@ -28,14 +28,11 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
     Returns:
         `[batch, tokens, query heads, value dim]`, contiguous.
     """
-    batch, query_heads, tokens, _ = query.shape
-    heads = rules.heads
+    heads, tokens = rules.heads, query.shape[2]
     grouped = query.unflatten(1, (heads, -1))
-    out = query.new_empty(batch, heads, query_heads // heads, tokens, v_pages.shape[-1])
+    out = None
     sinks = None if s_aux is None else s_aux.unflatten(0, (heads, -1))
-    for part in (rules.global_heads, rules.local_heads):
-        if not part:
-            continue
+    for part in filter(None, (rules.global_heads, rules.local_heads)):
         rows = take_heads(table, part)
         found, lse = attend_pages(
             take_heads(grouped, part), k_pages, v_pages, rows, lengths, lengths - tokens, rules.take(part),
@@ -47,6 +44,7 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
         if len(part) == heads:
             out = found
         else:
+            out = found.new_empty(len(found), heads, *found.shape[2:]) if out is None else out
             out.index_copy_(1, head_index(part, out.device), found)
     return out.flatten(1, 2).transpose(1, 2).contiguous()
 
@@ -65,7 +63,8 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
     batch, heads, group, tokens, _ = query.shape
     size = k_pages.shape[1]
     ends, starts = lengths.tolist(), start.tolist()
-    columns = min(-(-max(ends) // size), max(rules.max_pages))
+    level, longest = len(set(ends)) == 1, max(ends)
+    columns = min(-(-longest // size), max(rules.max_pages))
     if columns == 0:
         return query.new_zeros(*query.shape[:-1], v_pages.shape[-1]), query.new_full(
             query.shape[:-1], -torch.inf, dtype=torch.float32
@@ -79,9 +78,8 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
         k, v = gather(k_pages, rows), gather(v_pages, rows)
         first, end = column * size, column * size + k.shape[2]
         mask = None
-        same = min(ends) >= end or len(set(ends)) == 1
-        if rules.global_heads and same and min(max(ends), end) <= min(starts) + 1:
-            k, v = k[:, :, : max(ends) - first], v[:, :, : max(ends) - first]  # every query sees every token here
+        if rules.global_heads and (level or min(ends) >= end) and min(longest, end) <= min(starts) + 1:
+            k, v = k[:, :, : longest - first], v[:, :, : longest - first]  # every query sees every token here
         else:
             mask = (_mask_of_one if tokens == 1 else _mask)(
                 first, end, tuple(ends), tuple(starts), tokens, rules, query.device

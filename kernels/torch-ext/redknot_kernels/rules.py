@@ -82,13 +82,12 @@ class HeadRules:
 
     def take(self, heads):
         """The rules of some of the heads."""
-        if heads == tuple(range(self.heads)):
-            return self
-        pick = lambda values: tuple(values[h] for h in heads)  # noqa: E731
-        return HeadRules(pick(self.window), pick(self.sink), pick(self.ring), self.page_size, self.reach)
+        return self if len(heads) == self.heads else _take(self, heads)
 
     def slots(self, positions):  # [..., heads or 1, tokens] -> [..., heads, tokens]
         """Where each head keeps the tokens at these positions."""
+        if not self.local_heads:
+            return positions
         sink, ring = _column(self.sink, positions.device), _column(self.ring, positions.device)
         return torch.where(positions < sink, positions, sink + (positions - sink) % ring)
 
@@ -109,6 +108,12 @@ class HeadRules:
         query, key = query[..., :, None], key[..., None, :]
         seen = ((key > query - window) | (key < sink)) & (key > query - self.reach) & (key < UNBOUNDED)
         return seen & (key <= query) if causal else seen
+
+
+@lru_cache(maxsize=4096)
+def _take(rules, heads):
+    window, sink, ring = (tuple(values[h] for h in heads) for values in (rules.window, rules.sink, rules.ring))
+    return HeadRules(window, sink, ring, rules.page_size, rules.reach)
 
 
 @lru_cache(maxsize=4096)
