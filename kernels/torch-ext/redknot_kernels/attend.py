@@ -7,7 +7,7 @@ import torch.nn.functional as F
 _MAX_SCORES = 1 << 24
 
 
-def attend(query, key, value, *, scale, mask=None, causal=False, softcap=None):
+def attend(query, key, value, *, scale, mask=None, causal=False, softcap=None, alone=False):
     """Attends every query over every visible key.
 
     Args:
@@ -19,13 +19,14 @@ def attend(query, key, value, *, scale, mask=None, causal=False, softcap=None):
             to it.
         causal: Query t sees keys 0 to t; tokens == keys.
         softcap: Bound c of the scores, as `c * tanh(score / c)`.
+        alone: The result is not merged with others, so the log-sum-exp of queries that see nothing does not matter.
 
     Returns:
         The output `[batch, query heads, tokens, value dim]` in the query's dtype, and the log-sum-exp of the scores
         `[batch, query heads, tokens]` in float32 or wider. A query that sees nothing gets 0 and -inf.
     """
     if query.device.type == "cpu" and softcap is None:
-        return _attend_fused_cpu(query, key, value, scale, mask, causal)
+        return _attend_fused_cpu(query, key, value, scale, mask, causal, alone)
     return _attend_plain(query, key, value, scale, mask, causal, softcap)
 
 
@@ -47,17 +48,17 @@ def add_sink_logit(out, lse, s_aux):  # [batch, heads, tokens, dim], [batch, hea
     return out * torch.sigmoid(lse - s_aux[:, None].to(lse.dtype)).unsqueeze(-1).to(out.dtype)
 
 
-def _attend_fused_cpu(query, key, value, scale, mask, causal):
+def _attend_fused_cpu(query, key, value, scale, mask, causal, alone):
     dim, value_dim = query.shape[-1], value.shape[-1]
     if dim != value_dim:  # the kernel wants equal dims; zeros change neither the scores nor the kept outputs
         wide = max(dim, value_dim)
         query, key, value = (F.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value))
     blind = None
     if mask is not None and mask.dtype == torch.bool:
-        blind = ~mask.any(-1)
+        blind = None if alone else ~mask.any(-1)
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     elif mask is not None:
-        blind = (mask == -torch.inf).all(-1)
+        blind = None if alone else (mask == -torch.inf).all(-1)
         mask = mask.to(query.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale

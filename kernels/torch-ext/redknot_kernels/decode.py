@@ -10,7 +10,7 @@ from .rules import UNBOUNDED
 
 # Bytes of keys and values gathered at once: they stay in the processor's cache, and under the size from which the
 # allocator asks the system for fresh memory on every call.
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 16 << 20
 
 
 def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):
@@ -71,7 +71,7 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
         )
     page_bytes = batch * heads * size * (k_pages.shape[-1] + v_pages.shape[-1]) * k_pages.element_size()
     chunk = max(1, _CHUNK_BYTES // page_bytes)
-    folded = query.flatten(2, 3)
+    folded, alone = query.flatten(2, 3), chunk >= columns and longest == max(starts) + tokens
     parts = []
     for column in range(0, columns, chunk):
         rows = table[:, :, column : min(column + chunk, columns)]
@@ -86,7 +86,7 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
             )
             mask = mask.to(query.dtype).unsqueeze(2)  # one for the group, of which all stand at the same positions
             mask = mask.expand(-1, -1, 1 if tokens == 1 else group, -1, -1).flatten(2, 3)
-        parts.append(attend(folded, k, v, scale=scale, mask=mask, softcap=softcap))
+        parts.append(attend(folded, k, v, scale=scale, mask=mask, softcap=softcap, alone=alone))
     out, lse = merge(parts)
     return out.unflatten(2, (group, tokens)), lse.unflatten(2, (group, tokens))
 
