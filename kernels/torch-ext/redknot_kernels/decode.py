@@ -30,7 +30,7 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
     """
     heads, tokens = rules.heads, query.shape[2]
     grouped = query.unflatten(1, (heads, -1))
-    out = None
+    out = query.new_empty(0)
     sinks = None if s_aux is None else s_aux.unflatten(0, (heads, -1))
     for part in filter(None, (rules.global_heads, rules.local_heads)):
         rows = take_heads(table, part)
@@ -44,7 +44,7 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
         if len(part) == heads:
             out = found
         else:
-            out = found.new_empty(len(found), heads, *found.shape[2:]) if out is None else out
+            out = out if len(out) else found.new_empty(len(found), heads, *found.shape[2:])
             out.index_copy_(1, head_index(part, out.device), found)
     return out.flatten(1, 2).transpose(1, 2).contiguous()
 
