@@ -266,6 +266,8 @@ class RedKnotLayer(CacheLayerMixin):
 
     def _reserve(self, lengths: Int[np.ndarray, " batch"]) -> None:
         rows, pool = self.storage()
+        if not pool.shared and rows.has_room(lengths):
+            return
         allocate = lambda count: pool.allocate(count, spare=rows.unbounded)  # noqa: E731
         if pool.shared:
             pool.copy(*rows.unshare(lengths, pool.refs(), allocate))

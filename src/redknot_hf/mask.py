@@ -77,7 +77,8 @@ class PaddingMask(torch.Tensor):
             ValueError: The mask hides tokens that the cache holds, or shows padding that it skipped.
         """
         if self.whole:
-            _check_past(np.full_like(lengths, start), start, lengths)
+            if (lengths != start).any():
+                _check_past(np.full_like(lengths, start), start, lengths)
             return None
         memo = getattr(self, "_seen", None)
         if memo is None or memo[0] != (start, tokens):

@@ -56,9 +56,13 @@ class Rows:
         pages = -(-lengths // self.rules.page_size)
         return np.minimum(pages[:, None], np.array(self.rules.max_pages))
 
+    def has_room(self, lengths: Int[np.ndarray, " batch"]) -> bool:
+        """Whether every row has the pages to hold sequences of these lengths."""
+        return bool((lengths <= self._room).all())
+
     def reserve(self, lengths: Int[np.ndarray, " batch"], allocate: Allocate) -> None:
         """Gives every row the pages it needs to hold sequences of these lengths."""
-        if (lengths <= self._room).all():
+        if self.has_room(lengths):
             return
         needed = self.pages_needed(lengths)
         missing_columns = needed.max(initial=0) - self.table.shape[2]

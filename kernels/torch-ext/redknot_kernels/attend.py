@@ -60,12 +60,12 @@ def _attend_fused_cpu(query, key, value, scale, mask, causal, alone):
     elif mask is not None:
         blind = None if alone else (mask == -torch.inf).all(-1)
         mask = mask.to(query.dtype)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale
     )
     if blind is not None:  # the kernel says 0 there, which a merge would take for a real sum
         lse = lse.masked_fill(blind, -torch.inf)
-    return out[..., :value_dim], lse
+    return (out if dim == value_dim else out[..., :value_dim]), lse
 
 
 def _attend_plain(query, key, value, scale, mask, causal, softcap):

@@ -28,14 +28,14 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
     Returns:
         `[batch, tokens, query heads, value dim]`, contiguous.
     """
-    heads, tokens = rules.heads, query.shape[2]
-    grouped = query.unflatten(1, (heads, -1))
+    heads = rules.heads
+    grouped = query.view(len(query), heads, -1, *query.shape[2:])
     out = query.new_empty(0)
     sinks = None if s_aux is None else s_aux.unflatten(0, (heads, -1))
     for part in filter(None, (rules.global_heads, rules.local_heads)):
         rows = take_heads(table, part)
         found, lse = attend_pages(
-            take_heads(grouped, part), k_pages, v_pages, rows, lengths, lengths - tokens, rules.take(part),
+            take_heads(grouped, part), k_pages, v_pages, rows, lengths, None, rules.take(part),
             scale=scale, softcap=softcap,
         )  # fmt: skip
         if sinks is not None:
@@ -54,7 +54,8 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
 
     Args:
         query: `[batch, KV heads, group, tokens, dim]`.
-        start: `[batch]`, position of the first query; may lie behind the row's end.
+        start: `[batch]`, position of the first query; may lie behind the row's end. `None`: the queries are the last
+            tokens of the rows.
         (others): As in `decode`, for heads that are all global or all local.
 
     Returns:
@@ -62,7 +63,8 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
     """
     batch, heads, group, tokens, _ = query.shape
     size = k_pages.shape[1]
-    ends, starts = lengths.tolist(), start.tolist()
+    ends = lengths.tolist()
+    starts = [end - tokens for end in ends] if start is None else start.tolist()
     level, longest = len(set(ends)) == 1, max(ends)
     columns = min(-(-longest // size), max(rules.max_pages))
     if columns == 0:
@@ -74,12 +76,13 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
     folded, alone = query.flatten(2, 3), chunk >= columns and longest == max(starts) + tokens
     parts = []
     for column in range(0, columns, chunk):
-        rows = table[:, :, column : min(column + chunk, columns)]
+        rows = table.narrow(2, column, min(chunk, columns - column))
         k, v = gather(k_pages, rows), gather(v_pages, rows)
         first, end = column * size, column * size + k.shape[2]
         mask = None
         if rules.global_heads and (level or min(ends) >= end) and min(longest, end) <= min(starts) + 1:
-            k, v = k[:, :, : longest - first], v[:, :, : longest - first]  # every query sees every token here
+            held = min(longest, end) - first  # every query sees every token here
+            k, v = k.narrow(2, 0, held), v.narrow(2, 0, held)
         else:
             mask = (_mask_of_one if tokens == 1 else _mask)(
                 first, end, tuple(ends), tuple(starts), tokens, rules, query.device
@@ -88,7 +91,7 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
             mask = mask.expand(-1, -1, 1 if tokens == 1 else group, -1, -1).flatten(2, 3)
         parts.append(attend(folded, k, v, scale=scale, mask=mask, softcap=softcap, alone=alone))
     out, lse = merge(parts)
-    return out.unflatten(2, (group, tokens)), lse.unflatten(2, (group, tokens))
+    return out.view(batch, heads, group, tokens, -1), lse.view(batch, heads, group, tokens)
 
 
 def _mask(first, end, lengths, starts, tokens, rules, device):

@@ -21,7 +21,9 @@ def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
     """
     tokens = k_new.shape[2]
     if tokens <= rules.slack:
-        positions = lengths.long()[:, None, None] + torch.arange(tokens, device=lengths.device)
+        positions = lengths.long().view(-1, 1, 1)
+        if tokens > 1:
+            positions = positions + torch.arange(tokens, device=lengths.device)
         _write(k_pages, v_pages, k_new, v_new, table, rules.slots(positions))
         return
     length = int(lengths[0])
@@ -74,7 +76,8 @@ def copy_pages(pages, source, target):
 def token_index(table, slots, page_size):  # [batch, heads, columns], [batch, heads, tokens] -> the same
     """Index of each slot in the pool seen as one run of tokens."""
     slots = slots.expand(*table.shape[:2], -1)
-    return table.gather(2, slots // page_size).long() * page_size + slots % page_size
+    columns = slots // page_size
+    return torch.add(slots, table.gather(2, columns) - columns, alpha=page_size)
 
 
 def take_heads(tensor, heads):
