@@ -1,7 +1,12 @@
 """What every test runs under."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before the modules are imported
 
 # Tests are many and small: one thread each is faster than two that wait for each other.
 torch.set_num_threads(1)

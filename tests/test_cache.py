@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -220,3 +221,96 @@ def test_print_says_tokens_heads_and_bytes():
     assert f"{cache.nbytes / 1024:.1f} KiB resident" in text
     assert f"dense {cache.dense_nbytes / 1024:.1f} KiB, {cache.dense_nbytes / cache.nbytes:.1f}x less" in text
     assert "0 tokens x 0 sequences" in str(RedKnotCache(model.config, cache.plan))
+
+
+def test_a_step_that_broke_off_is_noticed():
+    model, cache, _ = planned(1, 40)
+    hook = model.model.layers[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, cache, some_ids(1, 3))
+    hook.remove()
+    with pytest.raises(RuntimeError, match=r"a forward pass broke off.*cache\.reset\(\)"):
+        feed(model, cache, some_ids(1, 3))
+    cache.reset()
+    ids = some_ids(1, 30)
+    torch.testing.assert_close(feed(model, cache, ids), masked_logits(model, cache.plan, ids), atol=2e-4, rtol=1e-4)
+
+
+def test_recording_after_prefill_widens_a_reserved_cache():
+    model, cache, ids = planned(1, 120, max_cache_len=300)
+    cache.activate_past_recording()
+    other = some_ids(1, 40, seed=3)
+    expected = masked_logits(model, cache.plan, torch.cat([ids, other], 1))[:, -40:]
+    torch.testing.assert_close(feed(model, cache, other), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_the_callers_mask_may_be_reused():
+    model, cache, _ = planned()
+    buffer = torch.ones(2, 60, dtype=torch.bool)
+    buffer[1, :5] = False
+    model(some_ids(2, 30), attention_mask=buffer[:, :30], past_key_values=cache)
+    buffer[:] = True
+    cache.crop(-25)
+    assert cache.layers[0].rows.lengths.tolist() == [5, 0]
+
+
+@pytest.mark.parametrize("how", ["delete", "reset"])
+def test_the_pages_of_a_fork_that_is_gone_go_too(how):
+    model, cache, _ = planned(1, 100)
+    fork = copy.deepcopy(cache)
+    feed(model, fork, some_ids(1, 400))
+    held = cache.nbytes
+    if how == "delete":
+        del fork
+    else:
+        fork.reset()
+    feed(model, cache, some_ids(1, 1))
+    assert cache.nbytes < held / 2
+
+
+def test_autocast_stores_what_attention_sees():
+    model, cache, _ = planned()
+    ids = some_ids(1, 60)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.cat([feed(model, cache, ids[:, a:b]) for a, b in [(0, 40), (40, 41), (41, 60)]], 1)
+        expected = masked_logits(model, cache.plan, ids)
+    assert cache.layers[0].pool.keys.dtype == torch.bfloat16
+    exact = masked_logits(model, cache.plan, ids)
+    assert (logits.float() - exact).abs().max() <= 2 * (expected.float() - exact).abs().max()
+
+
+def test_another_dtype_is_refused():
+    _, cache, _ = planned(1, 10)
+    with pytest.raises(ValueError, match=r"holds torch\.float32 and got values of torch\.bfloat16.*new cache"):
+        feed(make_model("llama", torch.bfloat16), cache, some_ids(1, 1))
+
+
+def test_a_cache_survives_pickling():
+    model, cache, ids = planned(2, 70)
+    copied = pickle.loads(pickle.dumps(cache))
+    other = some_ids(2, 20, seed=3)
+    expected = masked_logits(model, cache.plan, torch.cat([ids, other], 1))[:, -20:]
+    for held in (cache, copied):
+        torch.testing.assert_close(feed(model, held, other), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "chosen", [torch.tensor([-1, 0]), torch.tensor([True, False, True])], ids=["negative", "flags"]
+)
+def test_sequences_are_chosen_by_whatever_indexes_a_batch(chosen):
+    model, cache, _ = planned()
+    ids, mask = some_ids(3, 40), torch.ones(3, 40, dtype=torch.long)
+    mask[2, :7] = 0
+    model(ids, attention_mask=mask, past_key_values=cache)
+    lengths = cache.layers[0].rows.lengths
+    cache.batch_select_indices(chosen)
+    assert cache.layers[3].rows.lengths.tolist() == lengths[chosen.numpy()].tolist()
+
+
+def test_a_refused_first_step_leaves_the_batch_open():
+    model, cache, _ = planned(max_cache_len=30)
+    with pytest.raises(ValueError, match="max_cache_len=30"):
+        feed(model, cache, some_ids(2, 40))
+    assert cache.nbytes == 0
+    feed(model, cache, some_ids(1, 20))
+    assert cache.batch_size == 1

@@ -1,82 +1,9 @@
 """Paged attention against an oracle: dense attention in float64 under the explicit mask."""
 
-import itertools
-from functools import partial
-
 import pytest
 import torch
-from redknot_kernels import UNBOUNDED, HeadRules, append, decode, prefill, read_context
-
-GLOBAL = (UNBOUNDED, 0)
-
-
-def oracle(query, key, value, heads, reach, scale, softcap=None, s_aux=None, dtype=torch.float64):
-    """Attends the last tokens of `key` under the mask that `heads` (window, sink) spell out."""
-    query, key, value = (x.to(dtype) for x in (query, key, value))
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    q = torch.arange(key.shape[2])[-query.shape[2] :, None]
-    k = torch.arange(key.shape[2])[None]
-    seen = torch.stack([(k <= q) & ((k > q - w) | (k < s)) & (k > q - reach) for w, s in heads])
-    scores = query @ key.transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen.repeat_interleave(group, 0), -torch.inf)
-    if s_aux is not None:
-        scores = torch.cat([scores, s_aux.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
-    return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2)
-
-
-class Rows:
-    """The rows of one layer with shuffled pages, filled step by step as a cache does."""
-
-    def __init__(self, batch, heads, dims, page_size, total, reach=UNBOUNDED, dtype=torch.float32, seed=0):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.rules = HeadRules.make(*zip(*heads), page_size=page_size, reach=reach)
-        self.heads, self.reach = heads, reach
-        columns = -(-total // page_size)
-        held = [[min(columns, most) for most in self.rules.max_pages] for _ in range(batch)]
-        pages = torch.randperm(sum(map(sum, held)), generator=self.generator)
-        self.table = torch.zeros(batch, len(heads), columns, dtype=torch.int32)
-        start = 0
-        for b, h in itertools.product(range(batch), range(len(heads))):
-            self.table[b, h, : held[b][h]] = pages[start : start + held[b][h]]
-            start += held[b][h]
-        self.k_pages, self.v_pages = (torch.zeros(len(pages), page_size, d, dtype=dtype) for d in dims)
-        self.keys, self.values = (torch.zeros(batch, len(heads), 0, d, dtype=dtype) for d in dims)
-
-    def step(self, tokens, group, **kwargs):
-        """Runs one step of `tokens`; returns the output and what the oracle says, which stays in `self.oracle`."""
-        batch, heads, length, dim = self.keys.shape
-        random = lambda *shape: torch.randn(*shape, generator=self.generator).to(self.keys.dtype)  # noqa: E731
-        query = random(batch, tokens, heads * group, dim).transpose(1, 2)
-        k_new, v_new = random(batch, heads, tokens, dim), random(batch, heads, tokens, self.values.shape[-1])
-        lengths = torch.full((batch,), length, dtype=torch.int32)
-        pages = self.k_pages, self.v_pages
-        context = read_context(*pages, self.table, length, self.rules) if length else None
-        append(*pages, k_new, v_new, self.table, lengths, self.rules)
-        self.keys, self.values = torch.cat([self.keys, k_new], 2), torch.cat([self.values, v_new], 2)
-        if tokens <= self.rules.slack and length:
-            out = decode(query, *pages, self.table, lengths + tokens, self.rules, **kwargs)
-        else:
-            out = prefill(query, k_new, v_new, context, self.rules, **kwargs)
-        self.oracle = partial(oracle, query, self.keys, self.values, self.heads, self.reach, **kwargs)
-        return out, self.oracle()
-
-
-HEADS = {
-    "global": [GLOBAL, GLOBAL],
-    "local": [(7, 2), (7, 2)],
-    "mixed": [GLOBAL, (7, 2), (1, 0), (33, 5)],
-    "wide_sink": [(3, 20), GLOBAL],
-}
-STEPS = {
-    "one_by_one": [1] * 60,
-    "prompt": [45, 1, 1, 1],
-    "chunks": [5, 64, 1, 17, 40, 1],
-    "short": [1, 2, 3],
-    "verify": [50, 9, 9, 16, 1],
-}
+from paged_rows import HEADS, STEPS, Rows, oracle
+from redknot_kernels import UNBOUNDED, HeadRules, append, decode
 
 
 @pytest.mark.parametrize("steps", STEPS)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from redknot_kernels import add_sink_logit, attend, decode, gather, prefill, read_context
+from redknot_kernels import add_sink_logit, attend, gather, read_context
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -49,7 +50,8 @@ def redknot_attention(
     if not isinstance(key, RedKnotHandle):
         return dense_attention(module, query, key, value, attention_mask, dropout, kwargs, **options), None
     _refuse(module, dropout, kwargs)
-    with torch.no_grad():
+    query = query.to(key.redknot.value.dtype)  # under autocast RoPE leaves it wider
+    with torch.no_grad(), _no_autocast(query.device.type):
         if attention_mask is None or isinstance(attention_mask, PaddingMask):
             out = _paged(query, key.redknot, attention_mask, options)
         else:
@@ -78,15 +80,18 @@ def _run(query: Query, step: Step, run: Run, options: dict[str, Any]) -> Output:
     layer = step.layer
     rows, pool = layer.storage()
     if query.shape[2] > layer.page_size:
-        return prefill(query, run.take(step.key), run.take(step.value), run.context, rows.rules, **options)
+        return layer.kernels.prefill(
+            query, run.take(step.key), run.take(step.value), run.context, rows.rules, **options
+        )
     table, lengths = layer.table()[run.sequences], layer.lengths()[run.sequences]
-    return decode(query, pool.keys, pool.values, table, lengths, rows.rules, **options)
+    return layer.kernels.decode(query, pool.keys, pool.values, table, lengths, rows.rules, **options)
 
 
 def _explicit(query: Query, step: Step, mask: Explicit, options: dict[str, Any]) -> Output:
     """Attends under a mask of the caller's own, which says what comes after what; each head's window still holds."""
     layer = step.layer
     if step.past is None:
+        layer.prefetch()
         step.past = _read_past(step)
         layer.write(step, None)
     out = query.new_empty(len(query), query.shape[2], query.shape[1], step.value.shape[-1])
@@ -135,6 +140,12 @@ def _read_past(step: Step) -> list[tuple[Any, ...]]:
         keys, values = (torch.cat([x[:, :, :held], x[:, :, held + again :]], 2) for x in (keys, values))
         past.append((part, list(heads), positions, keys, values))
     return past
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Keeps autocast out of kernels that choose their own precision."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -6,12 +6,14 @@ from copy import copy, deepcopy
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
+from redknot_kernels import Kernels, implementation
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from .layer import RedKnotLayer
+from .mask import BROKEN_OFF
 from .plan import HeadPlan
 
 PAGE_SIZES = (16, 32, 64, 128)
@@ -31,10 +33,11 @@ class RedKnotCache(Cache):
         plan: Rule of every KV head; `HeadPlan.uniform(config, HeadSpec())` keeps everything.
         page_size: Tokens of a page: 16, 32, 64 or 128. Local rows keep up to two pages more than their window.
         max_cache_len: Slots, padding included, to reserve with the first forward pass, never to exceed; `None` grows.
-        impl: `"torch"`, or `None` to choose by device.
+        impl: `"torch"` (plain, any device) or `"triton"` (accelerators, not timed yet); `None` is `"torch"` so far.
 
     Raises:
         ValueError: The plan does not fit the model, the model cannot be served, or an argument is off.
+        ImportError: `impl="triton"` without Triton.
     """
 
     def __init__(
@@ -53,12 +56,12 @@ class RedKnotCache(Cache):
             raise ValueError(f"page_size={page_size}: choose one of {PAGE_SIZES}")
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"max_cache_len={max_cache_len}: give a positive number of tokens, or None to grow")
-        if impl not in (None, "torch"):
-            raise ValueError(f"impl={impl!r}: this release has 'torch'; None chooses by device")
         self.config = text
         self.plan = plan
         template = DynamicCache(config=text).layers
-        super().__init__(layers=[_layer(plan, i, t, page_size, max_cache_len) for i, t in enumerate(template)])
+        kernels = implementation("torch" if impl is None else impl)
+        layers = [_layer(plan, i, t, page_size, max_cache_len, kernels) for i, t in enumerate(template)]
+        super().__init__(layers=layers)
         self._first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, RedKnotLayer)), 0)
 
     def update(
@@ -77,6 +80,8 @@ class RedKnotCache(Cache):
                 "model.set_attn_implementation('redknot'), or load the model with attn_implementation='redknot'. A "
                 "model that refuses both does not use transformers' attention interface; use DynamicCache with it."
             )
+        if layer_idx == self._first and len({layer.slots for layer in self._rows_layers() if layer.slots}) > 1:
+            raise RuntimeError(BROKEN_OFF)
         if layer_idx >= len(self.layers):
             raise ValueError(
                 f"the model has a layer {layer_idx} and the cache {len(self.layers)} layers: make the cache from "
@@ -96,13 +101,13 @@ class RedKnotCache(Cache):
 
     def reorder_cache(self, beam_idx: Int[Tensor, " batch"]) -> None:
         """Makes sequence i what sequence `beam_idx[i]` was, by its page tables."""
-        index: Any = beam_idx.cpu()
+        index: Any = self._indices(beam_idx)
         for layer in self.layers:
             layer.reorder_cache(index)
 
-    def batch_select_indices(self, indices: Int[Tensor, " selected"]) -> None:
+    def batch_select_indices(self, indices: Int[Tensor, " selected"] | Bool[Tensor, " batch"]) -> None:
         """Keeps some sequences and gives the memory of the others back."""
-        super().batch_select_indices(torch.as_tensor(indices).cpu())
+        super().batch_select_indices(self._indices(indices))
 
     def offload(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
         """Moves the pages of one layer, or of all, to the host. The next step brings them back."""
@@ -152,6 +157,10 @@ class RedKnotCache(Cache):
     def _rows_layers(self) -> list[RedKnotLayer]:
         return [layer for layer in self.layers if isinstance(layer, RedKnotLayer)]
 
+    def _indices(self, chosen: Tensor) -> Tensor:
+        """Sequences as numbers from 0, whatever may index a batch: from the end, or as flags."""
+        return torch.arange(self._batch())[torch.as_tensor(chosen).cpu()]
+
     def _batch(self) -> int:
         return next((layer.rows.batch for layer in self._rows_layers() if layer.rows is not None), 0)
 
@@ -160,12 +169,14 @@ class RedKnotCache(Cache):
         return [i for i in chosen if isinstance(self.layers[i], RedKnotLayer)]
 
 
-def _layer(plan: HeadPlan, index: int, template: Any, page_size: int, max_cache_len: int | None) -> Any:
+def _layer(
+    plan: HeadPlan, index: int, template: Any, page_size: int, max_cache_len: int | None, kernels: Kernels
+) -> Any:
     """The cache layer for what `DynamicCache` would use there; layers without keys stay transformers' own."""
     if type(template) is DynamicLayer:
-        return RedKnotLayer(plan[index], None, page_size, max_cache_len)
+        return RedKnotLayer(plan[index], None, page_size, max_cache_len, kernels)
     if type(template) is DynamicSlidingWindowLayer:
-        return RedKnotLayer(plan[index], template.sliding_window, page_size, max_cache_len)
+        return RedKnotLayer(plan[index], template.sliding_window, page_size, max_cache_len, kernels)
     if type(template) is LinearAttentionLayer or type(template).__name__ == "DummyLayer":
         return template
     raise ValueError(

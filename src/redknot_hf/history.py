@@ -37,6 +37,8 @@ class SlotHistory:
         """Real tokens of each sequence among the last slots."""
         counts = np.zeros(batch, np.int64)
         for span in reversed(self._spans):
+            if not slots:
+                break
             taken = min(_slots(span), slots)
             counts += taken if isinstance(span, int) else span[:, _slots(span) - taken :].sum(1).cpu().numpy()
             slots -= taken

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from redknot_kernels import HeadRules, append, gather_tokens, read_context, scatter_tokens
+from redknot_kernels import HeadRules, Kernels, read_context
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -18,6 +18,7 @@ from .plan import HeadSpec
 from .pool import PagePool
 from .rows import Rows
 from .rules import head_rules, local_specs
+from .widening import widen
 
 # Tokens that a local row keeps beyond its window while the past is recorded, so that they can be taken back.
 RECORDED = 512
@@ -34,6 +35,7 @@ class RedKnotLayer(CacheLayerMixin):
         sliding_window: The model's own window for this layer; every head's rule is cut to it.
         page_size: Tokens of a page.
         max_cache_len: Slots to reserve at once and never to exceed; `None` grows page by page.
+        kernels: What writes and attends.
     """
 
     is_compileable = False
@@ -41,13 +43,19 @@ class RedKnotLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(
-        self, specs: tuple[HeadSpec, ...], sliding_window: int | None, page_size: int, max_cache_len: int | None
+        self,
+        specs: tuple[HeadSpec, ...],
+        sliding_window: int | None,
+        page_size: int,
+        max_cache_len: int | None,
+        kernels: Kernels,
     ) -> None:
         super().__init__()
         self.specs = specs
         self.sliding_window = sliding_window
         self.page_size = page_size
         self.max_cache_len = max_cache_len
+        self.kernels = kernels
         self.record_past = False
         self._clear()
 
@@ -65,8 +73,8 @@ class RedKnotLayer(CacheLayerMixin):
         """Takes device, dtype, batch and this process's heads from the first keys and values."""
         batch, heads = key_states.shape[:2]
         self.batch_size = batch
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.rows = Rows(batch, self._head_rules(heads))
+        self.dtype, self.device = value_states.dtype, key_states.device
+        self.rows = Rows(batch, self._head_rules(heads, RECORDED if self.record_past else 0))
         pages = None
         if self.max_cache_len is not None:
             pages = int(self.rows.pages_needed(np.full(batch, self.max_cache_len)).sum())
@@ -84,21 +92,24 @@ class RedKnotLayer(CacheLayerMixin):
         Raises:
             ValueError: The batch is not the cache's, or `max_cache_len` would be exceeded.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         batch, _, tokens, _ = key_states.shape
+        self._check_room(tokens)
+        if not self.is_initialized or (self.slots == 0 and batch != self.batch_size):
+            self._clear()
+            self.lazy_initialization(key_states, value_states)
         if batch != self.batch_size:
             raise ValueError(
                 f"the cache holds {self.batch_size} sequences and got keys of {batch}. Call "
                 "cache.batch_repeat_interleave(n) to continue every sequence n times (num_return_sequences, beams), "
                 "or use a new cache."
             )
-        if self.max_cache_len is not None and self.slots + tokens > self.max_cache_len:
+        if value_states.dtype != self.dtype:
             raise ValueError(
-                f"{self.slots} slots are used and {tokens} more exceed max_cache_len={self.max_cache_len}. Make the "
-                "cache with a larger max_cache_len, or with none, so that it grows."
+                f"the cache holds {self.dtype} and got values of {value_states.dtype}: a cache serves a model of one "
+                "dtype; use a new cache"
             )
-        step = Step(self, key_states.detach(), value_states.detach(), self.slots)
+        # Under autocast keys come out of RoPE wider than values; both are stored as attention will see them.
+        step = Step(self, key_states.detach().to(self.dtype), value_states.detach(), self.slots)
         return RedKnotHandle.wrap(key_states, step), RedKnotHandle.wrap(value_states, step)
 
     def get_seq_length(self) -> int:
@@ -114,8 +125,11 @@ class RedKnotLayer(CacheLayerMixin):
         return -1 if self.max_cache_len is None else self.max_cache_len
 
     def reset(self) -> None:
-        """Drops all tokens and their memory."""
+        """Drops all tokens and their memory; pages that forks hold stay theirs."""
+        pool = self.pool
         self._clear()
+        if pool is not None:
+            pool.trim(spare=0)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last slots: a negative number of them, or 0 to give spare memory back.
@@ -132,23 +146,19 @@ class RedKnotLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """Keeps `RECORDED` more tokens per local row from now on, so that as many can be taken back by `crop`."""
-        if self.record_past:
-            return
+        if not self.record_past and self.rows is not None:
+            self._widen()
         self.record_past = True
-        if self.rows is not None:
-            self._widen(self._head_rules(self.rows.rules.heads))
 
     def offload(self) -> None:
         """Moves the pages to the host; the next step, or `prefetch`, brings them back."""
         if self.pool is not None:
-            self.pool.to("cpu")
-            self._mirror = None
+            self.pool.to(torch.device("cpu"))
 
     def prefetch(self) -> None:
         """Moves the pages to the layer's device."""
         if self.pool is not None and self.pool.keys.device != self.device:
             self.pool.to(self.device)
-            self._mirror = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes sequence i what sequence `beam_idx[i]` was; pages are shared until they are written."""
@@ -183,7 +193,7 @@ class RedKnotLayer(CacheLayerMixin):
             if key.shape[2] > self.page_size and rows.lengths[run.sequences][0] > 0:
                 past = int(rows.lengths[run.sequences][0])
                 run.context = read_context(pool.keys, pool.values, part[0], past, rules)
-            append(pool.keys, pool.values, key, value, *part, rules)
+            self.kernels.append(pool.keys, pool.values, key, value, *part, rules)
         rows.advance(counts)
         self.slots += step.tokens
         self.history.add(step.tokens if real is None else real)
@@ -192,8 +202,9 @@ class RedKnotLayer(CacheLayerMixin):
     def table(self) -> Int[Tensor, "batch heads columns"]:
         """The page table on the layer's device; absent pages read as page 0."""
         rows, pool = self.storage()
-        if self._mirror is None or self._mirror[0] != rows.version:
-            self._mirror = (rows.version, torch.from_numpy(np.maximum(rows.table, 0)).to(pool.keys.device))
+        device = pool.keys.device  # another holder may have moved the pool
+        if self._mirror is None or self._mirror[0] != rows.version or self._mirror[1].device != device:
+            self._mirror = (rows.version, torch.from_numpy(np.maximum(rows.table, 0)).to(device))
         return self._mirror[1]
 
     def lengths(self) -> Int[Tensor, " batch"]:
@@ -229,6 +240,11 @@ class RedKnotLayer(CacheLayerMixin):
         if self.pool is not None and self.rows is not None:
             self.pool.trim(self.rows.unbounded)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.pool is not None and self.rows is not None:
+            self.pool.hold(self.rows)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RedKnotLayer:
         """A fork: the same pages, copied when either side writes to them."""
         other = copy(self)
@@ -242,6 +258,13 @@ class RedKnotLayer(CacheLayerMixin):
 
     # The steps of the above
 
+    def _check_room(self, tokens: int) -> None:
+        if self.max_cache_len is not None and self.slots + tokens > self.max_cache_len:
+            raise ValueError(
+                f"{self.slots} slots are used and {tokens} more exceed max_cache_len={self.max_cache_len}. Make the "
+                "cache with a larger max_cache_len, or with none, so that it grows."
+            )
+
     def storage(self) -> tuple[Rows, PagePool]:
         """The rows and their pages.
 
@@ -252,8 +275,7 @@ class RedKnotLayer(CacheLayerMixin):
             raise RuntimeError("the layer holds nothing yet: it takes its shape from the first forward pass")
         return self.rows, self.pool
 
-    def _head_rules(self, heads: int) -> HeadRules:
-        slack = RECORDED if self.record_past else 0
+    def _head_rules(self, heads: int, slack: int) -> HeadRules:
         return head_rules(local_specs(self.specs, heads), self.page_size, self.sliding_window, slack)
 
     def _runs(self, tokens: int, real: Bool[Tensor, "batch tokens"] | None) -> list[Run]:
@@ -266,6 +288,8 @@ class RedKnotLayer(CacheLayerMixin):
 
     def _reserve(self, lengths: Int[np.ndarray, " batch"]) -> None:
         rows, pool = self.storage()
+        if pool.lost_a_holder():
+            self.trim()
         if not pool.shared and rows.has_room(lengths):
             return
         allocate = lambda count: pool.allocate(count, spare=rows.unbounded)  # noqa: E731
@@ -282,19 +306,14 @@ class RedKnotLayer(CacheLayerMixin):
         self.history.select(where)
         self.pool.shared = True
 
-    def _widen(self, rules: HeadRules) -> None:
-        """Lays rows out by rules with longer rings; rows that have not gone round stay where they are."""
+    def _widen(self) -> None:
         rows, pool = self.storage()
-        moved = []
-        for b, h in np.argwhere(rows.wrapped()).tolist():
-            positions = torch.from_numpy(rows.positions_held(b, h)).to(pool.keys.device)[None, None]
-            row = self.table()[b : b + 1, h : h + 1]
-            slots = rows.rules.take((h,)).slots(positions)
-            moved.append((b, h, positions, *(gather_tokens(x, row, slots) for x in (pool.keys, pool.values))))
-        rows.widen(rules)
-        self._reserve(rows.lengths)
-        for b, h, positions, key, value in moved:
-            row, slots = self.table()[b : b + 1, h : h + 1], rules.take((h,)).slots(positions)
-            scatter_tokens(pool.keys, row, slots, key)
-            scatter_tokens(pool.values, row, slots, value)
+        rules = self._head_rules(rows.rules.heads, RECORDED)
+
+        def reserve() -> None:
+            if self.max_cache_len is not None:  # longer rings than were reserved
+                pool.grow(int(rows.pages_needed(np.full(rows.batch, self.max_cache_len)).sum()))
+            self._reserve(rows.lengths)
+
+        widen(rows, pool, rules, reserve)
         self.trim()

@@ -21,6 +21,12 @@ _PASSING_ON = METADATA | {
 }
 
 
+BROKEN_OFF = (
+    "the layers of the cache hold different numbers of tokens: a forward pass broke off between them. Call "
+    "cache.reset() and read the text again."
+)
+
+
 class PaddingMask(torch.Tensor):
     """Which slots hold real tokens, `[batch, 1, 1, slots]` of bool; what comes after what goes without saying.
 
@@ -75,7 +81,10 @@ class PaddingMask(torch.Tensor):
 
         Raises:
             ValueError: The mask hides tokens that the cache holds, or shows padding that it skipped.
+            RuntimeError: The layers of the cache disagree about their length.
         """
+        if self.shape[-1] != start + tokens:
+            raise RuntimeError(BROKEN_OFF)
         if self.whole:
             if (lengths != start).any():
                 _check_past(np.full_like(lengths, start), start, lengths)
@@ -84,7 +93,7 @@ class PaddingMask(torch.Tensor):
         if memo is None or memo[0] != (start, tokens):
             flags = self.plain()[:, 0, 0]
             _check_past(flags[:, :start].sum(1).cpu().numpy(), start, lengths)
-            real = flags[:, start : start + tokens]
+            real = flags[:, start : start + tokens].clone()  # kept longer than the mask, which is the caller's
             memo = self._seen = ((start, tokens), None if bool(real.all()) else real)
         return memo[1]
 

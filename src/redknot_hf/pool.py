@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -39,6 +40,7 @@ class PagePool:
                 torch.zeros(pages or 0, page_size, dim, dtype=dtype, device=device) for dim in dims
             )
         self._holders: WeakSet[Rows] = WeakSet()
+        self._holders_seen = 0
 
     @property
     def pages(self) -> int:
@@ -54,6 +56,12 @@ class PagePool:
         """Remembers a holder of pages, for as long as it lives."""
         self.shared = self.shared or len(self._holders) > 0
         self._holders.add(rows)
+        self._holders_seen = len(self._holders)
+
+    def lost_a_holder(self) -> bool:
+        """Whether a holder has died since this was asked last, so that its pages may go."""
+        seen, self._holders_seen = self._holders_seen, len(self._holders)
+        return self._holders_seen < seen
 
     def refs(self) -> Int[np.ndarray, " pages"]:
         """How often each page is listed."""
@@ -73,12 +81,18 @@ class PagePool:
             if self.fixed:
                 raise RuntimeError(
                     f"the pool is full: {count} pages of {self.page_size} tokens are needed and {len(free)} of "
-                    f"{self.pages} are free. Give the cache a larger max_cache_len, or none, so that it grows."
+                    f"{self.pages} are free. max_cache_len reserves them for the first batch: forks and repeated "
+                    "sequences need pages of their own. Make the cache without max_cache_len, so that it grows."
                 )
             grown = np.arange(self.pages, self.pages + count - len(free) + spare)
             self._rebuild(np.arange(self.pages), len(grown))
             free = np.concatenate([free, grown])
         return free[:count]
+
+    def grow(self, pages: int) -> None:
+        """Adds free pages, up to this number in all."""
+        if pages > self.pages:
+            self._rebuild(np.arange(self.pages), pages - self.pages)
 
     def trim(self, spare: int) -> None:
         """Gives free pages beyond `spare` back to the device, unless the pool is fixed."""
@@ -100,10 +114,19 @@ class PagePool:
             copy_pages(self.keys, *where)
             copy_pages(self.values, *where)
 
-    def to(self, device: torch.device | str) -> None:
+    def to(self, device: torch.device) -> None:
         """Moves all pages to a device."""
+        waits = device.type == "cpu"  # the host may read at once what a device still writes
         with torch.inference_mode(False):
-            self.keys, self.values = (x.to(device, non_blocking=True) for x in (self.keys, self.values))
+            self.keys, self.values = (x.to(device, non_blocking=not waits) for x in (self.keys, self.values))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the holders, who come forward themselves."""
+        return {**vars(self), "_holders": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._holders = WeakSet()
 
     def _rebuild(self, kept: Ids, more: int) -> None:
         """Keeps some pages, in this order, and adds empty ones; keys first, so that only one copy is extra."""

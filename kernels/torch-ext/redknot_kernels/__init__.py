@@ -2,6 +2,7 @@
 
 from .attend import add_sink_logit, attend, merge
 from .decode import decode
+from .implementations import Kernels, implementation
 from .pages import append, copy_pages, gather, gather_tokens, scatter_tokens
 from .prefill import Context, prefill, read_context
 from .rules import UNBOUNDED, HeadRules
@@ -10,6 +11,7 @@ __all__ = [
     "UNBOUNDED",
     "Context",
     "HeadRules",
+    "Kernels",
     "add_sink_logit",
     "append",
     "attend",
@@ -17,6 +19,7 @@ __all__ = [
     "decode",
     "gather",
     "gather_tokens",
+    "implementation",
     "merge",
     "prefill",
     "read_context",

@@ -84,6 +84,10 @@ class HeadRules:
         """The rules of some of the heads."""
         return self if len(heads) == self.heads else _take(self, heads)
 
+    def tensors(self, device):
+        """Window, sink and ring of every head, for kernels: `[3, heads]` of int32."""
+        return _tensors((self.window, self.sink, self.ring), device)
+
     def slots(self, positions):  # [..., heads or 1, tokens] -> [..., heads, tokens]
         """Where each head keeps the tokens at these positions."""
         if not self.local_heads:
@@ -114,6 +118,11 @@ class HeadRules:
 def _take(rules, heads):
     window, sink, ring = (tuple(values[h] for h in heads) for values in (rules.window, rules.sink, rules.ring))
     return HeadRules(window, sink, ring, rules.page_size, rules.reach)
+
+
+@lru_cache(maxsize=4096)
+def _tensors(values, device):
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,125 @@
+"""The Triton kernels of decoding, held against the same oracle as their plain twins."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from paged_rows import HEADS, PLAIN, STEPS, Rows
+from redknot_kernels import UNBOUNDED, HeadRules
+from redknot_kernels import append as plain_append
+from redknot_kernels import decode as plain_decode
+
+pytest.importorskip("triton")
+
+from redknot_kernels.triton_decode import decode
+from redknot_kernels.triton_pages import append
+
+TRITON = SimpleNamespace(append=append, decode=decode, prefill=PLAIN.prefill)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Memory that no kernel wrote holds NaN."""
+    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _make=make, **k: _poison(_make(*a, **k)))
+
+
+def _poison(tensor):
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize("steps", ["prompt", "chunks", "short", "verify"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_every_step_equals_the_masked_oracle(heads, steps):
+    rows = Rows(2, HEADS[heads], (24, 24), 16, sum(STEPS[steps]), kernels=TRITON)
+    rows.k_pages.fill_(torch.nan)  # slots without a token must not be read
+    rows.v_pages.fill_(torch.nan)
+    rows.kernels = SimpleNamespace(append=append, decode=decode, prefill=lambda *a, **k: None)
+    for tokens in STEPS[steps]:
+        out, expected = rows.step(tokens, group=3, scale=0.3)
+        if out is not None:
+            torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+@pytest.mark.parametrize(("group", "dims"), [(1, (32, 32)), (5, (80, 96)), (16, (128, 64)), (2, (256, 256))], ids=str)
+def test_page_sizes_groups_and_dims(page_size, group, dims):
+    rows = Rows(1, HEADS["mixed"], dims, page_size, 140, kernels=TRITON)
+    for tokens in (130, 1, 9):
+        out, expected = rows.step(tokens, group=group, scale=0.1)
+    torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reach", [12, 40])
+def test_the_models_own_window_bounds_the_sinks(reach):
+    rows = Rows(1, [(7, 2), (reach, 0), (5, 0)], (16, 16), 16, 60, reach=reach, kernels=TRITON)
+    for tokens in (20, 1, 13, 1, 20, 5):
+        out, expected = rows.step(tokens, group=2, scale=0.3)
+        torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("s_aux", [None, torch.linspace(-1, 2, 8)], ids=["plain", "s_aux"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_softcap_and_sink_logits(softcap, s_aux):
+    rows = Rows(2, HEADS["mixed"], (24, 40), 16, 80, kernels=TRITON)
+    for tokens in (70, 1, 5):
+        out, expected = rows.step(tokens, group=2, scale=0.3, softcap=softcap, s_aux=s_aux)
+        torch.testing.assert_close(out.double(), expected, atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_error_in_half_precision_is_at_most_twice_that_of_plain_attention(dtype):
+    rows = Rows(1, HEADS["mixed"], (32, 32), 16, 320, dtype=dtype, kernels=TRITON)
+    for tokens in (300, 1, 9):
+        out, expected = rows.step(tokens, group=2, scale=0.3)
+        plain = (rows.oracle(dtype=dtype).double() - expected).abs().max()
+        assert (out.double() - expected).abs().max() <= 2 * plain
+
+
+@pytest.mark.parametrize("length", [1000, 4097])
+def test_splits_are_merged(length):
+    rows = Rows(1, HEADS["mixed"], (16, 16), 64, length + 1, kernels=TRITON)
+    rows.step(length, group=1, scale=0.3)
+    out, expected = rows.step(1, group=1, scale=0.3)
+    torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=1e-5)
+
+
+def test_rows_of_very_different_length_and_none():
+    lengths = torch.tensor([0, 1, 700, 33], dtype=torch.int64)
+    rules = HeadRules.make((UNBOUNDED, 30), (0, 4), page_size=16)
+    generator = torch.Generator().manual_seed(0)
+    pages = [min(-(-701 // 16), most) for most in rules.max_pages]
+    order = torch.randperm(4 * sum(pages), generator=generator).int()
+    table = torch.zeros(4, 2, max(pages), dtype=torch.int32)
+    table[:, 0], table[:, 1, : pages[1]] = order[: 4 * pages[0]].view(4, -1), order[4 * pages[0] :].view(4, -1)
+    k_pages, v_pages = (torch.randn(len(order), 16, 24, generator=generator) for _ in range(2))
+    k_new, v_new = (torch.randn(4, 2, 1, 24, generator=generator) for _ in range(2))
+    query = torch.randn(4, 1, 4, 24, generator=generator).transpose(1, 2)
+    plain = k_pages.clone(), v_pages.clone()
+    append(k_pages, v_pages, k_new, v_new, table, lengths, rules)
+    plain_append(*plain, k_new, v_new, table, lengths, rules)
+    assert torch.equal(k_pages, plain[0])
+    assert torch.equal(v_pages, plain[1])
+    for counted in (lengths + 1, lengths):
+        out = decode(query, k_pages, v_pages, table, counted, rules, scale=0.2)
+        torch.testing.assert_close(
+            out, plain_decode(query, *plain, table, counted, rules, scale=0.2), atol=2e-6, rtol=1e-5
+        )
+    assert (decode(query, k_pages, v_pages, table, lengths * 0, rules, scale=0.2) == 0).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 40, 100])
+@pytest.mark.parametrize("length", [0, 3, 50])
+def test_append_writes_what_the_plain_one_does(length, tokens):
+    rules = HeadRules.make((UNBOUNDED, 7, 33), (0, 5, 2), page_size=16)
+    table = torch.arange(2 * 3 * 10, dtype=torch.int32).view(2, 3, 10)
+    lengths = torch.full((2,), length)
+    k_new, v_new = torch.randn(2, tokens, 3, 24).transpose(1, 2), torch.randn(2, 3, tokens, 40)
+    written = []
+    for function in (append, plain_append):
+        pages = torch.zeros(60, 16, 24), torch.zeros(60, 16, 40)
+        function(*pages, k_new, v_new, table, lengths, rules)
+        written.append(pages)
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*written, strict=True))

@@ -1,0 +1,57 @@
+"""Writing a step's tokens into pages, in Triton: all rows in one launch, and nothing waits for the host."""
+
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+
+def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
+    """Writes a step's tokens behind the rows' ends; see the plain `append`. Rows may be of any length."""
+    check_device(k_new)
+    batch, heads, tokens, dim = k_new.shape
+    value_dim = v_new.shape[-1]
+    block = min(64, triton.next_power_of_2(tokens))
+    _append_kernel[(triton.cdiv(tokens, block), heads, batch)](
+        k_pages, v_pages, k_new, v_new, table, lengths, rules.tensors(k_new.device),
+        *k_pages.stride()[:2], *v_pages.stride()[:2], *k_new.stride(), *v_new.stride(), *table.stride()[:2],
+        tokens, heads, DIM=dim, VALUE_DIM=value_dim, PAGE=rules.page_size, BLOCK_T=block,
+        BLOCK_D=triton.next_power_of_2(dim), BLOCK_V=triton.next_power_of_2(value_dim), num_warps=4,
+    )  # fmt: skip
+
+
+def check_device(tensor):
+    """Raises where Triton would: on the CPU, unless its interpreter runs the kernels."""
+    if tensor.device.type == "cpu" and not INTERPRETING:
+        raise ValueError("impl='triton' on a model on the CPU: move it to an accelerator, or pass impl='torch'")
+
+
+@triton.jit
+def _append_kernel(
+    k_pages, v_pages, k_new, v_new, table, lengths, bounds,
+    stride_kp, stride_ks, stride_vp, stride_vs, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_tb, stride_th, tokens, heads,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    i_block, i_head, i_batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + i_batch).to(tl.int32)
+    sink, ring = tl.load(bounds + heads + i_head), tl.load(bounds + 2 * heads + i_head)
+    token = i_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    position = length + token
+    # What the step itself pushes out of the ring is not written: its slot belongs to a later token.
+    kept = (token < tokens) & ((position < sink) | (position >= length + tokens - ring))
+    slot = tl.where(position < sink, position, sink + (position - sink) % ring)
+    batch = i_batch.to(tl.int64)
+    page = tl.load(table + batch * stride_tb + i_head * stride_th + slot // PAGE, mask=kept, other=0).to(tl.int64)
+    o_d, o_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    p_new = k_new + batch * stride_kb + i_head * stride_kh + token.to(tl.int64) * stride_kt
+    mask = kept[:, None] & (o_d < DIM)
+    b_k = tl.load(p_new[:, None] + o_d * stride_kd, mask=mask)
+    tl.store((k_pages + page * stride_kp + slot % PAGE * stride_ks)[:, None] + o_d, b_k, mask=mask)
+    p_new = v_new + batch * stride_vb + i_head * stride_vh + token.to(tl.int64) * stride_vt
+    mask = kept[:, None] & (o_v < VALUE_DIM)
+    b_v = tl.load(p_new[:, None] + o_v * stride_vd, mask=mask)
+    tl.store((v_pages + page * stride_vp + slot % PAGE * stride_vs)[:, None] + o_v, b_v, mask=mask)
+
+
+INTERPRETING = isinstance(_append_kernel, InterpretedFunction)

@@ -1,0 +1,277 @@
+"""Attention of many new tokens, in Triton: a past and the step itself in one online softmax.
+
+A program takes a tile of queries, which are tokens times the query heads of one KV head, and walks the keys that some
+query of the tile sees: the sinks and the band of the past, then those of the step. A global head is one whose band
+begins at 0 and whose past lies in pages; that of a local head lies in the context's copies. Only the tiles of keys at
+an edge are masked. Few queries over many keys are split over the keys and merged.
+"""
+
+import json
+from contextlib import nullcontext
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .attend import merge
+from .pages import head_index, take_heads
+from .triton_pages import INTERPRETING, check_device
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-1e30)  # a maximum to start from that is finite, so that differences are never NaN
+
+# Keys that a part of a split must at least have, for its share of the merge to stay small.
+_PART_KEYS = 1024
+_MAX_PARTS = 64
+# The fastest first.
+_DENSE = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def prefill(query, k_new, v_new, context, rules, *, scale, softcap=None, s_aux=None):
+    """Attends new tokens over themselves and over a past; see the plain `prefill` for the arguments."""
+    check_device(query)
+    query, k_new, v_new = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, k_new, v_new))
+    tokens, every = query.shape[2], tuple(range(rules.heads))
+    past = context is not None and context.length > 0
+    full = () if past or softcap is not None or s_aux is not None else _seeing_all(rules, tokens)
+    if full == every:
+        return _dense(query, k_new, v_new, full, rules.heads, scale).contiguous()
+    out = query.new_empty(len(query), tokens, query.shape[1], v_new.shape[-1])
+    if full:
+        found = _dense(query, k_new, v_new, full, rules.heads, scale).unflatten(2, (len(full), -1))
+        out.unflatten(2, (rules.heads, -1)).index_copy_(2, head_index(full, out.device), found)
+    arguments = query, k_new, v_new, rules, scale, softcap, s_aux, out
+    if not past:
+        _launch(*arguments, tuple(h for h in every if h not in full))
+        return out
+    if rules.global_heads:
+        pages = context.k_pages, context.v_pages
+        _launch(*arguments, rules.global_heads, context.length, pages, context.table)
+    if rules.local_heads:
+        members = tuple(h for _, heads in rules.local_groups for h in heads)
+        _launch(*arguments, members, context.length, tuple(map(_one_band, zip(*context.bands))))
+    return out
+
+
+def _seeing_all(rules, tokens):
+    """Heads that are as good as global for a step without a past."""
+    return tuple(h for h, window in enumerate(rules.window) if min(window, rules.reach) >= tokens)
+
+
+def _one_band(bands):  # of [batch, heads, rows, dim] -> [batch, rows of all heads, dim]
+    flat = [band.flatten(1, 2) for band in bands]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+
+
+def _dense(query, k_new, v_new, members, heads, scale):  # -> [batch, tokens, query heads of the members, value dim]
+    query = take_heads(query.unflatten(1, (heads, -1)), members).flatten(1, 2)
+    key, value = take_heads(k_new, members), take_heads(v_new, members)
+    with sdpa_kernel(_DENSE, set_priority=True) if query.is_cuda else nullcontext():
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
+        )
+    return out.transpose(1, 2)
+
+
+def _launch(query, k_new, v_new, rules, scale, softcap, s_aux, out, members, length=0, past=None, table=None):
+    """Attends the queries of some KV heads into `out`; `past` holds keys and values in pages or in one band."""
+    batch, query_heads, tokens, dim = query.shape
+    heads, value_dim, device = rules.heads, v_new.shape[-1], query.device
+    group = query_heads // heads
+    kind, page, table_strides = "local", 0, (0, 0)
+    if table is not None:
+        kind, page, table_strides = "paged", rules.page_size, table.stride()[:2]
+    tile = configuration(_chip(device), kind, query.element_size(), max(dim, value_dim), group)
+    rows = max(16, min(tile["rows"], triton.next_power_of_2(tokens * group)))
+    blocks = triton.cdiv(tokens * group, rows)
+    keys = min(length + tokens, max(rules.window[h] for h in members))
+    parts = _parts(blocks * len(members) * batch, keys, device)
+    target, lse = out, out
+    if parts > 1:
+        target = torch.empty(parts, batch, tokens, len(members) * group, value_dim, device=device)
+        lse = torch.empty(target.shape[:-1], device=device)
+    with torch.cuda.device_of(query):
+        _prefill_kernel[(blocks, len(members), batch * parts)](
+            query, k_new, v_new, *(past or (k_new, v_new)), rules.tensors(device) if table is None else table,
+            head_index(members, device), rules.tensors(device), out if s_aux is None else s_aux, target, lse,
+            *query.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3],
+            *table_strides, 0 if past is None else past[0].shape[1],
+            length, tokens, parts, heads, rules.reach, scale, softcap or 0.0,
+            GROUP=group, DIM=dim, VALUE_DIM=value_dim, HAS_PAST=past is not None, PAGE=page, SPLIT=parts > 1,
+            SOFTCAP=softcap is not None, HAS_SINK=s_aux is not None, UPCAST=INTERPRETING,
+            BLOCK_M=rows, BLOCK_N=tile["keys"], **padded(dim, value_dim, heads),
+            num_warps=tile["warps"], num_stages=tile["stages"],
+        )  # fmt: skip
+    if parts > 1:
+        found, _ = merge(list(zip(target, lse)))
+        found = found.unflatten(2, (len(members), group)).to(out.dtype)
+        out.unflatten(2, (heads, group)).index_copy_(2, head_index(members, device), found)
+
+
+def padded(dim, value_dim, heads):
+    """Sizes of blocks that hold whole head dims and all KV heads."""
+    power = triton.next_power_of_2
+    return {"BLOCK_D": max(16, power(dim)), "BLOCK_V": max(16, power(value_dim)), "BLOCK_H": power(heads)}
+
+
+def configuration(chip, kind, itemsize, dim, group):
+    """The tile of a kernel: rows and keys of a block, warps and stages; the most specific entry wins."""
+    size = f"{8 * itemsize}bit d{max(32, triton.next_power_of_2(dim))}"
+    for entries in filter(None, map(_configurations().get, (chip, "any"))):
+        for name in (f"{kind} {size} g{group}", f"{kind} {size}", size, "default"):
+            if name in entries:
+                return entries[name]
+    raise KeyError(f"no configuration for {kind} {size}")
+
+
+@lru_cache(maxsize=1)
+def _configurations():
+    return json.loads(Path(__file__).with_name("configs").joinpath("prefill.json").read_text())
+
+
+@lru_cache(maxsize=64)
+def _chip(device):
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm{properties.major}{properties.minor}"
+
+
+def _parts(programs, keys, device):
+    """Parts to split the keys into, where the queries alone are too few to fill the chip."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, min(2 * processors // programs, keys // _PART_KEYS, _MAX_PARTS))
+
+
+@triton.jit
+def _load(p_rows, held, DIM: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):  # [rows] -> [rows, BLOCK]
+    o_d = tl.arange(0, BLOCK)
+    mask = held[:, None] if DIM == BLOCK else held[:, None] & (o_d < DIM)
+    block = tl.load(p_rows[:, None] + o_d, mask=mask, other=0.0)
+    return block.to(tl.float32) if UPCAST else block  # the interpreter computes nothing right in bfloat16
+
+
+@triton.jit
+def _band_start(i_member, heads, bounds, kv_heads, length, BLOCK_H: tl.constexpr):
+    """The row of the band of all heads where a head's own begins: behind what the heads before it keep."""
+    o_h = tl.arange(0, BLOCK_H)
+    before = o_h < i_member
+    i_kv = tl.load(heads + o_h, mask=before, other=0)
+    window = tl.load(bounds + i_kv, mask=before, other=1)
+    sink = tl.load(bounds + kv_heads + i_kv, mask=before, other=0)
+    return tl.sum(tl.minimum(sink, length) + tl.minimum(window - 1, length)).to(tl.int64)
+
+
+@triton.jit
+def _page_row(p_table, first, o_n, held, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The row of the pool that holds position `first`; for tiles of several pages one for each key, less its `o_n`."""
+    if PAGE % BLOCK_N == 0:
+        row = tl.load(p_table + first // PAGE).to(tl.int64) * PAGE + first % PAGE
+    else:
+        page = tl.load(p_table + (first + o_n) // PAGE, mask=held, other=0).to(tl.int64)
+        row = page * PAGE + (first + o_n) % PAGE - o_n
+    return row
+
+
+@triton.jit
+def _seen(key, query, window, sink, reach):
+    """Whether the query at one position sees the key at another."""
+    return (key <= query) & ((key > query - window) | (key < sink)) & (key > query - reach)
+
+
+@triton.jit
+def _accumulate(b_s, b_v, b_out, b_max, b_sum, factor):
+    """Takes a tile of keys into the softmax; `factor` makes powers of two of the scores."""
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * factor)
+    b_p = tl.exp2(b_s * factor - b_new[:, None])
+    b_old = tl.exp2(b_max - b_new)
+    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_old[:, None], input_precision="ieee")
+    return b_out, b_new, b_sum * b_old + tl.sum(b_p, 1)
+
+
+@triton.jit(do_not_specialize=["stride_tb", "stride_th", "past_rows", "length", "tokens", "parts"])
+def _prefill_kernel(
+    query, k_new, v_new, k_past, v_past, table, heads, bounds, s_aux, out, lse,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_tb, stride_th, past_rows, length, tokens, parts, kv_heads, reach, scale, softcap,
+    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HAS_PAST: tl.constexpr, PAGE: tl.constexpr,
+    SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    i_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest walks of a causal head start first
+    i_member, batch = tl.program_id(1), tl.num_programs(2) // parts
+    i_part, i_batch = tl.program_id(2) // batch, (tl.program_id(2) % batch).to(tl.int64)
+    i_kv = tl.load(heads + i_member)  # int64
+    window, sink = tl.load(bounds + i_kv), tl.load(bounds + kv_heads + i_kv)
+    o_m, o_n = i_block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    o_t, o_head = o_m // GROUP, i_kv * GROUP + o_m % GROUP  # a token's heads lie side by side in the tile
+    real, position = o_t < tokens, length + o_t
+    p_q = query + i_batch * stride_qb + o_head * stride_qh + o_t.to(tl.int64) * stride_qt
+    b_q = _load(p_q, real, DIM, BLOCK_D, UPCAST)
+    b_max, b_sum = tl.full([BLOCK_M], _LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINK:  # one more logit, with no value behind it
+        b_logit = tl.load(s_aux + o_head, mask=real, other=0.0).to(tl.float32) * _LOG2E
+        b_max, b_sum = tl.where(i_part == 0, b_logit, b_max), tl.where(i_part == 0, b_sum + 1.0, b_sum)
+    b_out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    factor = _LOG2E if SOFTCAP else scale * _LOG2E
+
+    first_query = length + i_block * BLOCK_M // GROUP
+    last_query = length + tl.minimum((i_block * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
+    near = tl.minimum(window, reach)
+    sink_stop = tl.minimum(sink, last_query + 1)
+    band = tl.maximum(first_query - near + 1, sink_stop)
+    for NEW in tl.static_range(0 if HAS_PAST else 1, 2):
+        # Positions `low` to `high` are here: a run of the sinks and one of the band, each shifted to its rows.
+        if NEW:
+            low, high, step_k, step_v = length, last_query + 1, stride_kt, stride_vt
+            sink_shift, band_shift = -length, -length
+            p_k, p_v = k_new + i_batch * stride_kb + i_kv * stride_kh, v_new + i_batch * stride_vb + i_kv * stride_vh
+        else:
+            low, high, step_k, step_v = 0, length, DIM, VALUE_DIM
+            sink_shift, band_shift = 0, tl.minimum(sink, length) - tl.maximum(length - window + 1, 0)
+            start = 0
+            if not PAGE:
+                start = i_batch * past_rows + _band_start(i_member, heads, bounds, kv_heads, length, BLOCK_H)
+            p_k, p_v = k_past + start * DIM, v_past + start * VALUE_DIM
+        sink_first, band_first = tl.maximum(first_query - reach + 1, low), tl.maximum(band, low)
+        if PAGE and not NEW:
+            band_first = band_first // BLOCK_N * BLOCK_N  # a tile stays inside its page
+        sink_tiles = tl.cdiv(tl.maximum(tl.minimum(sink_stop, high) - sink_first, 0), BLOCK_N)
+        tiles = sink_tiles + tl.cdiv(tl.maximum(high - band_first, 0), BLOCK_N)
+        for i in range(i_part if SPLIT else 0, tiles, parts if SPLIT else 1):
+            in_sink = i < sink_tiles
+            first = i * BLOCK_N + tl.where(in_sink, sink_first, band_first - sink_tiles * BLOCK_N)
+            stop = tl.where(in_sink, tl.minimum(sink_stop, high), high)
+            held = first + o_n < stop
+            if PAGE and not NEW:
+                row = _page_row(table + i_batch * stride_tb + i_kv * stride_th, first, o_n, held, PAGE, BLOCK_N)
+            else:
+                row = (first + tl.where(in_sink, sink_shift, band_shift)).to(tl.int64)
+            b_k = _load(p_k + row * step_k + o_n * step_k, held, DIM, BLOCK_D, UPCAST)
+            b_v = _load(p_v + row * step_v + o_n * step_v, held, VALUE_DIM, BLOCK_V, UPCAST)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            if SOFTCAP:
+                b_s = softcap * (2 * tl.sigmoid(2 * b_s * scale / softcap) - 1)
+            whole = (first + BLOCK_N <= stop) & (first + BLOCK_N - 1 <= first_query) & (first > last_query - near)
+            if not whole:
+                b_s = tl.where(_seen(first + o_n, position[:, None], window, sink, reach) & held, b_s, float("-inf"))
+            b_out, b_max, b_sum = _accumulate(b_s, b_v, b_out, b_max, b_sum, factor)
+
+    b_total = tl.where(b_sum > 0, b_sum, 1.0)
+    row = (i_batch * tokens + o_t) * kv_heads * GROUP + o_head
+    if SPLIT:
+        row = (((i_part * batch + i_batch) * tokens + o_t) * tl.num_programs(1) + i_member) * GROUP + o_m % GROUP
+        b_lse = tl.where(b_sum > 0, (b_max + tl.log2(b_total)) / _LOG2E, float("-inf"))
+        tl.store(lse + row, b_lse, mask=real)
+    o_v = tl.arange(0, BLOCK_V)
+    b_out = (b_out / b_total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + row[:, None] * VALUE_DIM + o_v, b_out, mask=real[:, None] & (o_v < VALUE_DIM))
