@@ -33,9 +33,9 @@ class Rows:
     """The rows of one layer with shuffled pages, filled step by step as a cache does."""
 
     def __init__(
-        self, batch, heads, dims, page_size, total, reach=UNBOUNDED, dtype=torch.float32, seed=0, kernels=PLAIN,
-        device="cpu",
-    ):  # fmt: skip
+        self, batch, heads, dims, page_size, total, reach=UNBOUNDED, dtype=torch.float32, seed=0, kernels=PLAIN
+    ):
+        self.device = "cpu" if kernels is PLAIN else DEVICE
         self.generator = torch.Generator().manual_seed(seed)
         self.rules = HeadRules.make(*zip(*heads), page_size=page_size, reach=reach)
         self.heads, self.reach, self.kernels = heads, reach, kernels
@@ -47,7 +47,10 @@ class Rows:
         for b, h in itertools.product(range(batch), range(len(heads))):
             self.table[b, h, : held[b][h]] = pages[start : start + held[b][h]]
             start += held[b][h]
-        self.k_pages, self.v_pages = (torch.zeros(len(pages), page_size, d, dtype=dtype) for d in dims)
+        self.table = self.table.to(self.device)
+        self.k_pages, self.v_pages = (
+            torch.zeros(len(pages), page_size, d, dtype=dtype, device=self.device) for d in dims
+        )
         self.keys, self.values = (torch.zeros(batch, len(heads), 0, d, dtype=dtype) for d in dims)
 
     def step(self, tokens, group, **kwargs):
@@ -56,16 +59,19 @@ class Rows:
         random = lambda *shape: torch.randn(*shape, generator=self.generator).to(self.keys.dtype)  # noqa: E731
         query = random(batch, tokens, heads * group, dim).transpose(1, 2)
         k_new, v_new = random(batch, heads, tokens, dim), random(batch, heads, tokens, self.values.shape[-1])
-        lengths = torch.full((batch,), length, dtype=torch.int32)
+        self.keys, self.values = torch.cat([self.keys, k_new], 2), torch.cat([self.values, v_new], 2)
+        self.oracle = partial(oracle, query, self.keys, self.values, self.heads, self.reach, **kwargs)
+        query, k_new, v_new = (x.to(self.device) for x in (query, k_new, v_new))
+        kwargs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
+        lengths = torch.full((batch,), length, dtype=torch.int32, device=self.device)
         pages = self.k_pages, self.v_pages
         context = read_context(*pages, self.table, length, self.rules) if length else None
         self.kernels.append(*pages, k_new, v_new, self.table, lengths, self.rules)
-        self.keys, self.values = torch.cat([self.keys, k_new], 2), torch.cat([self.values, v_new], 2)
         if tokens <= self.rules.slack and length:
             out = self.kernels.decode(query, *pages, self.table, lengths + tokens, self.rules, **kwargs)
         else:
             out = self.kernels.prefill(query, k_new, v_new, context, self.rules, **kwargs)
-        self.oracle = partial(oracle, query, self.keys, self.values, self.heads, self.reach, **kwargs)
+        out = None if out is None else out.cpu()
         return out, self.oracle()
 
 

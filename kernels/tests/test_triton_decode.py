@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from paged_rows import HEADS, PLAIN, STEPS, Rows
+from paged_rows import DEVICE, HEADS, PLAIN, STEPS, Rows
 from redknot_kernels import UNBOUNDED, HeadRules
 from redknot_kernels import append as plain_append
 from redknot_kernels import decode as plain_decode
@@ -15,7 +15,6 @@ from redknot_kernels.triton_decode import decode
 from redknot_kernels.triton_pages import append
 
 TRITON = SimpleNamespace(append=append, decode=decode, prefill=PLAIN.prefill)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +96,9 @@ def test_rows_of_very_different_length_and_none():
     k_pages, v_pages = (torch.randn(len(order), 16, 24, generator=generator) for _ in range(2))
     k_new, v_new = (torch.randn(4, 2, 1, 24, generator=generator) for _ in range(2))
     query = torch.randn(4, 1, 4, 24, generator=generator).transpose(1, 2)
+    query, k_pages, v_pages, k_new, v_new, table, lengths = (
+        x.to(DEVICE) for x in (query, k_pages, v_pages, k_new, v_new, table, lengths)
+    )
     plain = k_pages.clone(), v_pages.clone()
     append(k_pages, v_pages, k_new, v_new, table, lengths, rules)
     plain_append(*plain, k_new, v_new, table, lengths, rules)
@@ -114,12 +116,13 @@ def test_rows_of_very_different_length_and_none():
 @pytest.mark.parametrize("length", [0, 3, 50])
 def test_append_writes_what_the_plain_one_does(length, tokens):
     rules = HeadRules.make((UNBOUNDED, 7, 33), (0, 5, 2), page_size=16)
-    table = torch.arange(2 * 3 * 10, dtype=torch.int32).view(2, 3, 10)
-    lengths = torch.full((2,), length)
-    k_new, v_new = torch.randn(2, tokens, 3, 24).transpose(1, 2), torch.randn(2, 3, tokens, 40)
+    table = torch.arange(2 * 3 * 10, dtype=torch.int32, device=DEVICE).view(2, 3, 10)
+    lengths = torch.full((2,), length, device=DEVICE)
+    k_new = torch.randn(2, tokens, 3, 24, device=DEVICE).transpose(1, 2)
+    v_new = torch.randn(2, 3, tokens, 40, device=DEVICE)
     written = []
     for function in (append, plain_append):
-        pages = torch.zeros(60, 16, 24), torch.zeros(60, 16, 40)
+        pages = torch.zeros(60, 16, 24, device=DEVICE), torch.zeros(60, 16, 40, device=DEVICE)
         function(*pages, k_new, v_new, table, lengths, rules)
         written.append(pages)
     assert all(torch.equal(ours, plain) for ours, plain in zip(*written, strict=True))

@@ -1,5 +1,8 @@
 """Writing a step's tokens into pages, in Triton: all rows in one launch, and nothing waits for the host."""
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
@@ -16,6 +19,7 @@ def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
         *k_pages.stride()[:2], *v_pages.stride()[:2], *k_new.stride(), *v_new.stride(), *table.stride()[:2],
         tokens, heads, DIM=dim, VALUE_DIM=value_dim, PAGE=rules.page_size, BLOCK_T=block,
         BLOCK_D=triton.next_power_of_2(dim), BLOCK_V=triton.next_power_of_2(value_dim), num_warps=4,
+        **early_launch(k_new.device),
     )  # fmt: skip
 
 
@@ -25,14 +29,33 @@ def check_device(tensor):
         raise ValueError("impl='triton' on a model on the CPU: move it to an accelerator, or pass impl='torch'")
 
 
+@lru_cache(maxsize=64)
+def early_launch(device):
+    """Launch options that let a kernel be set up while the one before it still runs, for chips that can."""
+    early = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@triton.jit
+def await_previous(EARLY: tl.constexpr):
+    """Lets the next kernel be set up, and waits for all writes of the one before; every program must come here.
+
+    A kernel that is done thus implies that all before it are, of which the next one may read.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
 @triton.jit
 def _append_kernel(
     k_pages, v_pages, k_new, v_new, table, lengths, bounds,
     stride_kp, stride_ks, stride_vp, stride_vs, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_tb, stride_th, tokens, heads,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    await_previous(EARLY)
     i_block, i_head, i_batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + i_batch).to(tl.int32)
     sink, ring = tl.load(bounds + heads + i_head), tl.load(bounds + 2 * heads + i_head)

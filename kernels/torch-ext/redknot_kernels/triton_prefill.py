@@ -108,8 +108,7 @@ def _launch(query, k_new, v_new, rules, scale, softcap, s_aux, out, members, len
             length, tokens, parts, heads, rules.reach, scale, softcap or 0.0,
             GROUP=group, DIM=dim, VALUE_DIM=value_dim, HAS_PAST=past is not None, PAGE=page, SPLIT=parts > 1,
             SOFTCAP=softcap is not None, HAS_SINK=s_aux is not None, UPCAST=INTERPRETING,
-            BLOCK_M=rows, BLOCK_N=tile["keys"], **padded(dim, value_dim, heads),
-            num_warps=tile["warps"], num_stages=tile["stages"],
+            BLOCK_M=rows, BLOCK_N=tile["keys"], **padded(dim, value_dim, heads), **tile["options"],
         )  # fmt: skip
     if parts > 1:
         found, _ = merge(list(zip(target, lse)))
@@ -124,7 +123,7 @@ def padded(dim, value_dim, heads):
 
 
 def configuration(chip, kind, itemsize, dim, group):
-    """The tile of a kernel: rows and keys of a block, warps and stages; the most specific entry wins."""
+    """The tile of a kernel, its rows and keys, and the options of its launch; the most specific entry wins."""
     size = f"{8 * itemsize}bit d{max(32, triton.next_power_of_2(dim))}"
     for entries in filter(None, map(_configurations().get, (chip, "any"))):
         for name in (f"{kind} {size} g{group}", f"{kind} {size}", size, "default"):
@@ -237,7 +236,7 @@ def _prefill_kernel(
             p_k, p_v = k_new + i_batch * stride_kb + i_kv * stride_kh, v_new + i_batch * stride_vb + i_kv * stride_vh
         else:
             low, high, step_k, step_v = 0, length, DIM, VALUE_DIM
-            sink_shift, band_shift = 0, tl.minimum(sink, length) - tl.maximum(length - window + 1, 0)
+            sink_shift, band_shift = 0, sink - tl.maximum(length - window + 1, 0)
             start = 0
             if not PAGE:
                 start = i_batch * past_rows + _band_start(i_member, heads, bounds, kv_heads, length, BLOCK_H)
@@ -257,13 +256,13 @@ def _prefill_kernel(
             else:
                 row = (first + tl.where(in_sink, sink_shift, band_shift)).to(tl.int64)
             b_k = _load(p_k + row * step_k + o_n * step_k, held, DIM, BLOCK_D, UPCAST)
-            b_v = _load(p_v + row * step_v + o_n * step_v, held, VALUE_DIM, BLOCK_V, UPCAST)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             if SOFTCAP:
                 b_s = softcap * (2 * tl.sigmoid(2 * b_s * scale / softcap) - 1)
             whole = (first + BLOCK_N <= stop) & (first + BLOCK_N - 1 <= first_query) & (first > last_query - near)
             if not whole:
                 b_s = tl.where(_seen(first + o_n, position[:, None], window, sink, reach) & held, b_s, float("-inf"))
+            b_v = _load(p_v + row * step_v + o_n * step_v, held, VALUE_DIM, BLOCK_V, UPCAST)
             b_out, b_max, b_sum = _accumulate(b_s, b_v, b_out, b_max, b_sum, factor)
 
     b_total = tl.where(b_sum > 0, b_sum, 1.0)

@@ -1,0 +1,90 @@
+"""The equalities on an accelerator: `pytest -m gpu`."""
+
+import pytest
+import torch
+from families import VOCABULARY, make_model
+from oracle import masked_logits, random_plan
+from transformers import DynamicCache
+
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]
+
+IMPLS = ["torch", "triton"]
+FAMILIES = ["llama", "mistral_sliding", "gemma2", "gemma3", "gpt_oss", "phi3"]
+
+
+def prompts():
+    """Two rows of 200 ids, the second one padded."""
+    ids = torch.randint(3, VOCABULARY, (2, 200), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, :61], mask[1, :61] = 0, 0
+    return ids.cuda(), mask.cuda()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_global_equals_dynamic_cache_token_for_token(family, impl):
+    model = make_model(family).cuda()
+    ids, mask = prompts()
+    options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
+    cache = RedKnotCache(model.config, HeadPlan.uniform(model.config, HeadSpec()), page_size=16, impl=impl)
+    ours = model.generate(ids, past_key_values=cache, **options)
+    model.set_attn_implementation("eager")
+    assert torch.equal(ours, model.generate(ids, past_key_values=DynamicCache(config=model.config), **options))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_plan_equals_the_explicit_mask_at_every_step(family, impl):
+    model = make_model(family).cuda()
+    ids, mask = prompts()
+    plan = random_plan(model.config, seed=len(family))
+    expected = masked_logits(model, plan, ids, mask)
+    cache = RedKnotCache(model.config, plan, page_size=16, impl=impl)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for start, stop in [(0, 100), (100, 152), (152, 160), *((i, i + 1) for i in range(160, 200))]:
+            step = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+            logits = model(ids[:, start:stop], past_key_values=cache, **step).logits
+            real = mask[:, start:stop].bool()
+            torch.testing.assert_close(logits[real], expected[:, start:stop][real], atol=5e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_beams_and_prompt_lookup(impl):
+    model = make_model("llama").cuda()
+    ids = prompts()[0][:1]
+    for options in ({"num_beams": 3, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 8}):
+        options |= {"max_new_tokens": 20, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        cache = RedKnotCache(model.config, HeadPlan.uniform(model.config, HeadSpec()), page_size=16, impl=impl)
+        ours = model.generate(ids, past_key_values=cache, **options)
+        model.set_attn_implementation("eager")
+        dense = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+        model.set_attn_implementation("redknot")
+        assert torch.equal(ours, dense)
+
+
+def requested():
+    """Bytes asked of the device's allocator and not given back; it may set aside up to 1 MiB more for a tensor."""
+    torch.cuda.synchronize()
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_allocator_reports_what_the_cache_says(impl):
+    model = make_model("llama").cuda().half()
+    plan = HeadPlan.with_global(model.config, [(0, 0), (2, 1)], local=HeadSpec(window=64, sink=4))
+    ids = torch.randint(3, VOCABULARY, (4, 8192), device="cuda")
+    with torch.no_grad():
+        model(ids[:, :256], past_key_values=RedKnotCache(model.config, plan, impl=impl), logits_to_keep=1)
+        before = requested()
+        cache = RedKnotCache(model.config, plan, impl=impl)
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    small = sum(layer.table().nbytes for layer in cache.layers) + 4096  # tables, and what kernels look up
+    assert cache.nbytes <= requested() - before <= cache.nbytes + small
+    cache.offload()
+    assert requested() - before <= small
+    cache.prefetch()
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=cache)
