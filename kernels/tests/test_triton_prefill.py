@@ -23,18 +23,6 @@ EXTRAS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Memory that no kernel wrote holds NaN."""
-    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
-        make = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, _make=make, **k: _poison(_make(*a, **k)))
-
-
-def _poison(tensor):
-    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles small enough for short sequences to have edges and insides."""
