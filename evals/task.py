@@ -1,0 +1,59 @@
+"""What a task is: examples to ask a model, and how their answers are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question about one context.
+
+    The prompt is `context + question + answer_prefix`, as text; context and the rest are tokenized apart, so that
+    a context can be read once and asked several questions.
+
+    Attributes:
+        id: Names the example within its task, length and seed.
+        context: What is read first. Several examples in a row may share it.
+        question: What is asked.
+        answers: Any of them is right; a metric says how near an answer comes.
+        max_new_tokens: Tokens the model may answer with.
+        answer_prefix: Words that the answer begins with, put into the model's mouth.
+        stop: Text that ends an answer; `None` leaves it to the model's end-of-sequence tokens.
+        kind: Part of the task the example belongs to, reported apart ("single document", "two hops").
+        documents: The context's parts, in order, for methods that reuse them; joined they are the context.
+    """
+
+    id: str
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    answer_prefix: str = ""
+    stop: str | None = None
+    kind: str = ""
+    documents: tuple[str, ...] = ()
+
+
+class Task(Protocol):
+    """A source of examples.
+
+    Attributes:
+        name: As on the command line.
+        metric: Name of a module in `evals/metrics`, which judges the answers.
+    """
+
+    name: str
+    metric: str
+
+    def examples(self, tokenizer: Any, length: int, count: int, seed: int) -> Iterator[Example]:
+        """Yields `count` examples whose prompts have at most `length` tokens of this tokenizer.
+
+        The same arguments yield the same examples.
+
+        Raises:
+            ValueError: The length is too short for the task, or the data set has fewer examples.
+        """
+        ...
