@@ -244,6 +244,38 @@ def test_recording_after_prefill_widens_a_reserved_cache():
     torch.testing.assert_close(feed(model, cache, other), expected, atol=2e-4, rtol=1e-4)
 
 
+def test_a_reserved_cache_forks_and_repeats_with_memory_of_its_own():
+    model, cache, ids = planned(2, 30, max_cache_len=60)
+    reserved, fork = cache.nbytes, copy.deepcopy(cache)
+    cache.batch_repeat_interleave(3)
+    assert (cache.nbytes, fork.nbytes) == (3 * reserved, reserved)
+    other = some_ids(6, 9, seed=3)
+    for held, before, after in ((cache, ids.repeat_interleave(3, 0), other), (fork, ids, other[:2])):
+        expected = masked_logits(model, cache.plan, torch.cat([before, after], 1))[:, -9:]
+        torch.testing.assert_close(feed(model, held, after), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_reserved_cache_takes_its_sequences_in_another_order():
+    model, cache, ids = planned(3, 30, max_cache_len=60)
+    reserved, pages = cache.nbytes, cache.layers[0].pool.keys.data_ptr()
+    order = torch.tensor([2, 0, 0])
+    cache.reorder_cache(order)
+    other = some_ids(3, 9, seed=3)
+    expected = masked_logits(model, cache.plan, torch.cat([ids[order], other], 1))[:, -9:]
+    torch.testing.assert_close(feed(model, cache, other), expected, atol=2e-4, rtol=1e-4)
+    assert (cache.nbytes, cache.layers[0].pool.keys.data_ptr()) == (reserved, pages)
+
+
+def test_reset_keeps_what_was_reserved():
+    model, cache, _ = planned(2, 50, max_cache_len=60)
+    pages = cache.layers[0].pool.keys.data_ptr()
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    ids = some_ids(2, 60, seed=3)
+    torch.testing.assert_close(feed(model, cache, ids), masked_logits(model, cache.plan, ids), atol=2e-4, rtol=1e-4)
+    assert cache.layers[0].pool.keys.data_ptr() == pages
+
+
 def test_the_callers_mask_may_be_reused():
     model, cache, _ = planned()
     buffer = torch.ones(2, 60, dtype=torch.bool)

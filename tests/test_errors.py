@@ -197,21 +197,6 @@ def test_max_cache_len_exceeded_at_a_later_step(model):
     assert_continues_like(model, cache, grown)
 
 
-def test_a_full_pool(model):
-    cache = new_cache(model, HeadSpec(), max_cache_len=64)
-    forward(model, cache)
-    fork = new_cache(model, HeadSpec())
-    forward(model, fork)
-    cache.batch_repeat_interleave(8)
-    with pytest.raises(
-        RuntimeError, match=r"pool is full: \d+ pages of 16 .* 8 of 32 are free.*without max_cache_len"
-    ):
-        forward(model, cache, IDS[:1, :1].expand(16, -1))
-    assert slots(cache) == {40}
-    cache.batch_select_indices(torch.tensor([0, 8]))
-    assert_continues_like(model, cache, fork)
-
-
 @pytest.mark.parametrize(
     "ask",
     [

@@ -5,11 +5,11 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from redknot_kernels import UNBOUNDED, HeadRules, append, decode, prefill, read_context
+from redknot_kernels import UNBOUNDED, HeadRules, append, prefill, read_context, step
 
 GLOBAL = (UNBOUNDED, 0)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PLAIN = SimpleNamespace(append=append, decode=decode, prefill=prefill)
+PLAIN = SimpleNamespace(append=append, step=step, prefill=prefill)
 
 
 def oracle(query, key, value, heads, reach, scale, softcap=None, s_aux=None, dtype=torch.float64):
@@ -63,13 +63,14 @@ class Rows:
         self.oracle = partial(oracle, query, self.keys, self.values, self.heads, self.reach, **kwargs)
         query, k_new, v_new = (x.to(self.device) for x in (query, k_new, v_new))
         kwargs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
-        lengths = torch.full((batch,), length, dtype=torch.int32, device=self.device)
+        counts = torch.full((batch + 1,), length, dtype=torch.int32, device=self.device)
         pages = self.k_pages, self.v_pages
-        context = read_context(*pages, self.table, length, self.rules) if length else None
-        self.kernels.append(*pages, k_new, v_new, self.table, lengths, self.rules)
-        if tokens <= self.rules.slack and length:
-            out = self.kernels.decode(query, *pages, self.table, lengths + tokens, self.rules, **kwargs)
+        if tokens <= self.rules.slack:
+            out = self.kernels.step(query, *pages, k_new, v_new, self.table, counts, None, self.rules, **kwargs)
+            assert (counts == length + tokens).all()
         else:
+            context = read_context(*pages, self.table, length, self.rules) if length else None
+            self.kernels.append(*pages, k_new, v_new, self.table, counts[:-1], self.rules)
             out = self.kernels.prefill(query, k_new, v_new, context, self.rules, **kwargs)
         out = None if out is None else out.cpu()
         return out, self.oracle()

@@ -11,10 +11,10 @@ from redknot_kernels import decode as plain_decode
 
 pytest.importorskip("triton")
 
-from redknot_kernels.triton_decode import decode
+from redknot_kernels.triton_decode import decode, step
 from redknot_kernels.triton_pages import append
 
-TRITON = SimpleNamespace(append=append, decode=decode, prefill=PLAIN.prefill)
+TRITON = SimpleNamespace(append=append, step=step, prefill=PLAIN.prefill)
 
 
 @pytest.mark.parametrize("steps", ["prompt", "chunks", "short", "verify"])
@@ -23,7 +23,7 @@ def test_every_step_equals_the_masked_oracle(heads, steps):
     rows = Rows(2, HEADS[heads], (24, 24), 16, sum(STEPS[steps]), kernels=TRITON)
     rows.k_pages.fill_(torch.nan)  # slots without a token must not be read
     rows.v_pages.fill_(torch.nan)
-    rows.kernels = SimpleNamespace(append=append, decode=decode, prefill=lambda *a, **k: None)
+    rows.kernels = SimpleNamespace(append=append, step=step, prefill=lambda *a, **k: None)
     for tokens in STEPS[steps]:
         out, expected = rows.step(tokens, group=3, scale=0.3)
         if out is not None:

@@ -11,12 +11,11 @@ from redknot_kernels import add_sink_logit, attend, gather, read_context
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from .commit import Output, Query, captured, runs, write, write_and_attend
 from .dense import dense_attention
 from .handle import RedKnotHandle, Run, Step
-from .mask import PaddingMask
+from .mask import PaddingMask, describes_new_tokens, real_tokens
 
-Query = Float[Tensor, "batch query_heads tokens key_dim"]
-Output = Float[Tensor, "batch tokens query_heads value_dim"]
 # A mask of the caller's own: bool (True is visible), or added to the scores.
 Explicit = Bool[Tensor, "#batch #query_heads tokens slots"] | Float[Tensor, "#batch #query_heads tokens slots"]
 
@@ -50,9 +49,11 @@ def redknot_attention(
     if not isinstance(key, RedKnotHandle):
         return dense_attention(module, query, key, value, attention_mask, dropout, kwargs, **options), None
     _refuse(module, dropout, kwargs)
+    if torch.compiler.is_compiling():
+        return captured(query, key.redknot, attention_mask, options), None
     query = query.to(key.redknot.value.dtype)  # under autocast RoPE leaves it wider
     with torch.no_grad(), _no_autocast(query.device.type):
-        if attention_mask is None or isinstance(attention_mask, PaddingMask):
+        if attention_mask is None or _only_padding(attention_mask, key.redknot):
             out = _paged(query, key.redknot, attention_mask, options)
         else:
             _check_explicit(attention_mask, query, key.redknot)
@@ -60,12 +61,23 @@ def redknot_attention(
     return (_NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out), None
 
 
-def _paged(query: Query, step: Step, mask: PaddingMask | None, options: dict[str, Any]) -> Output:
+def _only_padding(mask: Tensor, step: Step) -> bool:
+    """Whether a mask speaks of padding; one that speaks of a step's tokens alone is for steps that may be captured."""
+    return isinstance(mask, PaddingMask) or (step.layer.is_compileable and describes_new_tokens(mask, step.tokens))
+
+
+def _paged(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
     layer = step.layer
     if not step.written:
-        rows = layer.storage()[0]
-        real = None if mask is None else mask.new_tokens(step.start, step.tokens, rows.lengths)
-        layer.write(step, real)
+        real = None
+        if isinstance(mask, PaddingMask):
+            real = mask.new_tokens(step.start, step.tokens, layer.storage()[0].lengths)
+        elif mask is not None:
+            real = real_tokens(mask)
+        if step.tokens <= layer.page_size:
+            return write_and_attend(query, step, real, options)
+        write(step, real)
+    step.runs = step.runs or runs(step, step.real)
     if len(step.runs) == 1 and step.runs[0].real is None:
         return _run(query, step, step.runs[0], options)
     batch, heads, tokens, _ = query.shape
@@ -83,7 +95,8 @@ def _run(query: Query, step: Step, run: Run, options: dict[str, Any]) -> Output:
         return layer.kernels.prefill(
             query, run.take(step.key), run.take(step.value), run.context, rows.rules, **options
         )
-    table, lengths = layer.table()[run.sequences], layer.lengths()[run.sequences]
+    on_device = layer.on_device()
+    table, lengths = on_device.table[run.sequences], on_device.counts[:-1][run.sequences]
     return layer.kernels.decode(query, pool.keys, pool.values, table, lengths, rows.rules, **options)
 
 
@@ -93,7 +106,7 @@ def _explicit(query: Query, step: Step, mask: Explicit, options: dict[str, Any])
     if step.past is None:
         layer.prefetch()
         step.past = _read_past(step)
-        layer.write(step, None)
+        write(step, None)
     out = query.new_empty(len(query), query.shape[2], query.shape[1], step.value.shape[-1])
     heads = step.key.shape[1]
     grouped = query.unflatten(1, (heads, -1))
@@ -123,7 +136,7 @@ def _explicit(query: Query, step: Step, mask: Explicit, options: dict[str, Any])
 def _read_past(step: Step) -> list[tuple[Any, ...]]:
     """For each kind of head: its rules, its heads, and positions, keys and values of what it keeps."""
     rows, pool = step.layer.storage()
-    table, rules, length = step.layer.table(), rows.rules, step.start
+    table, rules, length = step.layer.on_device().table, rows.rules, step.start
     device = table.device
     past = []
     if rules.global_heads:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from redknot_kernels import Kernels, implementation
+from redknot_kernels import implementation
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
@@ -33,7 +33,8 @@ class RedKnotCache(Cache):
         plan: Rule of every KV head; `HeadPlan.uniform(config, HeadSpec())` keeps everything.
         page_size: Tokens of a page: 16, 32, 64 or 128. Local rows keep up to two pages more than their window.
         max_cache_len: Slots, padding included, to reserve with the first forward pass, never to exceed; `None` grows.
-        impl: `"torch"` (plain, any device) or `"triton"` (accelerators, not timed yet); `None` is `"torch"` so far.
+            With it, and with Triton, decoding can be compiled and captured, and `generate` does so by itself.
+        impl: `"torch"` (plain, any device) or `"triton"` (accelerators); `None` chooses by device.
 
     Raises:
         ValueError: The plan does not fit the model, the model cannot be served, or an argument is off.
@@ -59,8 +60,8 @@ class RedKnotCache(Cache):
         self.config = text
         self.plan = plan
         template = DynamicCache(config=text).layers
-        kernels = implementation("torch" if impl is None else impl)
-        layers = [_layer(plan, i, t, page_size, max_cache_len, kernels) for i, t in enumerate(template)]
+        implementation(impl)  # so that a wrong name, or no Triton, is told at once
+        layers = [_layer(plan, i, t, page_size, max_cache_len, impl) for i, t in enumerate(template)]
         super().__init__(layers=layers)
         self._first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, RedKnotLayer)), 0)
 
@@ -72,6 +73,8 @@ class RedKnotCache(Cache):
         Raises:
             ValueError: The model runs with another attention implementation, or the step does not fit the cache.
         """
+        if torch.compiler.is_compiling():
+            return self.layers[layer_idx].update(key_states, value_states)
         # Asking takes transformers a while, and the first layer comes before any work.
         used = self.config._attn_implementation if layer_idx == self._first else None
         if used not in (None, "redknot"):
@@ -80,6 +83,8 @@ class RedKnotCache(Cache):
                 "model.set_attn_implementation('redknot'), or load the model with attn_implementation='redknot'. A "
                 "model that refuses both does not use transformers' attention interface; use DynamicCache with it."
             )
+        if layer_idx == self._first:
+            self._catch_up()
         if layer_idx == self._first and len({layer.slots for layer in self._rows_layers() if layer.slots}) > 1:
             raise RuntimeError(BROKEN_OFF)
         if layer_idx >= len(self.layers):
@@ -128,6 +133,7 @@ class RedKnotCache(Cache):
     def dense_nbytes(self) -> int:
         """Bytes that a cache of all tokens of all heads would hold now."""
         total = 0
+        self._catch_up()
         for layer in self._rows_layers():
             if layer.pool is not None and layer.rows is not None:
                 token = (
@@ -154,6 +160,14 @@ class RedKnotCache(Cache):
             f"dense {_size(dense)}{less})"
         )
 
+    def _catch_up(self) -> None:
+        """Lets the host know of captured steps; waits once for the device where there were none."""
+        first, *others = self._rows_layers()
+        first.catch_up()
+        for layer in others:
+            if layer.slots != first.slots:
+                layer.catch_up()
+
     def _rows_layers(self) -> list[RedKnotLayer]:
         return [layer for layer in self.layers if isinstance(layer, RedKnotLayer)]
 
@@ -170,13 +184,13 @@ class RedKnotCache(Cache):
 
 
 def _layer(
-    plan: HeadPlan, index: int, template: Any, page_size: int, max_cache_len: int | None, kernels: Kernels
+    plan: HeadPlan, index: int, template: Any, page_size: int, max_cache_len: int | None, impl: str | None
 ) -> Any:
     """The cache layer for what `DynamicCache` would use there; layers without keys stay transformers' own."""
     if type(template) is DynamicLayer:
-        return RedKnotLayer(plan[index], None, page_size, max_cache_len, kernels)
+        return RedKnotLayer(plan[index], None, page_size, max_cache_len, impl)
     if type(template) is DynamicSlidingWindowLayer:
-        return RedKnotLayer(plan[index], template.sliding_window, page_size, max_cache_len, kernels)
+        return RedKnotLayer(plan[index], template.sliding_window, page_size, max_cache_len, impl)
     if type(template) is LinearAttentionLayer or type(template).__name__ == "DummyLayer":
         return template
     raise ValueError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from redknot_kernels import Context
 from torch import Tensor
 
@@ -43,7 +43,9 @@ class Step:
     Attributes:
         layer: Where they go.
         start: Slots of the cache before them.
-        runs: Which of them are attended together; empty until they are written.
+        written: The layer has taken them.
+        real: Which of them are no padding; `None` if all.
+        runs: Which of them are attended together, where they are not attended as they are written.
         past: What the rows held before, where a mask of the caller's own asked for it.
     """
 
@@ -51,8 +53,9 @@ class Step:
     key: Float[Tensor, "batch heads tokens key_dim"]
     value: Float[Tensor, "batch heads tokens value_dim"]
     start: int
-    runs: list[Run] = field(default_factory=list)
     written: bool = False
+    real: Bool[Tensor, "batch tokens"] | None = None
+    runs: list[Run] = field(default_factory=list)
     past: Any = None
 
     @property

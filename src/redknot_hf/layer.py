@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from redknot_kernels import HeadRules, Kernels, read_context
+from redknot_kernels import HeadRules, Kernels, implementation
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .handle import RedKnotHandle, Run, Step
+from .device_rows import DeviceRows
+from .handle import RedKnotHandle, Step
 from .history import SlotHistory
 from .plan import HeadSpec
 from .pool import PagePool
@@ -27,18 +28,19 @@ RECORDED = 512
 class RedKnotLayer(CacheLayerMixin):
     """Keys and values of one layer, stored head by head.
 
-    `update` stores nothing: it hands the new tokens to the attention function, which knows the padding mask and calls
-    `write`. Lengths are counted twice: `slots` is what transformers counts, padding included; rows hold real tokens.
+    `update` stores nothing: it hands the new tokens to the attention function, which knows the padding mask and
+    commits them. Lengths are counted twice: `slots` is what transformers counts, padding included; rows hold real
+    tokens.
 
     Args:
         specs: Rule of each KV head of the whole model's layer.
         sliding_window: The model's own window for this layer; every head's rule is cut to it.
         page_size: Tokens of a page.
-        max_cache_len: Slots to reserve at once and never to exceed; `None` grows page by page.
-        kernels: What writes and attends.
+        max_cache_len: Slots to reserve at once and never to exceed; `None` grows page by page. With it, steps may be
+            captured: then the device counts ahead, and the host asks it when it needs to know.
+        impl: Name of the kernels that write and attend; `None` chooses by device.
     """
 
-    is_compileable = False
     is_sliding = False
     is_croppable = True
 
@@ -48,14 +50,14 @@ class RedKnotLayer(CacheLayerMixin):
         sliding_window: int | None,
         page_size: int,
         max_cache_len: int | None,
-        kernels: Kernels,
+        impl: str | None,
     ) -> None:
         super().__init__()
         self.specs = specs
         self.sliding_window = sliding_window
         self.page_size = page_size
         self.max_cache_len = max_cache_len
-        self.kernels = kernels
+        self.impl = impl
         self.record_past = False
         self._clear()
 
@@ -65,7 +67,16 @@ class RedKnotLayer(CacheLayerMixin):
         self.slots = 0
         self.is_initialized = False
         self.history = SlotHistory()
-        self._mirror: tuple[int, Int[Tensor, "batch heads columns"]] | None = None
+        self.rows_on_device = DeviceRows()
+
+    @property
+    def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether steps can be captured: everything is reserved, and the kernels read lengths on the device."""
+        if self.max_cache_len is None:
+            return False
+        if self.is_initialized:
+            return self.kernels.captured is not None
+        return self.impl == "triton" or (self.impl is None and torch.accelerator.is_available())
 
     # What transformers calls
 
@@ -74,7 +85,9 @@ class RedKnotLayer(CacheLayerMixin):
         batch, heads = key_states.shape[:2]
         self.batch_size = batch
         self.dtype, self.device = value_states.dtype, key_states.device
-        self.rows = Rows(batch, self._head_rules(heads, RECORDED if self.record_past else 0))
+        self.kernels: Kernels = implementation(self.impl, self.device)
+        self.rules = self._head_rules(heads, RECORDED if self.record_past else 0)
+        self.rows = Rows(batch, self.rules)
         pages = None
         if self.max_cache_len is not None:
             pages = int(self.rows.pages_needed(np.full(batch, self.max_cache_len)).sum())
@@ -82,6 +95,7 @@ class RedKnotLayer(CacheLayerMixin):
         self.pool = PagePool(self.page_size, dims, self.dtype, self.device, pages)
         self.pool.hold(self.rows)
         self.is_initialized = True
+        self._settle()
 
     # `update` promises tensors and returns handles: the attention function needs the layer, and this is its way.
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -92,6 +106,9 @@ class RedKnotLayer(CacheLayerMixin):
         Raises:
             ValueError: The batch is not the cache's, or `max_cache_len` would be exceeded.
         """
+        if torch.compiler.is_compiling():  # what the host would check, it checks between steps
+            step = Step(self, key_states, value_states, 0)
+            return RedKnotHandle.wrap(key_states, step), RedKnotHandle.wrap(value_states, step)
         batch, _, tokens, _ = key_states.shape
         self._check_room(tokens)
         if not self.is_initialized or (self.slots == 0 and batch != self.batch_size):
@@ -113,20 +130,38 @@ class RedKnotLayer(CacheLayerMixin):
         return RedKnotHandle.wrap(key_states, step), RedKnotHandle.wrap(value_states, step)
 
     def get_seq_length(self) -> int:
-        """Slots seen, padding included."""
+        """Slots seen, padding included; inside of `torch.compile` a tensor."""
+        if torch.compiler.is_compiling() and self.is_compileable:
+            return self.rows_on_device.counts[-1]  # pyright: ignore[reportReturnType]
+        if not torch.compiler.is_compiling():
+            self.catch_up()
         return self.slots
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask describes every slot: rows that dropped tokens still need to know about padding."""
-        return self.slots + query_length, 0
+        """Length and offset of what the mask describes.
+
+        That is every slot, since rows that dropped tokens still need to know about padding. But of a step that may be
+        captured it is the new slots only, so that the mask of every step has the same shape.
+        """
+        seen = self.get_seq_length()
+        if self.is_compileable and self.is_initialized and query_length <= self.page_size:
+            if not torch.compiler.is_compiling():
+                self._check_room(query_length)
+            return query_length, seen
+        return seen + query_length, 0
 
     def get_max_length(self) -> int:
         """Most slots, or -1."""
         return -1 if self.max_cache_len is None else self.max_cache_len
 
     def reset(self) -> None:
-        """Drops all tokens and their memory; pages that forks hold stay theirs."""
-        pool = self.pool
+        """Drops all tokens and their memory, but not what `max_cache_len` reserved; pages of forks stay theirs."""
+        pool, rows = self.pool, self.rows
+        if self.max_cache_len is not None and rows is not None:
+            rows.cut(np.zeros_like(rows.lengths))
+            self.slots, self.history = 0, SlotHistory()
+            self._settle()
+            return
         self._clear()
         if pool is not None:
             pool.trim(spare=0)
@@ -143,6 +178,7 @@ class RedKnotLayer(CacheLayerMixin):
             self.history.drop_last(-int(tokens_to_remove))
             self.rows.cut(lengths)
         self.trim()
+        self._settle()
 
     def activate_past_recording(self) -> None:
         """Keeps `RECORDED` more tokens per local row from now on, so that as many can be taken back by `crop`."""
@@ -174,43 +210,59 @@ class RedKnotLayer(CacheLayerMixin):
         self._select(indices)
         self.trim()
 
-    # What the attention function calls
+    # What committing a step calls
 
-    def write(self, step: Step, real: Bool[Tensor, "batch tokens"] | None) -> None:
-        """Commits a step to the pages; `real` says which tokens are no padding. A second call changes nothing."""
-        if step.written:
-            return
+    def reserve(self, lengths: Int[np.ndarray, " batch"]) -> None:
+        """Gives every row the pages to hold sequences of these lengths, and pages of its own where it will write."""
         rows, pool = self.storage()
-        self.prefetch()
-        rules = rows.rules
-        step.runs = self._runs(step.tokens, real)
-        counts = np.full(rows.batch, step.tokens) if real is None else real.sum(1).cpu().numpy()
-        self._reserve(rows.lengths + counts)
-        table, lengths = self.table(), self.lengths()
-        for run in step.runs:
-            key, value = run.take(step.key), run.take(step.value)
-            part = table[run.sequences], lengths[run.sequences]
-            if key.shape[2] > self.page_size and rows.lengths[run.sequences][0] > 0:
-                past = int(rows.lengths[run.sequences][0])
-                run.context = read_context(pool.keys, pool.values, part[0], past, rules)
-            self.kernels.append(pool.keys, pool.values, key, value, *part, rules)
+        if self.max_cache_len is not None:  # a captured step cannot ask for pages
+            lengths = np.full(rows.batch, self.max_cache_len)
+        if pool.lost_a_holder():
+            self.trim()
+        if not pool.shared and rows.has_room(lengths):
+            return
+        allocate = lambda count: pool.allocate(count, spare=rows.unbounded)  # noqa: E731
+        if pool.shared:
+            pool.copy(*rows.unshare(lengths, pool.refs(), allocate))
+        rows.reserve(lengths, allocate)
+
+    def on_device(self) -> DeviceRows:
+        """The rows as kernels read them, up to date."""
+        rows, pool = self.storage()
+        self.rows_on_device.refresh(rows, self.slots, pool.keys.device)  # another holder may have moved the pool
+        return self.rows_on_device
+
+    def advance(
+        self, step: Step, counts: Int[np.ndarray, " batch"], real: Bool[Tensor, "batch tokens"] | None
+    ) -> None:
+        """Counts a step that has been written."""
+        rows, _ = self.storage()
         rows.advance(counts)
         self.slots += step.tokens
         self.history.add(step.tokens if real is None else real)
-        step.written = True
+        step.real, step.written = real, True
 
-    def table(self) -> Int[Tensor, "batch heads columns"]:
-        """The page table on the layer's device; absent pages read as page 0."""
-        rows, pool = self.storage()
-        device = pool.keys.device  # another holder may have moved the pool
-        if self._mirror is None or self._mirror[0] != rows.version or self._mirror[1].device != device:
-            self._mirror = (rows.version, torch.from_numpy(np.maximum(rows.table, 0)).to(device))
-        return self._mirror[1]
+    def catch_up(self) -> None:
+        """Takes over what captured steps have counted on the device; waits for it.
 
-    def lengths(self) -> Int[Tensor, " batch"]:
-        """Tokens of each sequence, on the layer's device."""
-        rows, pool = self.storage()
-        return torch.from_numpy(rows.lengths).to(pool.keys.device)
+        Raises:
+            RuntimeError: A captured step had padding for some sequences only, and the host does not know where.
+        """
+        if self.rows is None or not self.is_compileable:
+            return
+        counts = self.rows_on_device.read_counts()
+        more = counts[:-1] - self.rows.lengths
+        if counts[-1] == self.slots:
+            return
+        if (more != counts[-1] - self.slots).any():
+            raise RuntimeError(
+                "a compiled step had padding in some sequences, and only the device knows where: pass all of a batch "
+                "real tokens in compiled steps, or call cache.reset()."
+            )
+        self.rows.advance(more)
+        self.history.add(int(counts[-1]) - self.slots)
+        self.slots = int(counts[-1])
+        self.rows_on_device.advanced(self.rows, self.slots)
 
     @property
     def nbytes(self) -> int:
@@ -219,6 +271,7 @@ class RedKnotLayer(CacheLayerMixin):
 
     def lengths_after_crop(self, tokens_to_remove: int | Tensor) -> Int[np.ndarray, " batch"] | None:
         """Tokens of each sequence after a crop; `None` if there is nothing to take back. Raises as `crop` does."""
+        self.catch_up()
         removed = -int(tokens_to_remove)
         if removed < 0:
             raise ValueError(f"crop({-removed}): pass the number of slots to take back as a negative number")
@@ -244,15 +297,19 @@ class RedKnotLayer(CacheLayerMixin):
         vars(self).update(state)
         if self.pool is not None and self.rows is not None:
             self.pool.hold(self.rows)
+            self._settle()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RedKnotLayer:
-        """A fork: the same pages, copied when either side writes to them."""
+        """A fork: the same pages, copied when either side writes to them; with `max_cache_len`, pages of its own."""
+        self.catch_up()
         other = copy(self)
         other.history = self.history.fork()
-        other._mirror = None
+        other.rows_on_device = DeviceRows()
         if self.pool is not None and self.rows is not None:
             other.rows = self.rows.fork()
-            self.pool.hold(other.rows)
+            other.pool = self.pool if self.max_cache_len is None else self.pool.clone()
+            other.pool.hold(other.rows)
+            other._settle()
         memo[id(self)] = other
         return other
 
@@ -278,42 +335,37 @@ class RedKnotLayer(CacheLayerMixin):
     def _head_rules(self, heads: int, slack: int) -> HeadRules:
         return head_rules(local_specs(self.specs, heads), self.page_size, self.sliding_window, slack)
 
-    def _runs(self, tokens: int, real: Bool[Tensor, "batch tokens"] | None) -> list[Run]:
-        rows, _ = self.storage()
-        level = len(set(rows.lengths.tolist())) == 1
-        if real is None and (level or tokens <= self.page_size):
-            return [Run(slice(0, rows.batch), None)]
-        indices = [None] * rows.batch if real is None else [r.nonzero()[:, 0] for r in real]
-        return [Run(slice(b, b + 1), i) for b, i in enumerate(indices) if i is None or len(i)]
-
-    def _reserve(self, lengths: Int[np.ndarray, " batch"]) -> None:
-        rows, pool = self.storage()
-        if pool.lost_a_holder():
-            self.trim()
-        if not pool.shared and rows.has_room(lengths):
+    def _settle(self) -> None:
+        """With `max_cache_len`: reserves everything and brings it to the device, where captured steps will look."""
+        if self.max_cache_len is None or self.rows is None or self.pool is None:
             return
-        allocate = lambda count: pool.allocate(count, spare=rows.unbounded)  # noqa: E731
-        if pool.shared:
-            pool.copy(*rows.unshare(lengths, pool.refs(), allocate))
-        rows.reserve(lengths, allocate)
+        self.pool.grow(int(self.rows.pages_needed(np.full(self.rows.batch, self.max_cache_len)).sum()))
+        self.reserve(self.rows.lengths)
+        self.on_device()
+        for pages in (self.pool.keys, self.pool.values):
+            torch._dynamo.mark_static_address(pages, guard=False)
 
     def _select(self, index: Tensor) -> None:
         if self.rows is None or self.pool is None:
             return
+        self.catch_up()
         where = index.cpu()
         self.rows.select(where.numpy())
         self.batch_size = self.rows.batch
         self.history.select(where)
         self.pool.shared = True
+        self._settle()
 
     def _widen(self) -> None:
         rows, pool = self.storage()
-        rules = self._head_rules(rows.rules.heads, RECORDED)
+        self.catch_up()
+        self.rules = self._head_rules(rows.rules.heads, RECORDED)
 
         def reserve() -> None:
             if self.max_cache_len is not None:  # longer rings than were reserved
                 pool.grow(int(rows.pages_needed(np.full(rows.batch, self.max_cache_len)).sum()))
-            self._reserve(rows.lengths)
+            self.reserve(rows.lengths)
 
-        widen(rows, pool, rules, reserve)
+        widen(rows, pool, self.rules, reserve)
         self.trim()
+        self._settle()

@@ -27,6 +27,11 @@ BROKEN_OFF = (
 )
 
 
+_TOO_FEW_COLUMNS = (
+    "the attention mask has {} columns: give one for each of {} slots, the {} before this step and its {}"
+)
+
+
 class PaddingMask(torch.Tensor):
     """Which slots hold real tokens, `[batch, 1, 1, slots]` of bool; what comes after what goes without saying.
 
@@ -108,6 +113,19 @@ def _check_past(seen: Int[np.ndarray, " batch"], start: int, lengths: Int[np.nda
         )
 
 
+def describes_new_tokens(mask: Tensor, tokens: int) -> bool:
+    """Whether a mask says of a step's tokens which are real, and no more: `[batch, 1, 1, tokens]` of bool."""
+    return mask.dtype == torch.bool and tuple(mask.shape[1:]) == (1, 1, tokens)
+
+
+def real_tokens(mask: Bool[Tensor, "batch 1 1 tokens"]) -> Bool[Tensor, "batch tokens"] | None:
+    """The flags of such a mask, `None` if all are set; kept, so that the layers of a forward pass wait once."""
+    if not hasattr(mask, "_real"):
+        flags = mask[:, 0, 0]
+        mask._real = None if bool(flags.all()) else flags.clone()  # pyright: ignore[reportAttributeAccessIssue]
+    return mask._real  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def redknot_mask(  # noqa: PLR0913 - what transformers passes
     batch_size: int,
     q_length: int,
@@ -132,6 +150,8 @@ def redknot_mask(  # noqa: PLR0913 - what transformers passes
     """
     if attention_mask is not None and attention_mask.shape[0] != batch_size:
         raise ValueError(f"the attention mask has {attention_mask.shape[0]} rows: give one for each of {batch_size}")
+    if kv_length == q_length and (isinstance(kv_offset, Tensor) or kv_offset > 0):
+        return _flags_of_new_tokens(batch_size, q_length, kv_offset, attention_mask, kwargs.get("device"))
     last = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     # Of the local patterns only the sliding window needs no matrix: chunks, say, do not end where the query is.
     reach = kwargs.get("local_size")
@@ -147,11 +167,21 @@ def redknot_mask(  # noqa: PLR0913 - what transformers passes
         flags = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
         return PaddingMask.make(flags.expand(batch_size, 1, 1, kv_length), True, window)
     if attention_mask.shape[1] < slots:
-        raise ValueError(
-            f"the attention mask has {attention_mask.shape[1]} columns: give one for each of {slots} slots, the "
-            f"{slots - q_length} before this step and its {q_length}"
-        )
+        raise ValueError(_TOO_FEW_COLUMNS.format(attention_mask.shape[1], slots, slots - q_length, q_length))
     return PaddingMask.make(attention_mask[:, None, None, kv_offset:slots], False, window)
+
+
+def _flags_of_new_tokens(
+    batch: int, tokens: int, offset: int | Tensor, mask: Bool[Tensor, "batch seen"] | None, device: Any
+) -> Bool[Tensor, "batch 1 1 tokens"]:
+    """For a step that may be captured: which of its tokens are real, in a shape that does not depend on the past."""
+    if mask is None:
+        return torch.ones(batch, 1, 1, tokens, dtype=torch.bool, device=device)
+    slots = mask.shape[1] if isinstance(offset, Tensor) else offset + tokens
+    if mask.shape[1] < slots:
+        raise ValueError(_TOO_FEW_COLUMNS.format(mask.shape[1], slots, slots - tokens, tokens))
+    new = mask[:, None, None, slots - tokens : slots]
+    return new.clone(memory_format=torch.contiguous_format)  # strides that do not depend on the past either
 
 
 AttentionMaskInterface.register("redknot", redknot_mask)

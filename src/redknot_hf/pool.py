@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 from weakref import WeakSet
 
@@ -113,6 +114,14 @@ class PagePool:
             where = [torch.as_tensor(ids, dtype=torch.long, device=self.keys.device) for ids in (source, target)]
             copy_pages(self.keys, *where)
             copy_pages(self.values, *where)
+
+    def clone(self) -> PagePool:
+        """A pool of its own with the same pages, held by nobody."""
+        other = copy(self)
+        other._holders, other._holders_seen, other.shared = WeakSet(), 0, False
+        with torch.inference_mode(False):
+            other.keys, other.values = self.keys.clone(), self.values.clone()
+        return other
 
     def to(self, device: torch.device) -> None:
         """Moves all pages to a device."""

@@ -1,7 +1,7 @@
 """Attention over pages of single KV heads: every function in plain PyTorch, which defines its meaning."""
 
 from .attend import add_sink_logit, attend, merge
-from .decode import decode
+from .decode import decode, step
 from .implementations import Kernels, implementation
 from .pages import append, copy_pages, gather, gather_tokens, scatter_tokens
 from .prefill import Context, prefill, read_context
@@ -24,4 +24,5 @@ __all__ = [
     "prefill",
     "read_context",
     "scatter_tokens",
+    "step",
 ]

@@ -1,16 +1,50 @@
-"""Attention of a few new tokens over pages that already hold them."""
+"""Attention of a few new tokens over pages: those that hold them already, or that take them in the same step."""
 
 from functools import lru_cache
 
 import torch
 
 from .attend import add_sink_logit, attend, merge
-from .pages import gather, head_index, take_heads
+from .pages import append, gather, head_index, take_heads
 from .rules import UNBOUNDED
 
 # Bytes of keys and values gathered at once: they stay in the processor's cache, and under the size from which the
 # allocator asks the system for fresh memory on every call.
 _CHUNK_BYTES = 16 << 20
+
+
+def step(query, k_pages, v_pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None):
+    """Writes new tokens to the ends of their rows, attends them over the rows, and counts them.
+
+    Args:
+        query: `[batch, query heads, tokens, dim]`, with `tokens <= rules.slack`.
+        k_pages, v_pages: `[pages, page_size, dim]`, written in place.
+        k_new, v_new: `[batch, KV heads, tokens, dim]`.
+        table: `[batch, KV heads, columns]`, with room for the new tokens.
+        counts: `[batch + 1]` of int32, advanced in place: the tokens of each sequence, and last the slots of all,
+            padding included.
+        real: `[batch, tokens]` of bool, which tokens are no padding; `None` if all. Padding is neither written nor
+            seen, and what it gets as output means nothing.
+        (others): As in `decode`.
+
+    Returns:
+        `[batch, tokens, query heads, value dim]`, contiguous.
+    """
+    tokens, options = query.shape[2], {"scale": scale, "softcap": softcap, "s_aux": s_aux}
+    if real is None:
+        append(k_pages, v_pages, k_new, v_new, table, counts[:-1], rules)
+        counts += tokens
+        return decode(query, k_pages, v_pages, table, counts[:-1], rules, **options)
+    out = query.new_zeros(len(query), tokens, query.shape[1], v_new.shape[-1])
+    for b, flags in enumerate(real):
+        where, one = flags.nonzero()[:, 0], slice(b, b + 1)
+        if len(where):
+            part, k, v = (x[one].index_select(2, where) for x in (query, k_new, v_new))
+            append(k_pages, v_pages, k, v, table[one], counts[one], rules)
+            counts[one] += len(where)
+            out[one, where] = decode(part, k_pages, v_pages, table[one], counts[one], rules, **options)
+    counts[-1] += tokens
+    return out
 
 
 def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):

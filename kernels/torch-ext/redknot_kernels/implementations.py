@@ -2,36 +2,46 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
-from .decode import decode
+from .decode import decode, step
 from .pages import append
 from .prefill import prefill
 
 NAMES = ("torch", "triton")
+_TRITON_DEVICES = ("cuda", "xpu")
 
 
 class Kernels(NamedTuple):
-    """One implementation: `append`, `decode` and `prefill`, with the arguments of their plain versions."""
+    """One implementation: functions with the arguments of their plain versions.
+
+    Attributes:
+        captured: `step` as an operator for `torch.compile` and CUDA graphs; `None` where the host must know lengths.
+    """
 
     append: Callable
+    step: Callable
     decode: Callable
     prefill: Callable
+    captured: Optional[Callable] = None
 
 
-def implementation(name):
-    """The kernels of this name.
+def implementation(name, device=None):
+    """The kernels of this name; those of `None` are Triton's on an accelerator that runs it, and plain elsewhere.
 
     Raises:
         ValueError: There is no implementation of this name.
         ImportError: It needs Triton, which is not installed.
     """
+    if name is None:
+        name = "triton" if device is not None and device.type in _TRITON_DEVICES else "torch"
     if name == "torch":
-        return Kernels(append, decode, prefill)
+        return Kernels(append, step, decode, prefill)
     if name != "triton":
         raise ValueError(f"impl={name!r}: choose one of {NAMES}, or None to choose by device")
     if find_spec("triton") is None:
         raise ImportError("impl='triton' needs Triton: pip install triton, or pass impl='torch'")
     from . import triton_decode, triton_pages, triton_prefill
 
-    return Kernels(triton_pages.append, triton_decode.decode, triton_prefill.prefill)
+    decoding = triton_decode.step, triton_decode.decode
+    return Kernels(triton_pages.append, *decoding, triton_prefill.prefill, triton_decode.captured_step)

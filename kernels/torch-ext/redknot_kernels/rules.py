@@ -80,6 +80,10 @@ class HeadRules:
             groups.setdefault((self.window[h], self.sink[h], self.ring[h]), []).append(h)
         return tuple((self.take(tuple(heads)), tuple(heads)) for heads in groups.values())
 
+    def most_kept(self, columns):
+        """Slots of one sequence's rows, all heads together, where tables have this many columns."""
+        return _most_kept(self, columns)
+
     def take(self, heads):
         """The rules of some of the heads."""
         return self if len(heads) == self.heads else _take(self, heads)
@@ -112,6 +116,11 @@ class HeadRules:
         query, key = query[..., :, None], key[..., None, :]
         seen = ((key > query - window) | (key < sink)) & (key > query - self.reach) & (key < UNBOUNDED)
         return seen & (key <= query) if causal else seen
+
+
+@lru_cache(maxsize=4096)
+def _most_kept(rules, columns):
+    return sum(min(columns * rules.page_size, sink + ring) for sink, ring in zip(rules.sink, rules.ring))
 
 
 @lru_cache(maxsize=4096)

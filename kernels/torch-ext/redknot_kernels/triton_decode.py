@@ -1,8 +1,9 @@
-"""Attention of a few new tokens over pages, in Triton: split over the keys of every row, then merged.
+"""A step of a few new tokens, in Triton: write them to their pages and attend over the rows, in two launches.
 
-A program takes one split of one row and the query heads of its group. Rows get as many programs as their head may keep
-splits, and those beyond a row's end leave at once, so that a long row among short ones still fills the chip. Lengths
-and tables are read on the device: a launch can be captured.
+The first kernel shares the slots of all rows out among its programs, evenly and by the lengths that it finds on the
+device: one long row among short ones fills the chip, and a launch can be captured once for all lengths. A program
+takes one split of one row and the query heads of its group; the first of a row also takes the new tokens, from where
+they are, and writes them. The second kernel merges the splits of every row and counts the new tokens.
 """
 
 from functools import lru_cache
@@ -11,85 +12,94 @@ import torch
 import triton
 import triton.language as tl
 
+from .configurations import chip_name, configuration, processors
 from .triton_pages import INTERPRETING, await_previous, check_device, early_launch
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1e30)  # a maximum to start from that is finite, so that differences are never NaN
 
-# Programs that a multiprocessor runs at a time, and about the fewest and the most slots of a split: long ones leave
-# the chip idle where one row is longer than the others.
-_PROGRAMS = 3
+# The fewest slots of a split, and about the most: long ones leave the chip idle where programs end unevenly.
 _MIN_SPLIT = 64
 _MAX_SPLIT = 2048
 # The most splits a program merges at once, and with them as many value channels: a merge is a matter of latency.
 _MERGED = 256, 16
-# Bytes of keys and values of a stage, and of all stages in flight.
-_STAGE_BYTES = 32 << 10
-_FLIGHT_BYTES = 64 << 10
+
+
+def step(query, k_pages, v_pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None):
+    """Writes new tokens and attends them over their rows; see the plain `step` for the arguments."""
+    check_device(query)
+    rows = table, counts, rules.tensors(query.device), rules.most_kept(table.shape[2]), rules.reach
+    return _launch(query, k_pages, v_pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
 
 
 def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):
     """Attends the last tokens of every row over the whole row; see the plain `decode` for the arguments."""
     check_device(query)
+    rows = table, lengths, rules.tensors(query.device), rules.most_kept(table.shape[2]), rules.reach
+    return _launch(query, k_pages, v_pages, None, *rows, scale, softcap, s_aux)
+
+
+@torch.library.custom_op(
+    "redknot_kernels::step",
+    mutates_args=("k_pages", "v_pages", "counts"),
+    schema="(Tensor query, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor k_new, Tensor v_new, Tensor table, "
+    "Tensor(c!) counts, Tensor? real, Tensor bounds, int most_kept, int reach, float scale, float? softcap, "
+    "Tensor? s_aux) -> Tensor",
+)
+def captured_step(
+    query, k_pages, v_pages, k_new, v_new, table, counts, real, bounds, most_kept, reach, scale, softcap, s_aux
+):  # fmt: skip
+    """`step` as one operator, which `torch.compile` takes whole; bounds, most_kept and reach say the `HeadRules`."""
+    rows = table, counts, bounds, most_kept, reach
+    return _launch(query, k_pages, v_pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
+
+
+@captured_step.register_fake
+def _(query, k_pages, v_pages, *_):
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, v_pages.shape[-1])
+
+
+def _launch(query, k_pages, v_pages, new, table, counts, bounds, most_kept, reach, scale, softcap, s_aux):
+    """Runs both kernels. `new`: keys, values and flags of new tokens, unless the pages hold them already."""
     batch, query_heads, tokens, dim = query.shape
-    heads, value_dim = rules.heads, v_pages.shape[-1]
-    group, slots = query_heads // heads, table.shape[2] * rules.page_size
-    block_d, block_v = (max(16, triton.next_power_of_2(d)) for d in (dim, value_dim))
-    block_n, stages, warps = _tile((block_d + block_v) * k_pages.element_size())
-    split, programs = _work(rules, batch, slots, block_n, query.device)
-    bounds = rules.tensors(query.device)
+    heads, page, value_dim, device = table.shape[1], k_pages.shape[1], v_pages.shape[-1], query.device
+    group, slots, power = query_heads // heads, table.shape[2] * page, triton.next_power_of_2
+    tile = configuration("decode", chip_name(device), "rows", k_pages.element_size(), max(dim, value_dim), group)
+    programs = _programs(batch * heads, batch * most_kept, tile["programs"] * processors(device))
     out = query.new_empty(batch, tokens, query_heads, value_dim)
-    part_out = torch.empty(batch, programs, group * tokens, value_dim, dtype=torch.float32, device=query.device)
-    part_lse = torch.empty(batch, programs, group * tokens, dtype=torch.float32, device=query.device)
-    sizes = {"GROUP": group, "TOKENS": tokens, "VALUE_DIM": value_dim, "BLOCK_H": triton.next_power_of_2(heads)}
-    _split_kernel[(programs, batch)](
-        query, k_pages, v_pages, table, lengths, bounds, part_out, part_lse,
-        *query.stride(), *k_pages.stride()[:2], *v_pages.stride()[:2], *table.stride()[:2],
-        scale, softcap or 0.0, rules.reach, heads, slots, split,
-        **sizes, DIM=dim, PAGE=rules.page_size, BLOCK_M=triton.next_power_of_2(max(16, group * tokens)),
-        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_V=block_v, SOFTCAP=softcap is not None, UPCAST=INTERPRETING,
-        num_warps=warps, num_stages=stages, **early_launch(query.device),
+    part_out = torch.empty(programs, group * tokens, value_dim, dtype=torch.float32, device=device)
+    part_lse = torch.empty(programs, group * tokens, dtype=torch.float32, device=device)
+    shares = torch.empty(2, batch * heads, dtype=torch.int32, device=device)
+    k_new, v_new, real = new or (query, query, None)
+    flags = counts if real is None else real.contiguous()
+    sizes = {"GROUP": group, "TOKENS": tokens, "VALUE_DIM": value_dim, "FUSED": new is not None}
+    sizes |= {"HAS_FLAGS": real is not None, "BLOCK_T": max(16, power(tokens))}
+    strides = *query.stride(), *k_new.stride(), *v_new.stride(), *k_pages.stride()[:2], *v_pages.stride()[:2]
+    early = early_launch(device)
+    _split_kernel[(programs,)](
+        query, k_pages, v_pages, k_new, v_new, table, counts, flags, bounds, part_out, part_lse, shares,
+        *strides, *table.stride()[:2], scale, softcap or 0.0, reach, batch, heads, slots,
+        **sizes, DIM=dim, PAGE=page, MIN_SPLIT=_MIN_SPLIT, BLOCK_R=power(batch * heads),
+        BLOCK_M=power(max(16, group * tokens)), BLOCK_N=tile["keys"], BLOCK_D=max(16, power(dim)),
+        BLOCK_V=max(16, power(value_dim)), SOFTCAP=softcap is not None, UPCAST=INTERPRETING,
+        **tile["options"], **early,
     )  # fmt: skip
-    block_s = min(triton.next_power_of_2(-(-slots // split)), _MERGED[0])
-    block_v = min(block_v, _MERGED[0] * _MERGED[1] // block_s)
+    block_s = min(power(-(-slots // _MIN_SPLIT)), power(programs), _MERGED[0])
+    block_v = min(max(16, power(value_dim)), _MERGED[0] * _MERGED[1] // block_s)
     _merge_kernel[(tokens * group * triton.cdiv(value_dim, block_v), heads, batch)](
-        part_out, part_lse, lengths, bounds, out if s_aux is None else s_aux, out, heads, slots, split, programs,
-        **sizes, BLOCK_S=block_s, BLOCK_V=block_v, HAS_SINK=s_aux is not None,
-        num_warps=4, **early_launch(query.device),
+        part_out, part_lse, shares, counts, flags, out if s_aux is None else s_aux, out,
+        **sizes, BLOCK_B=power(batch + 1), BLOCK_S=block_s, BLOCK_V=block_v, HAS_SINK=s_aux is not None,
+        num_warps=4, **early,
     )  # fmt: skip
     return out
 
 
-def _tile(slot_bytes):
-    """Slots of a block, stages and warps, for the bytes of a slot's key and value."""
-    block = min(64, max(16, triton.next_power_of_2(_STAGE_BYTES // slot_bytes + 1) // 2))
-    return block, 1 + max(1, min(3, _FLIGHT_BYTES // (block * slot_bytes))), 4
-
-
 @lru_cache(maxsize=1024)
-def _work(rules, batch, slots, block, device):
-    """Slots of a split and programs of a sequence: whole waves of them, where all rows are as long as they may be."""
-    kept = [min(slots, sink + ring) for sink, ring in zip(rules.sink, rules.ring)]
-    total, wave = batch * sum(kept), _PROGRAMS * _processors(device)  # of programs that run at a time
-    waves = max(1, -(-total // (wave * _MAX_SPLIT)))
-    parts = max(1, waves * wave * max(kept) // max(1, total))
-    split = max(-(-max(kept) // parts), _MIN_SPLIT)
-    split = -(-split // block) * block
-    return split, max(1, sum(-(-k // split) for k in kept))
-
-
-@lru_cache(maxsize=64)
-def _processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@triton.jit
-def _splits(bounds, heads, slots, split, BLOCK_H: tl.constexpr):
-    """Splits that a row of each head may have."""
-    o_h = tl.arange(0, BLOCK_H)
-    sink = tl.load(bounds + heads + o_h, mask=o_h < heads, other=0)
-    ring = tl.load(bounds + 2 * heads + o_h, mask=o_h < heads, other=0)
-    return tl.cdiv(tl.minimum(sink + ring, slots), split)
+def _programs(rows, slots, wave):
+    """Programs that share `slots` slots of `rows` rows: whole waves of them where that many find work."""
+    waves = max(1, -(-slots // (wave * _MAX_SPLIT)), -(-2 * rows // wave))
+    return min(waves * wave, rows + -(-slots // _MIN_SPLIT))
 
 
 @triton.jit
@@ -101,44 +111,118 @@ def _load(p_rows, held, DIM: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.const
 
 
 @triton.jit
+def _shares(
+    counts, bounds, batch, heads, slots, MIN_SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Slots of a split, and for every row the program behind its last; each row has at least one."""
+    o_r = tl.arange(0, BLOCK_R)
+    row = o_r < batch * heads
+    length = tl.load(counts + o_r // heads, mask=row, other=0).to(tl.int32)
+    sink = tl.load(bounds + heads + o_r % heads, mask=row, other=0)
+    ring = tl.load(bounds + 2 * heads + o_r % heads, mask=row, other=0)
+    used = tl.minimum(tl.minimum(length, sink + ring), slots)
+    spare = tl.num_programs(0) - batch * heads  # a row's last split may be short
+    split = tl.cdiv(tl.cdiv(tl.sum(used, 0), tl.maximum(spare, 1)), BLOCK_N) * BLOCK_N
+    split = tl.maximum(split, MIN_SPLIT)
+    splits = tl.where(row, tl.maximum(tl.cdiv(used, split), 1), 0)
+    return split, tl.cumsum(splits, 0)
+
+
+@triton.jit
+def _scores(b_q, b_k, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores as powers of two."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    if SOFTCAP:
+        b_s = softcap * (2 * tl.sigmoid(2 * b_s * scale / softcap) - 1) * _LOG2E
+    else:
+        b_s *= scale * _LOG2E
+    return b_s
+
+
+@triton.jit
+def _accumulate(b_s, b_v, b_out, b_max, b_sum):
+    """Takes a tile of keys into the softmax."""
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_p = tl.exp2(b_s - b_new[:, None])
+    b_old = tl.exp2(b_max - b_new)
+    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_old[:, None], input_precision="ieee")
+    return b_out, b_new, b_sum * b_old + tl.sum(b_p, 1)
+
+
+@triton.jit(do_not_specialize=["batch", "slots"])
 def _split_kernel(
-    q, k_pages, v_pages, table, lengths, bounds, part_out, part_lse,
-    stride_qb, stride_qh, stride_qt, stride_qd, stride_kp, stride_ks, stride_vp, stride_vs, stride_tb, stride_th,
-    scale, softcap, reach, heads, slots, split,
+    q, k_pages, v_pages, k_new, v_new, table, counts, flags, bounds, part_out, part_lse, shares,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_nkb, stride_nkh, stride_nkt, stride_nkd,
+    stride_nvb, stride_nvh, stride_nvt, stride_nvd, stride_kp, stride_ks, stride_vp, stride_vs, stride_tb, stride_th,
+    scale, softcap, reach, batch, heads, slots,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    FUSED: tl.constexpr, HAS_FLAGS: tl.constexpr, MIN_SPLIT: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    i_program, i_batch = tl.program_id(0), tl.program_id(1)
-    ends = tl.cumsum(_splits(bounds, heads, slots, split, BLOCK_H), 0)
-    i_head = tl.sum((ends <= i_program).to(tl.int32), 0)
-    first = (i_program - tl.max(tl.where(ends <= i_program, ends, 0), 0)) * split
+    await_previous(EARLY)
+    i_program = tl.program_id(0)
+    split, stops = _shares(counts, bounds, batch, heads, slots, MIN_SPLIT, BLOCK_R, BLOCK_N)
+    if i_program >= tl.max(stops, 0):
+        return
+    i_row = tl.sum((stops <= i_program).to(tl.int32), 0)
+    first_program = tl.max(tl.where(stops <= i_program, stops, 0), 0)
+    i_batch, i_head = (i_row // heads).to(tl.int64), i_row % heads
     window, sink = tl.load(bounds + i_head), tl.load(bounds + heads + i_head)
     ring = tl.load(bounds + 2 * heads + i_head)
-    await_previous(EARLY)  # which does not write the bounds
-    length = tl.load(lengths + i_batch).to(tl.int32)
-    held = tl.minimum(length, sink + ring)  # slots in use
-    if first >= held:
-        return
-    o_m, o_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    length = tl.load(counts + i_batch).to(tl.int32)  # of what the pages hold
+    held = tl.minimum(tl.minimum(length, sink + ring), slots)
+    o_m, o_n, o_new = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
     o_d, o_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     o_t, o_g = o_m // GROUP, o_m % GROUP  # the rows of the tile: tokens, and in each the heads of the group
-    real = o_m < GROUP * TOKENS
-    p_q = q + i_batch.to(tl.int64) * stride_qb + (i_head * GROUP + o_g) * stride_qh + o_t * stride_qt
-    b_q = tl.load(p_q[:, None] + o_d * stride_qd, mask=real[:, None] & (o_d < DIM), other=0.0)
+    asked = o_m < GROUP * TOKENS
+    p_q = q + i_batch * stride_qb + (i_head * GROUP + o_g) * stride_qh + o_t * stride_qt
+    b_q = tl.load(p_q[:, None] + o_d * stride_qd, mask=asked[:, None] & (o_d < DIM), other=0.0)
     b_q = b_q.to(tl.float32) if UPCAST else b_q
-    position = length - TOKENS + o_t
-
-    # Slots that every query sees, as long as slots are positions, and where the last round of the ring begins.
-    clear_first = tl.where(length > held, held, length - tl.minimum(window, reach))
-    clear_stop = length - TOKENS + 1
-    last = length - 1 - sink
-    turn = last - last % ring
+    p_table = table + i_batch * stride_tb + i_head * stride_th
     b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    factor = _LOG2E if SOFTCAP else scale * _LOG2E
-    p_table = table + i_batch.to(tl.int64) * stride_tb + i_head * stride_th
+
+    real = o_new < TOKENS
+    if HAS_FLAGS:
+        real = real & (tl.load(flags + i_batch * TOKENS + o_new, mask=real, other=0) != 0)
+    if FUSED:
+        before = (o_new[None, :] <= o_t[:, None]) & real[None, :]
+        position = length + tl.sum(before.to(tl.int32), 1) - 1
+        end = length + tl.sum(real.to(tl.int32), 0)
+    else:
+        position, end = length - TOKENS + o_t, length
+    if i_program == first_program:
+        tl.store(shares + i_row, first_program)
+        own = tl.sum(tl.where(tl.arange(0, BLOCK_R) == i_row, stops, 0), 0) - first_program
+        tl.store(shares + batch * heads + i_row, own)
+        if FUSED:
+            key = length + tl.cumsum(real.to(tl.int32), 0) - 1
+            slot = tl.where(key < sink, key, sink + (key - sink) % ring)
+            written = real & (slot < slots)  # beyond the last page there is no room
+            page = tl.load(p_table + slot // PAGE, mask=written, other=0).to(tl.int64)
+            p_k = k_new + i_batch * stride_nkb + i_head * stride_nkh + o_new * stride_nkt
+            p_v = v_new + i_batch * stride_nvb + i_head * stride_nvh + o_new * stride_nvt
+            b_k = tl.load(p_k[:, None] + o_d * stride_nkd, mask=real[:, None] & (o_d < DIM), other=0.0)
+            b_v = tl.load(p_v[:, None] + o_v * stride_nvd, mask=real[:, None] & (o_v < VALUE_DIM), other=0.0)
+            p_k = (k_pages + page * stride_kp + slot % PAGE * stride_ks)[:, None] + o_d
+            p_v = (v_pages + page * stride_vp + slot % PAGE * stride_vs)[:, None] + o_v
+            tl.store(p_k, b_k, mask=written[:, None] & (o_d < DIM))
+            tl.store(p_v, b_v, mask=written[:, None] & (o_v < VALUE_DIM))
+            b_k, b_v = (b_k.to(tl.float32), b_v.to(tl.float32)) if UPCAST else (b_k, b_v)
+            b_s = _scores(b_q, b_k, scale, softcap, SOFTCAP)
+            seen = (key[None, :] > position[:, None] - window) | (key < sink)[None, :]
+            seen = seen & before & (key[None, :] > position[:, None] - reach)
+            b_s = tl.where(seen, b_s, float("-inf"))
+            b_out, b_max, b_sum = _accumulate(b_s, b_v, b_out, b_max, b_sum)
+
+    # Slots that every query sees, as long as slots are positions, and where the last round of the ring begins.
+    clear_first = tl.where(length > held, held, end - tl.minimum(window, reach))
+    clear_stop = tl.where(FUSED, held, length - TOKENS + 1)
+    last = length - 1 - sink
+    turn = last - last % ring
+    first = (i_program - first_program) * split
     for start in range(first, tl.minimum(first + split, held), BLOCK_N):
         slot = start + o_n
         used = slot < held
@@ -151,54 +235,47 @@ def _split_kernel(
             p_k = k_pages + page * stride_kp + (slot % PAGE) * stride_ks
             p_v = v_pages + page * stride_vp + (slot % PAGE) * stride_vs
         b_k = _load(p_k, used, DIM, BLOCK_D, UPCAST)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        if SOFTCAP:
-            b_s = softcap * (2 * tl.sigmoid(2 * b_s * scale / softcap) - 1)
-        b_s *= factor
+        b_s = _scores(b_q, b_k, scale, softcap, SOFTCAP)
         if (start < clear_first) | (start + BLOCK_N > clear_stop):
             # A slot of the ring holds the last position that falls on it.
             key = slot + tl.where(slot < sink, 0, tl.where(slot - sink + turn > last, turn - ring, turn))
             seen = (key > position[:, None] - window) | (key < sink)
             seen = seen & (key <= position[:, None]) & (key > position[:, None] - reach) & used
             b_s = tl.where(seen, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
-        b_old = tl.exp2(b_max - b_new)
         b_v = _load(p_v, used, VALUE_DIM, BLOCK_V, UPCAST)
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_old[:, None], input_precision="ieee")
-        b_sum, b_max = b_sum * b_old + tl.sum(b_p, 1), b_new
+        b_out, b_max, b_sum = _accumulate(b_s, b_v, b_out, b_max, b_sum)
 
-    b_sum = tl.where(real, b_sum, 1.0)
+    b_sum = tl.where(asked, b_sum, 1.0)
     b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
     b_lse = tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
-    row = (i_batch * tl.num_programs(0) + i_program).to(tl.int64) * GROUP * TOKENS + o_m
-    tl.store(part_lse + row, b_lse, mask=real)
-    tl.store(part_out + row[:, None] * VALUE_DIM + o_v, b_out, mask=real[:, None] & (o_v < VALUE_DIM))
+    part = i_program.to(tl.int64) * GROUP * TOKENS + o_m
+    tl.store(part_lse + part, b_lse, mask=asked)
+    tl.store(part_out + part[:, None] * VALUE_DIM + o_v, b_out, mask=asked[:, None] & (o_v < VALUE_DIM))
 
 
 @triton.jit
 def _merge_kernel(
-    part_out, part_lse, lengths, bounds, s_aux, out, heads, slots, split, programs,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_V: tl.constexpr, HAS_SINK: tl.constexpr, EARLY: tl.constexpr,
+    part_out, part_lse, shares, counts, flags, s_aux, out,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, VALUE_DIM: tl.constexpr, FUSED: tl.constexpr, HAS_FLAGS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_SINK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     i_m, i_head, i_batch = tl.program_id(0) % (GROUP * TOKENS), tl.program_id(1), tl.program_id(2)
     o_v = tl.program_id(0) // (GROUP * TOKENS) * BLOCK_V + tl.arange(0, BLOCK_V)
     o_s = tl.arange(0, BLOCK_S)
-    kept = tl.load(bounds + heads + i_head) + tl.load(bounds + 2 * heads + i_head)
-    splits = _splits(bounds, heads, slots, split, BLOCK_H)
-    first = i_batch * programs + tl.sum(tl.where(tl.arange(0, BLOCK_H) < i_head, splits, 0), 0)
-    await_previous(EARLY)  # which does not write the bounds
-    held = tl.minimum(tl.load(lengths + i_batch).to(tl.int32), kept)
+    heads, batch = tl.num_programs(1), tl.num_programs(2)
+    i_row = i_batch * heads + i_head
+    await_previous(EARLY)
+    first, splits = tl.load(shares + i_row), tl.load(shares + batch * heads + i_row)
     # Every lane merges splits of its own; the lanes come together last.
     b_max, b_sum = tl.full([BLOCK_S], _LOWEST, tl.float32), tl.zeros([BLOCK_S], tl.float32)
     b_out = tl.zeros([BLOCK_S, BLOCK_V], tl.float32)
-    for start in range(0, tl.cdiv(held, split), BLOCK_S):
-        written = start + o_s < tl.cdiv(held, split)
-        row = (first + start + o_s).to(tl.int64) * GROUP * TOKENS + i_m
-        b_lse = tl.load(part_lse + row, mask=written, other=float("-inf"))
+    for start in range(0, splits, BLOCK_S):
+        written = start + o_s < splits
+        part = (first + start + o_s).to(tl.int64) * GROUP * TOKENS + i_m
+        b_lse = tl.load(part_lse + part, mask=written, other=float("-inf"))
         mask = written[:, None] & (o_v < VALUE_DIM)
-        b_part = tl.load(part_out + row[:, None] * VALUE_DIM + o_v, mask=mask, other=0.0)
+        b_part = tl.load(part_out + part[:, None] * VALUE_DIM + o_v, mask=mask, other=0.0)
         b_new = tl.maximum(b_max, b_lse)
         b_old, b_weight = tl.exp2(b_max - b_new), tl.exp2(b_lse - b_new)
         b_out = b_out * b_old[:, None] + b_part * b_weight[:, None]
@@ -215,3 +292,22 @@ def _merge_kernel(
     b_row = tl.sum(b_out * b_weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     row = (i_batch * TOKENS + i_m // GROUP).to(tl.int64) * heads * GROUP + head
     tl.store(out + row * VALUE_DIM + o_v, b_row.to(out.dtype.element_ty), mask=o_v < VALUE_DIM)
+    if FUSED:  # noqa: SIM102 - a constant, and the other is not
+        if (tl.program_id(0) == 0) & (i_row == 0):  # nobody reads the counts in this launch
+            _count(counts, flags, batch, TOKENS, HAS_FLAGS, BLOCK_B, BLOCK_T)
+
+
+@triton.jit
+def _count(
+    counts, flags, batch, TOKENS: tl.constexpr, HAS_FLAGS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """Adds the new tokens to the lengths, and all slots of the step to the slots, which stand behind them."""
+    o_b = tl.arange(0, BLOCK_B)
+    more = tl.full([BLOCK_B], TOKENS, tl.int32)
+    if HAS_FLAGS:
+        o_t = tl.arange(0, BLOCK_T)
+        here = (o_b < batch)[:, None] & (o_t < TOKENS)[None, :]
+        b_real = tl.load(flags + o_b[:, None] * TOKENS + o_t[None, :], mask=here, other=0)
+        more = tl.where(o_b < batch, tl.sum((b_real != 0).to(tl.int32), 1), more)
+    before = tl.load(counts + o_b, mask=o_b <= batch, other=0)
+    tl.store(counts + o_b, before + more, mask=o_b <= batch)

@@ -6,10 +6,7 @@ begins at 0 and whose past lies in pages; that of a local head lies in the conte
 an edge are masked. Few queries over many keys are split over the keys and merged.
 """
 
-import json
 from contextlib import nullcontext
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +15,7 @@ import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attend import merge
+from .configurations import chip_name, configuration, processors
 from .pages import head_index, take_heads
 from .triton_pages import INTERPRETING, check_device
 
@@ -90,7 +88,7 @@ def _launch(query, k_new, v_new, rules, scale, softcap, s_aux, out, members, len
     kind, page, table_strides = "local", 0, (0, 0)
     if table is not None:
         kind, page, table_strides = "paged", rules.page_size, table.stride()[:2]
-    tile = configuration(_chip(device), kind, query.element_size(), max(dim, value_dim), group)
+    tile = configuration("prefill", chip_name(device), kind, query.element_size(), max(dim, value_dim), group)
     rows = max(16, min(tile["rows"], triton.next_power_of_2(tokens * group)))
     blocks = triton.cdiv(tokens * group, rows)
     keys = min(length + tokens, max(rules.window[h] for h in members))
@@ -122,33 +120,9 @@ def padded(dim, value_dim, heads):
     return {"BLOCK_D": max(16, power(dim)), "BLOCK_V": max(16, power(value_dim)), "BLOCK_H": power(heads)}
 
 
-def configuration(chip, kind, itemsize, dim, group):
-    """The tile of a kernel, its rows and keys, and the options of its launch; the most specific entry wins."""
-    size = f"{8 * itemsize}bit d{max(32, triton.next_power_of_2(dim))}"
-    for entries in filter(None, map(_configurations().get, (chip, "any"))):
-        for name in (f"{kind} {size} g{group}", f"{kind} {size}", size, "default"):
-            if name in entries:
-                return entries[name]
-    raise KeyError(f"no configuration for {kind} {size}")
-
-
-@lru_cache(maxsize=1)
-def _configurations():
-    return json.loads(Path(__file__).with_name("configs").joinpath("prefill.json").read_text())
-
-
-@lru_cache(maxsize=64)
-def _chip(device):
-    if device.type != "cuda":
-        return device.type
-    properties = torch.cuda.get_device_properties(device)
-    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm{properties.major}{properties.minor}"
-
-
 def _parts(programs, keys, device):
     """Parts to split the keys into, where the queries alone are too few to fill the chip."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(2 * processors // programs, keys // _PART_KEYS, _MAX_PARTS))
+    return max(1, min(2 * processors(device) // programs, keys // _PART_KEYS, _MAX_PARTS))
 
 
 @triton.jit

@@ -1,0 +1,160 @@
+"""Captured decoding: `generate` compiles the steps of a reserved cache once, and gives the same tokens.
+
+`test_compile.py` runs this file in a process of its own: the checks of shapes that other tests run under are wrappers
+that no compiler looks through.
+"""
+
+import pytest
+import torch
+from families import VOCABULARY, make_model
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, PreTrainedModel
+
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+
+pytest.importorskip("triton")
+
+LAYERS = {"llama": {}, "gemma2": {"layer_types": ["full_attention", "sliding_attention"]}}
+LAYERS["gpt_oss"] = LAYERS["gemma2"]
+HEADS = (HeadSpec(), HeadSpec(window=7, sink=2), HeadSpec(window=20, sink=3), HeadSpec(window=7, sink=2))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def tiny(family: str = "llama") -> tuple[PreTrainedModel, HeadPlan]:
+    return make_model(family, num_hidden_layers=2, **LAYERS[family]), HeadPlan((HEADS, HEADS))
+
+
+def reserved(model: PreTrainedModel, plan: HeadPlan, slots: int = 64) -> RedKnotCache:
+    return RedKnotCache(model.config, plan, page_size=16, impl="triton", max_cache_len=slots)
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, :9], mask[1, :9] = 0, 0
+    return ids, mask
+
+
+def compiled(backend: str = "eager") -> CompileConfig:
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_generate_compiles_once_and_gives_the_same_tokens(family):
+    model, plan = tiny(family)
+    ids, mask = prompts()
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, past_key_values=RedKnotCache(model.config, plan, page_size=16), **options)
+    cache = reserved(model, plan)
+    for turn in ("new", "reset", "another"):
+        cache = reserved(model, plan) if turn == "another" else cache
+        assert torch.equal(model.generate(ids, past_key_values=cache, compile_config=compiled(), **options), expected)
+        assert [layer.rows.lengths.tolist() for layer in cache.layers if cache.get_seq_length()] == [
+            [47, 38],
+            [40, 31],
+        ]
+        assert "47 tokens x 2 sequences" in str(cache)
+        cache.reset()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_aot_autograd_leaves_the_pages_where_they_are():
+    model, plan = tiny()
+    ids, mask = prompts()
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, past_key_values=RedKnotCache(model.config, plan, page_size=16), **options)
+    cache = reserved(model, plan)
+    model.generate(ids, past_key_values=cache, max_new_tokens=1, attention_mask=mask)
+    places = [layer.pool.keys.data_ptr() for layer in cache.layers]
+    cache.reset()
+    ours = model.generate(ids, past_key_values=cache, compile_config=compiled("aot_eager"), **options)
+    assert torch.equal(ours, expected)
+    assert [layer.pool.keys.data_ptr() for layer in cache.layers] == places
+
+
+def test_an_eager_turn_follows_compiled_ones():
+    model, plan = tiny()
+    ids, mask = prompts()
+    options = {"max_new_tokens": 6, "do_sample": False}
+    cache, plain = reserved(model, plan, 96), RedKnotCache(model.config, plan, page_size=16)
+    for held, how in ((cache, {"compile_config": compiled()}), (plain, {})):
+        out = model.generate(ids, attention_mask=mask, past_key_values=held, **options, **how)
+        more = torch.cat([out, ids[:, 9:30]], 1)
+        whole = torch.cat([mask, torch.ones(2, more.shape[1] - 40, dtype=mask.dtype)], 1)
+        held.answer = model.generate(more, attention_mask=whole, past_key_values=held, **options, **how)
+        held.crop(-5)
+    assert torch.equal(cache.answer, plain.answer)
+    with torch.no_grad():
+        logits = [model(ids[:, :3], past_key_values=held).logits for held in (cache, plain)]
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
+
+
+def test_beams_of_a_reserved_cache():
+    model, plan = tiny()
+    ids, _ = prompts()
+    options = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    expected = model.generate(ids[:1], past_key_values=RedKnotCache(model.config, plan, page_size=16), **options)
+    cache = reserved(model, plan)
+    assert torch.equal(model.generate(ids[:1], past_key_values=cache, compile_config=compiled(), **options), expected)
+
+
+def test_room_is_asked_for_before_a_compiled_step():
+    model, plan = tiny()
+    ids, _ = prompts()
+    cache = reserved(model, plan, 43)
+    with pytest.raises(ValueError, match="43 slots are used and 1 more exceed max_cache_len=43"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=9, compile_config=compiled())
+    assert cache.get_seq_length() == 43
+
+
+def test_a_compiled_forward_of_ones_own_needs_no_mask():
+    model, plan = tiny()
+    ids, _ = prompts()
+    cache, plain = reserved(model, plan), RedKnotCache(model.config, plan, page_size=16)
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for held in (cache, plain):
+            model(ids, past_key_values=held)
+        for i in range(3):
+            ours = step(ids[:, i : i + 1], past_key_values=cache).logits
+            torch.testing.assert_close(
+                ours, model(ids[:, i : i + 1], past_key_values=plain).logits, atol=2e-5, rtol=1e-4
+            )
+    assert cache.get_seq_length() == 43
+
+
+def test_a_growing_cache_says_what_compiling_needs():
+    model, plan = tiny()
+    ids, _ = prompts()
+    cache = RedKnotCache(model.config, plan, page_size=16)
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(Exception, match="make the cache with max_cache_len"):
+            step(ids[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == 40
+
+
+def test_padding_in_a_compiled_step_is_skipped_and_told():
+    model, plan = tiny()
+    ids, _ = prompts()
+    cache, plain = reserved(model, plan), RedKnotCache(model.config, plan, page_size=16)
+    flags = torch.tensor([True, False])[:, None, None, None]
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids, past_key_values=plain)
+        positions = torch.full((2, 1), 40)
+        step(ids[:, :1], past_key_values=cache, attention_mask=flags, position_ids=positions)
+        ours = step(ids[:, 1:2], past_key_values=cache, attention_mask=flags | True, position_ids=positions).logits
+        theirs = model(ids[:, 1:2], past_key_values=plain, position_ids=positions).logits
+    torch.testing.assert_close(ours[1], theirs[1], atol=2e-5, rtol=1e-4)
+    with pytest.raises(RuntimeError, match=r"compiled step had padding.*cache\.reset\(\)"):
+        cache.get_seq_length()
