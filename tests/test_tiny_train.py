@@ -107,11 +107,11 @@ def test_lessons_are_decided_by_seed_and_order():
     assert torch.equal(ids, again)
     assert not torch.equal(ids, other)
     for row, weight in zip(ids[:4], weights[:4], strict=True):
-        period = int((weight == np.float16(RANDOM)).sum())
+        period = int(torch.eq(weight, np.float16(RANDOM)).sum())
         assert 32 <= period <= 64
         assert torch.equal(row[period:], row[: len(row) - period].repeat(2)[: len(row) - period])
         assert (weight[period + 1 :] == REPEATED).all()
-    assert not (weights[4:] == np.float16(RANDOM)).any()
+    assert not torch.eq(weights[4:], np.float16(RANDOM)).any()
 
 
 def test_curriculum_goes_from_short_to_long():
@@ -190,8 +190,9 @@ def test_a_state_is_exact(tmp_path):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="one of the two"):
         small(minutes=1.0)
-    with pytest.raises(ValueError, match="whole texts"):
-        small(tokens=1000)
+    for wrong in ({"tokens": 1000}, {"max_length": 128}):
+        with pytest.raises(ValueError, match="whole texts"):
+            small(**wrong)
 
 
 def test_first_weights_of_another_model_are_refused(tmp_path):

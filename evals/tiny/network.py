@@ -64,7 +64,8 @@ class Network:
         before, after = self._call(_before, compiled), self._call(_after, compiled)
         angles = self._rotation(rows, length, ids.device)
         x = self.model.model.embed_tokens(ids.reshape(-1))
-        for layer, heads in zip(self.model.model.layers, self.heads, strict=True):
+        layers: list[Any] = list(self.model.model.layers)
+        for layer, heads in zip(layers, self.heads, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
             projections = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
             eps = layer.input_layernorm.variance_epsilon

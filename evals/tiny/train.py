@@ -5,8 +5,8 @@
 
 Writes the best model so far (by held-out accuracy) to `OUT/model.safetensors`, the state to go on from to
 `OUT/checkpoint`, and at the end `OUT/evaluation.json`, of which `python -m evals.tiny.card` makes the model card's
-tables. Started again with the same `--out` it goes on where it stopped. Every second step trains with the plan's mask, so that
-the heads that the plan calls local need no more than their window; `--plain` never does.
+tables. Started again with the same `--out` it goes on where it stopped. Every second step trains with the plan's
+mask, so that the heads that the plan calls local need no more than their window; `--plain` never does.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evals.tiny import checkpoint
@@ -61,9 +61,9 @@ class Settings:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError(f"minutes={self.minutes}, steps={self.steps}: give one of the two")
-        if self.max_length < 128 or self.tokens % self.max_length:
+        if self.max_length < 256 or self.tokens % self.max_length:
             raise ValueError(
-                f"tokens={self.tokens}, max_length={self.max_length}: a step must hold whole texts of at least 128"
+                f"tokens={self.tokens}, max_length={self.max_length}: a step must hold whole texts of at least 256"
             )
 
     def check_same(self, other: dict[str, Any]) -> None:
@@ -105,7 +105,8 @@ class Training:
         self.step, self.tokens, self.best = 0, 0, -1.0
         self.history: list[dict[str, Any]] = []
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        model = first_model(settings.seed, init).to(self.device)
+        model = first_model(settings.seed, init)
+        nn.Module.to(model, self.device)
         self.plan = HeadPlan.load(TINY / "plan.json", model.config)
         self.network = Network(model, self.plan, dtype, compiled)
         self.optimizer = _optimizer(model, settings.rate)
@@ -160,7 +161,8 @@ class Training:
         """Evaluate the best model, as it is stored, write `evaluation.json` and return what it holds."""
         model = LlamaForCausalLM(self.network.model.config)
         _load_weights(model, self.out / "model.safetensors")
-        network = Network(model.to(self.device), self.plan, self.network.dtype, compiled=False)
+        nn.Module.to(model, self.device)
+        network = Network(model, self.plan, self.network.dtype, compiled=False)
         seconds = time.monotonic() - self.started
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine()
         result = {
