@@ -25,7 +25,7 @@ class Stage:
     """A part of the training.
 
     Attributes:
-        share: Of the whole training.
+        share: Of the whole curriculum.
         lengths: Lengths of the texts, and the share of steps each takes.
         repeats: Share of the texts of up to 256 tokens that are random words and then the same words again.
     """
@@ -56,7 +56,7 @@ class Order:
 
 
 def order(step: int, progress: float, max_length: int, seed: int) -> Order:
-    """Return what a step is to learn from when this share (0 to 1) of the training is over."""
+    """Return what a step is to learn from when this share (0 to 1) of the curriculum is over."""
     shares = np.cumsum([stage.share for stage in CURRICULUM])
     stage = CURRICULUM[min(int(np.searchsorted(shares, progress, side="right")), len(CURRICULUM) - 1)]
     lengths = {length: share for length, share in stage.lengths.items() if length <= max_length}
@@ -93,7 +93,7 @@ class Lessons(Dataset):
 
 
 class Orders(Sampler[Order]):
-    """Endless orders from a step on; `progress` tells how much of the training is over at a step."""
+    """Endless orders from a step on; `progress` tells the place in the curriculum (0 to 1) at a step."""
 
     def __init__(self, first: int, progress: Callable[[int], float], max_length: int, seed: int) -> None:
         self.first, self.progress, self.max_length, self.seed = first, progress, max_length, seed

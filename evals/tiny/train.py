@@ -1,7 +1,8 @@
-"""Trains the bundled model from nothing, on one GPU, within a given time.
+"""Trains the bundled model, from nothing or from given weights, on one GPU, within a given time.
 
     python -m evals.tiny.train --out runs/tiny --minutes 8
     python -m evals.tiny.train --out runs/plain --minutes 8 --plain
+    python -m evals.tiny.train --out runs/more --minutes 8 --init evals/tiny --skip 0.35 --rate 1e-3
 
 Writes the best model so far (by held-out accuracy) to `OUT/model.safetensors`, the state to go on from to
 `OUT/checkpoint`, and at the end `OUT/evaluation.json`, of which `python -m evals.tiny.card` makes the model card's
@@ -48,6 +49,7 @@ class Settings:
         tokens: Tokens a step.
         max_length: Leaves out longer texts of the curriculum.
         seed: Of the first weights and of all texts.
+        skip: Share of the curriculum to leave out at its start, for weights that already retrieve.
     """
 
     minutes: float | None
@@ -57,10 +59,13 @@ class Settings:
     tokens: int
     max_length: int
     seed: int
+    skip: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError(f"minutes={self.minutes}, steps={self.steps}: give one of the two")
+        if not 0 <= self.skip < 1:
+            raise ValueError(f"skip is {self.skip}: give a share of the curriculum, at least 0 and below 1")
         if self.max_length < 256 or self.tokens % self.max_length:
             raise ValueError(
                 f"tokens={self.tokens}, max_length={self.max_length}: a step must hold whole texts of at least 256"
@@ -123,7 +128,7 @@ class Training:
     def run(self, stop: int | None = None) -> None:
         """Train until the budget is used up, or until step `stop`."""
         lessons = Lessons(self.settings.tokens, self.settings.seed)
-        orders = Orders(self.step, self.progress, self.settings.max_length, self.settings.seed)
+        orders = Orders(self.step, self._lesson, self.settings.max_length, self.settings.seed)
         stream = load(lessons, orders, self.workers, pin=self.device.type == "cuda")
         span = _Span(self.device)
         while self.step != stop and self.progress(self.step) < 1:
@@ -175,6 +180,10 @@ class Training:
         }  # fmt: skip
         checkpoint.write_json(self.out / "evaluation.json", result)
         return result
+
+    def _lesson(self, step: int) -> float:
+        """Place in the curriculum at this step, now."""
+        return self.settings.skip + (1 - self.settings.skip) * self.progress(step)
 
     def _learn(self, ids: Tensor, weights: Tensor) -> Tensor:
         for group in self.optimizer.param_groups:
@@ -307,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     budget.add_argument("--steps", type=int)
     parser.add_argument("--plain", action="store_true", help="never train with the plan's mask")
     parser.add_argument("--init", type=Path, help="folder with a model.safetensors to begin with")
+    parser.add_argument("--skip", type=float, default=0.0, help="share of the curriculum to leave out at its start")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a step")
     parser.add_argument("--max-length", type=int, default=8192, help="leave longer texts out")
@@ -319,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=240, help="answers a length that each report asks for")
     args = parser.parse_args(argv)
     budget = (args.minutes, args.steps)
-    settings = Settings(*budget, args.plain, args.rate, args.tokens, args.max_length, args.seed)
+    settings = Settings(*budget, args.plain, args.rate, args.tokens, args.max_length, args.seed, args.skip)
     compiled = not args.no_compile
     training = Training(settings, args.out, args.device, args.init, compiled, args.workers, args.held_out)
     training.run()
