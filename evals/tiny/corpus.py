@@ -5,7 +5,7 @@ an earlier one: a person goes by a nickname, lives where somebody else lives, or
 seen the earlier documents cannot know what the later ones mean.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Literal
@@ -225,18 +225,29 @@ class Corpus:
         return max(int(self.rng.integers(2, 3 + min(14, length // 128))), self._least_documents(counts))
 
     def _least_documents(self, counts: Mapping[Family, int]) -> int:
-        return MAX_STORY if any(counts.get(kind) for kind in ("nickname", "companion", "total")) else 1
+        running: tuple[Family, ...] = ("nickname", "companion", "total")
+        return MAX_STORY if any(counts.get(family) for family in running) else 1
 
     def _facts(self, counts: Mapping[Family, int]) -> Facts:
+        alone: dict[Family, Callable[[int], Facts]] = {
+            "code": self._codes,
+            "person": self._people,
+            "variable": self._variables,
+        }
+        running: dict[Family, Callable[[int, Facts], Facts]] = {
+            "nickname": self._nicknames,
+            "companion": self._companions,
+            "total": self._totals,
+        }
         facts = Facts([], [])
-        for family, make in (("code", self._codes), ("person", self._people), ("variable", self._variables)):
+        for family, make in alone.items():
             if n := counts.get(family):
                 facts += make(n)
         order = self.rng.permutation(len(facts.sentences))
         facts = Facts([facts.sentences[i] for i in order], facts.asked)
-        for family, make in (("nickname", self._nicknames), ("companion", self._companions), ("total", self._totals)):
+        for family, make_after in running.items():
             if n := counts.get(family):
-                facts += make(n, facts)
+                facts += make_after(n, facts)
         return facts
 
     def _codes(self, n: int) -> Facts:
