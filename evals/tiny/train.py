@@ -140,8 +140,12 @@ class Training:
             if self.progress(self.step) * REPORTS >= due:
                 self._report(span)
                 span = _Span(self.device)
-                if len(self.history) % CHECKPOINT_EVERY == 0 or self.progress(self.step) >= 1:
+                if len(self.history) % CHECKPOINT_EVERY == 0:
                     self.save()
+        if self.progress(self.step) >= 1:
+            if span.steps:
+                self._report(span)
+            self.save()
 
     def progress(self, step: int) -> float:
         """Share of the budget that is used up at this step, now."""
