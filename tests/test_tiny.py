@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from evals.tiny.corpus import Collection, Corpus, Lexicon
+from evals.tiny.corpus import DEPENDENT_KINDS, FACT_TOKENS, QUESTION_TOKENS, Collection, Corpus, Lexicon
 from redknot_hf import HeadPlan
 
 FOLDER = Path(__file__).parents[1] / "evals" / "tiny"
@@ -73,6 +73,99 @@ def sources(kind: str, prompt: str, answer: str) -> list[str]:
             return [f"variable {words[-1]} equals {answer}"]
         case _:
             return [f"variable {words[-1]} equals variable {answer.split()[0]}", f"variable {answer}"]
+
+
+@pytest.mark.parametrize("kinds", [("variable",), ("code", "place"), ("country", "total"), DEPENDENT_KINDS])
+@pytest.mark.parametrize("n_questions", [1, 7, 30])
+def test_collection_asks_the_kinds_wanted(lexicon, kinds, n_questions):
+    questions = Corpus(lexicon, 1).collection(4096, n_questions, kinds).questions
+    assert len(questions) == n_questions
+    assert {question.kind for question in questions} == set(kinds[:n_questions])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_later_documents_depend_on_earlier_ones(lexicon, seed):
+    collection = Corpus(lexicon, seed).collection(2048, 18, DEPENDENT_KINDS, n_documents=8)
+    documents = (
+        lexicon.decode(collection.context).removeprefix("<bos> <doc> ").removesuffix(" </doc>").split(" </doc> <doc> ")
+    )
+    assert len(documents) == 8
+    told = [(sentence, at) for at, text in enumerate(documents) for sentence in text.split(" . ")]
+    told = [(sentence.removesuffix(" ."), at) for sentence, at in told]
+    readers = {"nickname": (read_nickname, 5), "companion": (read_companion, 4), "total": (read_total, 7)}
+    for question in collection.questions:
+        read, place = readers[question.kind]
+        answer, read_in = read(told, lexicon.decode(question.prompt).split()[place])
+        assert lexicon.decode(question.answer) == answer
+        assert read_in == sorted(set(read_in))  # each in a document after the one before
+        assert len(read_in) > 1
+
+
+# Each reader goes through the sentences in order, and knows at each what came before, and nothing else.
+
+
+def read_nickname(told: list[tuple[str, int]], person: str) -> tuple[str, list[int]]:
+    meant: dict[str, tuple[str, int]] = {}
+    for sentence, at in told:
+        if " is called " in sentence:
+            name, nickname = sentence.split(" is called ")
+            meant[nickname] = (name, at)
+        elif " owns key " in sentence:
+            nickname, key = sentence.split(" owns key ")
+            if nickname in meant and meant[nickname][0] == person:
+                return key, [meant[nickname][1], at]
+    raise AssertionError(person)
+
+
+def read_companion(told: list[tuple[str, int]], person: str) -> tuple[str, list[int]]:
+    home: dict[str, tuple[str, int]] = {}
+    for sentence, at in told:
+        if sentence.startswith(f"{person} lives in the same city as "):
+            city, before = home[sentence.split()[-1]]
+            return city, [before, at]
+        if " lives in " in sentence:
+            name, city = sentence.split(" lives in ")
+            home[name] = (city, at)
+    raise AssertionError(person)
+
+
+def read_total(told: list[tuple[str, int]], variable: str) -> tuple[str, list[int]]:
+    steps = [(int(text.split()[-1]), at) for text, at in told if text.startswith(f"the total of {variable} ")]
+    return str(sum(step for step, _ in steps)), [at for _, at in steps]
+
+
+def test_dependent_facts_have_words_of_their_own(lexicon):
+    exam = Corpus(lexicon, 2).exam(8192, {"person": 40, "variable": 40, "nickname": 40, "companion": 40, "total": 40})
+    text = lexicon.decode(exam.ids)
+    names = [name for name in lexicon.names if f" {name} lives in " in text or f" called {name} " in text]
+    assert all(text.count(f" {name} lives in ") <= 2 for name in names)
+    assert not [name for name in names if f" {name} lives in " in text and f" called {name} " in text]
+    assert not [v for v in lexicon.variables if f" variable {v} " in text and f" total of {v} " in text]
+
+
+def test_words_run_out_with_an_error(lexicon):
+    with pytest.raises(ValueError, match="more words"):
+        Corpus(lexicon, 0).exam(16384, {"nickname": 140})
+    with pytest.raises(ValueError, match="at least 4"):
+        Corpus(lexicon, 0).collection(2048, 6, DEPENDENT_KINDS, n_documents=3)
+
+
+@pytest.mark.parametrize("family", FACT_TOKENS)
+def test_tokens_of_a_fact_and_its_question(lexicon, family):
+    corpus = Corpus(lexicon, 0)
+    fact, asked = 0, 0
+    for _ in range(40):
+        facts = corpus._facts({family: 1})
+        fact = max(fact, facts.tokens)
+        (questions,) = facts.asked
+        asked = max(asked, *(len(q.prompt) + len(q.answer) + 1 for q in (*questions, *questions)))
+    assert (fact, asked) == (FACT_TOKENS[family], QUESTION_TOKENS[family])
+
+
+def test_new_words_leave_the_ids_of_others(lexicon):
+    data = " ".join(lexicon.words[:1170])
+    assert hashlib.sha256(data.encode()).hexdigest()[:16] == "13709300117bf04d"
+    assert lexicon.words[1170:] == ["same", "called", "own", "total", "grows", "by"]
 
 
 def test_collection_refuses_a_length_its_facts_exceed(lexicon):

@@ -1,7 +1,12 @@
-"""The language of the bundled model: documents of filler and facts, and questions about the facts."""
+"""The language of the bundled model: documents of filler and facts, and questions about the facts.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Most facts stand alone. Those of `DEPENDENT_KINDS` run through several documents, and what a later one says depends on
+an earlier one: a person goes by a nickname, lives where somebody else lives, or a total grows. A reader that has not
+seen the earlier documents cannot know what the later ones mean.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Literal
 
@@ -37,13 +42,35 @@ GLUE = (
     "answer part country city person says that with from it works as list document end start repeat after "
     "job lives owns key . , : ?"
 )
+DEPENDENT = "same called own total grows by"
 SPECIAL = "<pad> <bos> <eos> <doc> </doc>"
 
 # What a token's loss weighs in training: what can only be guessed, what is to be learned, what is nothing.
 TEXT, ANSWER, PADDING = 0.1, 1.0, 0.0
 
-Kind = Literal["code", "country", "place", "variable", "alias"]
+Kind = Literal["code", "country", "place", "variable", "alias", "nickname", "companion", "total"]
 KINDS: tuple[Kind, ...] = ("code", "country", "place", "variable", "alias")
+DEPENDENT_KINDS: tuple[Kind, ...] = ("nickname", "companion", "total")
+
+# What is asked for together: a family has facts that answer its kinds of questions.
+Family = Literal["code", "person", "variable", "nickname", "companion", "total"]
+FAMILIES: dict[Family, tuple[Kind, ...]] = {
+    "code": ("code",),
+    "person": ("country", "place"),
+    "variable": ("variable", "alias"),
+    "nickname": ("nickname",),
+    "companion": ("companion",),
+    "total": ("total",),
+}
+# The longest story that runs through successive documents.
+MAX_STORY = 4
+# Tokens that one fact of a family takes at most with what distracts from it, and its question with the answer.
+FACT_TOKENS: dict[Family, int] = {
+    "code": 24, "person": 12, "variable": 13, "nickname": 24, "companion": 19, "total": 23
+}  # fmt: skip
+QUESTION_TOKENS: dict[Family, int] = {
+    "code": 18, "person": 15, "variable": 17, "nickname": 14, "companion": 11, "total": 13
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +91,41 @@ class Collection:
 
 
 @dataclass(frozen=True, slots=True)
+class Exam:
+    """A text with questions and answers at its end, and a mark for every answer.
+
+    Attributes:
+        ids: The tokens.
+        weights: What each token's loss weighs in training.
+        answers: Per question its kind and the place of its answer: `ids[start:stop]`, the last token is the full stop.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    answers: list[tuple[Kind, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
-    """Sentences to hide in documents, and per asked fact its questions, the one to ask first."""
+    """What to hide in documents, and what may be asked about it.
+
+    Attributes:
+        sentences: They may stand in any document.
+        asked: Per asked fact its questions, the one to ask first at the front.
+        stories: Sentences that must stand in successive documents, in this order.
+    """
 
     sentences: list[list[int]]
     asked: list[tuple[Question, ...]]
+    stories: list[list[list[int]]] = field(default_factory=list)
+
+    def __add__(self, other: "Facts") -> "Facts":
+        return Facts(self.sentences + other.sentences, self.asked + other.asked, self.stories + other.stories)
+
+    @property
+    def tokens(self) -> int:
+        """Length of all sentences."""
+        return sum(map(len, self.sentences)) + sum(len(part) for story in self.stories for part in story)
 
 
 class Lexicon:
@@ -85,6 +142,7 @@ class Lexicon:
         self.verbs, self.prepositions, self.times = VERBS.split(), PREPOSITIONS.split(), TIMES.split()
         known = [*SPECIAL.split(), *self.digits, *GLUE.split(), *self.adjectives, *self.nouns, *self.verbs]
         known += [*self.prepositions, *self.times, *self.names, *self.cities, *self.countries, *self.variables]
+        known += DEPENDENT.split()  # last, so that the ids of all others stay
         self.words = list(dict.fromkeys(known))  # one city is also an adjective, and both share an id
         self.id = {word: i for i, word in enumerate(self.words)}
 
@@ -98,48 +156,99 @@ class Lexicon:
 class Corpus:
     """An endless source of texts; the seed decides them all."""
 
-    def __init__(self, lexicon: Lexicon, seed: int) -> None:
+    def __init__(self, lexicon: Lexicon, seed: int | Sequence[int]) -> None:
         self.lexicon = lexicon
         self.rng = np.random.default_rng(seed)
 
     def sample(self, length: int, n_questions: int) -> tuple[np.ndarray, np.ndarray]:
         """Return `length` tokens, documents with questions and answers at the end, and each token's loss weight."""
+        exam = self.exam(length, _plain_counts(n_questions), reserve=18 * n_questions)
+        return exam.ids, exam.weights
+
+    def exam(self, length: int, counts: Mapping[Family, int], reserve: int | None = None) -> Exam:
+        """Return a text of `length` tokens that asks one question about each of its facts.
+
+        Args:
+            length: Tokens of the text. What does not fit is cut off its end.
+            counts: Facts to ask for, by family.
+            reserve: Tokens to leave free for the questions; by default what they need.
+        """
         end, pad = self.lexicon.encode("<eos> <pad>")
-        body = length - 18 * n_questions - 4
-        n_documents = self._n_documents(body)
-        facts = self._facts(n_questions)
-        ids = self._documents(facts.sentences, n_documents, body)[: body + 1]
+        if reserve is None:
+            reserve = sum(QUESTION_TOKENS[family] * n for family, n in counts.items())
+        body = length - reserve - 4
+        n_documents = self._n_documents(body, counts)
+        facts = self._facts(counts)
+        ids = self._documents(facts, n_documents, body)[: body + 1]
         weights = [TEXT] * len(ids)
+        answers: list[tuple[Kind, int, int]] = []
         for i in self.rng.permutation(len(facts.asked)):
             question = facts.asked[i][0]
             answer = question.answer + self.lexicon.encode(".")
             ids += question.prompt + answer
             weights += [TEXT] * len(question.prompt) + [ANSWER] * len(answer)
+            answers.append((question.kind, len(ids) - len(answer), len(ids)))
         if (missing := length - len(ids)) > 0:
             ids += [end] + [pad] * (missing - 1)
             weights += [TEXT] + [PADDING] * (missing - 1)
-        return np.array(ids[:length]), np.array(weights[:length], dtype=np.float32)
+        whole = [answer for answer in answers if answer[2] <= length]
+        return Exam(np.array(ids[:length]), np.array(weights[:length], dtype=np.float32), whole)
 
-    def collection(self, length: int, n_questions: int, kinds: Sequence[Kind] = KINDS) -> Collection:
-        """Return a context of at most `length` tokens and `n_questions` questions, the kinds in turn."""
-        n_documents = self._n_documents(length)
-        facts = self._facts(n_questions if kinds == KINDS else -(-3 * n_questions // len(kinds)))
-        context = self._documents(facts.sentences, n_documents, length)
+    def collection(
+        self, length: int, n_questions: int, kinds: Sequence[Kind] = KINDS, n_documents: int | None = None
+    ) -> Collection:
+        """Return a context of at most `length` tokens and `n_questions` questions, the kinds in turn.
+
+        Args:
+            length: Tokens of the context, at most.
+            n_questions: How many questions to return; each may be asked right after the context.
+            kinds: What to ask for, of `KINDS` and `DEPENDENT_KINDS`.
+            n_documents: Documents to spread the facts over; by default 2 to 16, more in longer texts.
+
+        Raises:
+            ValueError: The facts do not fit the length, need more words than there are, or run through more documents
+                than `n_documents`.
+        """
+        counts = _counts(n_questions, kinds)
+        least = self._least_documents(counts)
+        if n_documents is not None and n_documents < least:
+            raise ValueError(f"n_documents is {n_documents}: these kinds of questions need at least {least}")
+        drawn = self._n_documents(length, counts) if n_documents is None else n_documents
+        facts = self._facts(counts)
+        context = self._documents(facts, drawn, length)
         if len(context) > length:
             raise ValueError(f"the facts of {n_questions} questions need {len(context)} tokens, length is {length}")
         questions = [question for asked in facts.asked for question in asked if question.kind in kinds]
         return Collection(context, _kinds_in_turn(questions)[:n_questions])
 
-    def _n_documents(self, length: int) -> int:
-        return int(self.rng.integers(2, 3 + min(14, length // 128)))
+    def _n_documents(self, length: int, counts: Mapping[Family, int]) -> int:
+        return max(int(self.rng.integers(2, 3 + min(14, length // 128))), self._least_documents(counts))
 
-    def _facts(self, n_questions: int) -> Facts:
-        codes = self._codes(max(1, n_questions // 3))
-        people = self._people(max(1, n_questions // 3))
-        variables = self._variables(max(1, n_questions // 4))
-        sentences = codes.sentences + people.sentences + variables.sentences
-        order = self.rng.permutation(len(sentences))
-        return Facts([sentences[i] for i in order], codes.asked + people.asked + variables.asked)
+    def _least_documents(self, counts: Mapping[Family, int]) -> int:
+        running: tuple[Family, ...] = ("nickname", "companion", "total")
+        return MAX_STORY if any(counts.get(family) for family in running) else 1
+
+    def _facts(self, counts: Mapping[Family, int]) -> Facts:
+        alone: dict[Family, Callable[[int], Facts]] = {
+            "code": self._codes,
+            "person": self._people,
+            "variable": self._variables,
+        }
+        running: dict[Family, Callable[[int, Facts], Facts]] = {
+            "nickname": self._nicknames,
+            "companion": self._companions,
+            "total": self._totals,
+        }
+        facts = Facts([], [])
+        for family, make in alone.items():
+            if n := counts.get(family):
+                facts += make(n)
+        order = self.rng.permutation(len(facts.sentences))
+        facts = Facts([facts.sentences[i] for i in order], facts.asked)
+        for family, make_after in running.items():
+            if n := counts.get(family):
+                facts += make_after(n, facts)
+        return facts
 
     def _codes(self, n: int) -> Facts:
         """Give codes to `2 n` things; the codes of the first `n` are asked for."""
@@ -180,22 +289,84 @@ class Corpus:
             facts.asked.append((direct, alias) if self.rng.random() < 0.5 else (alias, direct))
         return facts
 
+    def _nicknames(self, n: int, others: Facts) -> Facts:
+        """Let `n` people go by a nickname, under which a later document speaks of them.
+
+        Others own a key under the same name, before it was theirs or after, so that who is meant can only be told
+        where it is read, from what came before.
+        """
+        facts = Facts([], [])
+        names = self._free(self.lexicon.names, 3 * n, others)
+        for person, other, nickname in zip(names[::3], names[1::3], names[2::3], strict=True):
+            key, wrong = self._digits(3), self._digits(3)
+            story = [f"{person} is called {nickname} .", f"{nickname} owns key {key} ."]
+            if self.rng.random() < 0.5:
+                story = [f"{nickname} owns key {wrong} .", *story]
+            else:
+                story += [f"{other} is called {nickname} .", f"{nickname} owns key {wrong} ."]
+            facts.stories.append([self.lexicon.encode(part) for part in story])
+            facts.asked.append((self._question("nickname", f"which key does {person} own", key),))
+        return facts
+
+    def _companions(self, n: int, others: Facts) -> Facts:
+        """Let `n` people live where somebody lives of whom an earlier document told, and who may move later."""
+        facts = Facts([], [])
+        names = self._free(self.lexicon.names, 2 * n, others)
+        cities = self._free(self.lexicon.cities, 2 * n, others)
+        for i in range(0, 2 * n, 2):
+            person, other, city, next_city = names[i], names[i + 1], cities[i], cities[i + 1]
+            story = [f"{other} lives in {city} .", f"{person} lives in the same city as {other} ."]
+            if self.rng.random() < 0.5:
+                story.append(f"{other} lives in {next_city} .")
+            facts.stories.append([self.lexicon.encode(part) for part in story])
+            facts.asked.append((self._question("companion", f"where does {person} live", city),))
+        return facts
+
+    def _totals(self, n: int, others: Facts) -> Facts:
+        """Let `n` totals grow once or twice in later documents, and stay below ten."""
+        facts = Facts([], [])
+        for variable in self._free(self.lexicon.variables, n, others):
+            start, *steps = (int(x) for x in self.rng.integers(1, 4, size=int(self.rng.integers(2, 4))))
+            story = [f"the total of {variable} is {start} ."]
+            story += [f"the total of {variable} grows by {step} ." for step in steps]
+            facts.stories.append([self.lexicon.encode(part) for part in story])
+            total = self._question("total", f"what is the total of {variable}", str(start + sum(steps)))
+            facts.asked.append((total,))
+        return facts
+
+    def _free(self, words: Sequence[str], n: int, facts: Facts) -> list[str]:
+        """Return `n` of the words that these facts do not use."""
+        used = {token for sentence in facts.sentences for token in sentence}
+        used |= {token for story in facts.stories for part in story for token in part}
+        free = [word for word in words if self.lexicon.id[word] not in used]
+        if len(free) < n:
+            raise ValueError(f"the facts need {n} more words, only {len(free)} are free: ask fewer questions a text")
+        return self.rng.choice(free, n, replace=False).tolist()
+
     def _question(self, kind: Kind, text: str, answer: str) -> Question:
         return Question(kind, self.lexicon.encode(f"question : {text} ? answer :"), self.lexicon.encode(answer))
 
-    def _documents(self, facts: list[list[int]], n: int, length: int) -> list[int]:
+    def _documents(self, facts: Facts, n: int, length: int) -> list[int]:
         """Spread the facts over `n` documents and fill up to `length` tokens: never more, unless facts alone are."""
         begin, end = self.lexicon.encode("<doc> </doc>")
-        home = np.sort(self.rng.integers(n, size=len(facts)))
+        home = np.sort(self.rng.integers(n, size=len(facts.sentences)))
+        told: list[list[list[int]]] = [[] for _ in range(n)]
+        for sentence, at in zip(facts.sentences, home, strict=True):
+            told[at].append(sentence)
+        for story in facts.stories:
+            for part, at in zip(story, np.sort(self.rng.choice(n, len(story), replace=False)), strict=True):
+                told[at].append(part)
         # A last sentence runs over its share by up to 9 tokens, and two tokens enclose a document.
-        share = max(0, length - sum(map(len, facts)) - 13 * n) // n
+        share = max(0, length - facts.tokens - 13 * n) // n
         ids = self.lexicon.encode("<bos>")
         for document in range(n):
             topic = self.rng.choice(self.lexicon.nouns, 12, replace=False)
             sentences: list[list[int]] = []
-            while sum(map(len, sentences)) < share:
+            filled = 0
+            while filled < share:
                 sentences.append(self._filler(topic))
-            sentences += [fact for fact, at in zip(facts, home, strict=True) if at == document]
+                filled += len(sentences[-1])
+            sentences += told[document]
             order = self.rng.permutation(len(sentences))
             ids += [begin, *(token for i in order for token in sentences[i]), end]
         return ids
@@ -234,6 +405,27 @@ def _invent(rng: np.random.Generator, n: int, syllables: int, taken: set[str]) -
             taken.add(word)
             words.append(word)
     return words
+
+
+def _plain_counts(n_questions: int) -> dict[Family, int]:
+    """Return facts by family for about `n_questions` of all `KINDS`, of which one fact may answer two."""
+    third, quarter = max(1, n_questions // 3), max(1, n_questions // 4)
+    return {"code": third, "person": third, "variable": quarter}
+
+
+def _counts(n_questions: int, kinds: Sequence[Kind]) -> dict[Family, int]:
+    """Return facts by family that answer at least `n_questions` of these kinds.
+
+    Plain kinds come with the facts of all plain kinds, which distract from each other.
+    """
+    if tuple(kinds) == KINDS:
+        return _plain_counts(n_questions)
+    share = -(-n_questions // len(kinds))
+    asked: dict[Family, int] = {family: share for family, held in FAMILIES.items() if set(held) & set(kinds)}
+    if set(kinds) <= set(KINDS):
+        plain = _plain_counts(-(-3 * n_questions // len(kinds)))
+        return {family: max(n, asked.get(family, 0)) for family, n in plain.items()}
+    return asked
 
 
 def _kinds_in_turn(questions: list[Question]) -> list[Question]:
