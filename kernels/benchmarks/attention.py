@@ -19,7 +19,14 @@ from redknot_kernels import UNBOUNDED, HeadRules, implementation
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HEADS, GROUP, DIM = 8, 4, 128
-PLANS = {"all global": [(UNBOUNDED, 0)] * HEADS, "1/8 global": [(UNBOUNDED, 0)] + [(256, 4)] * (HEADS - 1)}
+PAGE = 64
+LOCAL = (256, 4)
+PLANS = {
+    "all global": [(UNBOUNDED, 0)] * HEADS,
+    "1/8 global": [(UNBOUNDED, 0)] + [LOCAL] * (HEADS - 1),
+    "all local": [LOCAL] * HEADS,
+}
+_TURNS = 256 << 20  # bytes of inputs that take turns: several times what a chip caches
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 
 
@@ -42,18 +49,18 @@ class Timer:
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
-    def captured(self, function) -> float:
-        """Seconds of one call as it runs inside a CUDA graph, where launches cost next to nothing."""
+    def captured(self, functions: list, calls: int = 20) -> float:
+        """Seconds of one call as it runs inside a CUDA graph, where launches cost next to nothing; they take turns."""
         if self.device.type != "cuda":
-            return self(function)
+            return self(functions[0])
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            function()
+            functions[0]()
         torch.cuda.current_stream().wait_stream(stream)
-        graph, calls = torch.cuda.CUDAGraph(), 20
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(calls):
-                function()
+            for i in range(calls):
+                functions[i % len(functions)]()
         return self(graph.replay) / calls
 
     def _wait(self) -> None:
@@ -67,50 +74,60 @@ def bandwidth(timer: Timer, nbytes: int = 2**31) -> float:
     return data.nbytes / timer(data.sum)
 
 
-def decode_row(kernels, timer: Timer, plan: str, batch: int, length: int, dtype: torch.dtype) -> dict:
-    """One step of decoding for rows of `length` tokens: append and attend."""
-    rules = HeadRules.make(*zip(*PLANS[plan], strict=True), page_size=64)
-    held = [min(-(-length // 64), most) for most in rules.max_pages]
-    ids = torch.randperm(batch * sum(held), device=timer.device).int()
-    table = torch.zeros(batch, HEADS, max(held), dtype=torch.int32, device=timer.device)
-    start = 0
-    for b in range(batch):
-        for h, pages in enumerate(held):
-            table[b, h, :pages] = ids[start : start + pages]
-            start += pages
-    make = lambda *shape: torch.randn(*shape, dtype=dtype, device=timer.device)  # noqa: E731
-    k_pages, v_pages = make(len(ids), 64, DIM), make(len(ids), 64, DIM)
-    query, k_new, v_new = make(batch, HEADS * GROUP, 1, DIM), make(batch, HEADS, 1, DIM), make(batch, HEADS, 1, DIM)
-    lengths = torch.full((batch,), length, device=timer.device)
-    before = lengths - 1
+def sets(nbytes: int, device: torch.device) -> int:
+    """How many sets of inputs take turns, so that no call finds its own in the chip's cache."""
+    return min(20, 1 + (_TURNS // nbytes if device.type == "cuda" else 0))
 
-    def attend():
-        kernels.decode(query, k_pages, v_pages, table, lengths, rules, scale=DIM**-0.5)
+
+def decode_row(kernels, timer: Timer, plan: str, batch: int, length: int, dtype: torch.dtype) -> dict:
+    """One step of decoding, at the end of rows of `length` tokens: append, attend and count."""
+    rules = HeadRules.make(*zip(*PLANS[plan], strict=True), page_size=PAGE)
+    held = [min(-(-length // PAGE), most) for most in rules.max_pages]
+    kept = sum(min(length, w + s) for w, s in PLANS[plan])
+    nbytes = 2 * batch * kept * DIM * torch.finfo(dtype).bits // 8
+    make = lambda *shape: torch.randn(*shape, dtype=dtype, device=timer.device)  # noqa: E731
 
     def step():
-        kernels.append(k_pages, v_pages, k_new, v_new, table, before, rules)
-        attend()
+        ids = torch.randperm(batch * sum(held), device=timer.device).int()
+        table = torch.zeros(batch, HEADS, max(held), dtype=torch.int32, device=timer.device)
+        for b, part in enumerate(ids.split(sum(held))):
+            for h, pages in enumerate(part.split(held)):
+                table[b, h, : len(pages)] = pages
+        pages = make(len(ids), PAGE, DIM), make(len(ids), PAGE, DIM)
+        query, *new = make(batch, HEADS * GROUP, 1, DIM), make(batch, HEADS, 1, DIM), make(batch, HEADS, 1, DIM)
+        counts = torch.full((batch + 1,), length - 1, dtype=torch.int32, device=timer.device)
 
-    kept = sum(min(length, w + s) for w, s in PLANS[plan])
-    seconds = {"s": timer.captured(step), "attend_s": timer.captured(attend)}
-    return {**seconds, "nbytes": 2 * batch * kept * DIM * query.element_size()}
+        def run():
+            counts.fill_(length - 1)  # every call takes the last place
+            kernels.step(query, *pages, *new, table, counts, None, rules, scale=DIM**-0.5)
+
+        return run
+
+    fill = torch.zeros(batch + 1, dtype=torch.int32, device=timer.device)
+    steps = [step() for _ in range(sets(nbytes, timer.device))]
+    seconds = timer.captured(steps) - timer.captured([lambda: fill.fill_(0)])
+    return {"s": seconds, "nbytes": nbytes}
 
 
 def dense_row(timer: Timer, batch: int, length: int, tokens: int, dtype: torch.dtype) -> dict[str, float]:
-    """SDPA over dense keys and values, by backend."""
-    make = lambda heads, n: torch.randn(batch, heads, n, DIM, dtype=dtype, device=timer.device)  # noqa: E731
-    query, key, value = make(HEADS * GROUP, tokens), make(HEADS, length), make(HEADS, length)
+    """SDPA over dense keys and values, by backend; laid out as a model's projections are."""
+    make = lambda heads, n: torch.randn(batch, n, heads, DIM, dtype=dtype, device=timer.device).transpose(1, 2)  # noqa: E731
+    cached = lambda: torch.randn(batch, HEADS, length, DIM, dtype=dtype, device=timer.device)  # noqa: E731
+    past = cached if tokens == 1 else lambda: make(HEADS, length)
+    count = sets(2 * batch * length * HEADS * DIM * 2, timer.device) if tokens == 1 else 1
+    inputs = [(make(HEADS * GROUP, tokens), past(), past()) for _ in range(count)]
     found = {}
     for name, backend in BACKENDS.items():
         if name == "math" and timer.device.type == "cuda":
             continue
 
-        def run(backend=backend):
+        def run(query, key, value, backend=backend):
             with sdpa_kernel(backend):
                 F.scaled_dot_product_attention(query, key, value, is_causal=tokens > 1, enable_gqa=True)
 
+        runs = [lambda x=x, run=run: run(*x) for x in inputs]
         try:
-            found[name] = timer.captured(run) if tokens == 1 else timer(run)
+            found[name] = timer.captured(runs, 20 if tokens == 1 else 1)
         except RuntimeError as error:  # the backend does not take these shapes on this device
             print(f"  {name} at {batch} x {length}: {str(error).splitlines()[0]}")
     return found
@@ -118,10 +135,11 @@ def dense_row(timer: Timer, batch: int, length: int, tokens: int, dtype: torch.d
 
 def prefill_row(kernels, timer: Timer, plan: str, length: int, dtype: torch.dtype) -> dict:
     """Prefill of one sequence without a past."""
-    rules = HeadRules.make(*zip(*PLANS[plan], strict=True), page_size=64)
-    make = lambda heads: torch.randn(1, heads, length, DIM, dtype=dtype, device=timer.device)  # noqa: E731
+    rules = HeadRules.make(*zip(*PLANS[plan], strict=True), page_size=PAGE)
+    make = lambda heads: torch.randn(1, length, heads, DIM, dtype=dtype, device=timer.device).transpose(1, 2)  # noqa: E731
     query, key, value = make(HEADS * GROUP), make(HEADS), make(HEADS)
-    return {"s": timer(lambda: kernels.prefill(query, key, value, None, rules, scale=DIM**-0.5))}
+    run = lambda: kernels.prefill(query, key, value, None, rules, scale=DIM**-0.5)  # noqa: E731
+    return {"s": timer.captured([run], 1)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -147,8 +165,7 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append({"what": "decode", "plan": plan, "batch": batch, "length": length, **row, "dense": dense})
                 best = min(dense.values())
                 print(f"decode  {plan:11} {batch} x {length:6}: {1e6 * row['s']:8.1f} us, floor {1e6 * floor:7.1f} us "
-                      f"({floor / row['s']:4.0%}), {best / row['s']:5.2f}x the best of {', '.join(dense)}, "
-                      f"{best / row['attend_s']:5.2f}x without the append")  # fmt: skip
+                      f"({floor / row['s']:4.0%}), {best / row['s']:5.2f}x the best of {', '.join(dense)}")  # fmt: skip
         dense = dense_row(timer, 1, length, length, dtype)
         for plan in PLANS:
             row = prefill_row(kernels, timer, plan, length, dtype)

@@ -14,6 +14,6 @@ def test_the_benchmark_ends_in_one_json_line(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads(out.read_text()) == result
     assert {(row["what"], row["plan"]) for row in result["rows"]} == {
-        (what, plan) for what in ("decode", "prefill") for plan in ("all global", "1/8 global")
+        (what, plan) for what in ("decode", "prefill") for plan in ("all global", "1/8 global", "all local")
     }
     assert all(row["s"] > 0 and row["dense"]["math"] > 0 for row in result["rows"])

@@ -49,16 +49,30 @@ def redknot_attention(
     if not isinstance(key, RedKnotHandle):
         return dense_attention(module, query, key, value, attention_mask, dropout, kwargs, **options), None
     _refuse(module, dropout, kwargs)
+    step = key.redknot
     if torch.compiler.is_compiling():
-        return captured(query, key.redknot, attention_mask, options), None
-    query = query.to(key.redknot.value.dtype)  # under autocast RoPE leaves it wider
+        tokens, fresh = query.shape[2], not step.written
+        plain = attention_mask is None or describes_new_tokens(attention_mask, tokens)
+        if fresh and plain and step.layer.captures(tokens):
+            return captured(query, step, attention_mask, options), None
+        return _attend_eagerly(query, step, attention_mask, options), None
+    return _attend(query, step, attention_mask, options), None
+
+
+def _attend(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
+    query = query.to(step.value.dtype)  # under autocast RoPE leaves it wider
     with torch.no_grad(), _no_autocast(query.device.type):
-        if attention_mask is None or _only_padding(attention_mask, key.redknot):
-            out = _paged(query, key.redknot, attention_mask, options)
+        if mask is None or _only_padding(mask, step):
+            out = _paged(query, step, mask, options)
         else:
-            _check_explicit(attention_mask, query, key.redknot)
-            out = _explicit(query, key.redknot, attention_mask, options)
-    return (_NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out), None
+            _check_explicit(mask, query, step)
+            out = _explicit(query, step, mask, options)
+    return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+
+
+_attend_eagerly = torch.compiler.disable(
+    _attend, reason="the host does the bookkeeping of this step of a RedKnotCache"
+)
 
 
 def _only_padding(mask: Tensor, step: Step) -> bool:

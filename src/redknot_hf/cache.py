@@ -74,7 +74,11 @@ class RedKnotCache(Cache):
             ValueError: The model runs with another attention implementation, or the step does not fit the cache.
         """
         if torch.compiler.is_compiling():
-            return self.layers[layer_idx].update(key_states, value_states)
+            layer = self.layers[layer_idx]
+            captured = isinstance(layer, RedKnotLayer) and layer.captures(key_states.shape[2])
+            if captured:
+                return layer.update(key_states, value_states)
+            return _update_eagerly(self, key_states, value_states, layer_idx)
         # Asking takes transformers a while, and the first layer comes before any work.
         used = self.config._attn_implementation if layer_idx == self._first else None
         if used not in (None, "redknot"):
@@ -181,6 +185,14 @@ class RedKnotCache(Cache):
     def _chosen(self, layer_idx: int | None) -> list[int]:
         chosen = range(len(self.layers)) if layer_idx is None else [layer_idx]
         return [i for i in chosen if isinstance(self.layers[i], RedKnotLayer)]
+
+
+# The host does the bookkeeping of other steps, which no graph holds.
+@torch.compiler.disable(
+    reason="only steps of at most a page on a RedKnotCache with max_cache_len and impl='triton' are captured whole"
+)
+def _update_eagerly(cache: RedKnotCache, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    return cache.update(key, value, layer_idx)
 
 
 def _layer(

@@ -10,7 +10,6 @@ from redknot_kernels import read_context
 from torch import Tensor
 
 from .handle import Run, Step
-from .mask import describes_new_tokens
 
 Query = Float[Tensor, "batch query_heads tokens key_dim"]
 Output = Float[Tensor, "batch tokens query_heads value_dim"]
@@ -57,26 +56,14 @@ def write_and_attend(query: Query, step: Step, real: Real | None, options: dict[
 
 
 def captured(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
-    """What `write_and_attend` does, inside of `torch.compile`: the device counts, and the host will ask it.
-
-    Raises:
-        RuntimeError: The cache, the step or the mask cannot be captured.
-    """
+    """What `write_and_attend` does, inside of `torch.compile`: the device counts, and the host will ask it."""
     layer = step.layer
-    tokens = query.shape[2]
-    takes = layer.pool is not None and layer.is_compileable and tokens <= layer.page_size and not step.written
-    if not takes or not (mask is None or describes_new_tokens(mask, tokens)):
-        raise RuntimeError(
-            "torch.compile takes a RedKnotCache's decoding steps only: make the cache with max_cache_len and "
-            "impl='triton' (None chooses it on an accelerator), read the prompt outside of torch.compile first, and "
-            "pass no mask or a 2-D one."
-        )
-    step.written = True
-    pool, on_device, rules = layer.pool, layer.rows_on_device, layer.rules
+    rows, on_device = layer.rules, layer.rows_on_device
     real = None if mask is None else mask[:, 0, 0]
+    step.written = True
     return layer.kernels.captured(
-        query, pool.keys, pool.values, step.key, step.value, on_device.table, on_device.counts, real,
-        on_device.bounds, on_device.most_kept, rules.reach, options["scale"], options["softcap"], options["s_aux"],
+        query, layer.pool.keys, layer.pool.values, step.key, step.value, on_device.table, on_device.counts, real,
+        on_device.bounds, on_device.most_kept, rows.reach, options["scale"], options["softcap"], options["s_aux"],
     )  # fmt: skip
 
 

@@ -78,6 +78,10 @@ class RedKnotLayer(CacheLayerMixin):
             return self.kernels.captured is not None
         return self.impl == "triton" or (self.impl is None and torch.accelerator.is_available())
 
+    def captures(self, tokens: int) -> bool:
+        """Whether a step of so many tokens can be captured now."""
+        return self.is_initialized and self.is_compileable and tokens <= self.page_size
+
     # What transformers calls
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -131,7 +135,7 @@ class RedKnotLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Slots seen, padding included; inside of `torch.compile` a tensor."""
-        if torch.compiler.is_compiling() and self.is_compileable:
+        if torch.compiler.is_compiling() and self.is_compileable and self.is_initialized:
             return self.rows_on_device.counts[-1]  # pyright: ignore[reportReturnType]
         if not torch.compiler.is_compiling():
             self.catch_up()
@@ -144,7 +148,7 @@ class RedKnotLayer(CacheLayerMixin):
         captured it is the new slots only, so that the mask of every step has the same shape.
         """
         seen = self.get_seq_length()
-        if self.is_compileable and self.is_initialized and query_length <= self.page_size:
+        if self.captures(query_length):
             if not torch.compiler.is_compiling():
                 self._check_room(query_length)
             return query_length, seen
