@@ -1,0 +1,266 @@
+"""Time and memory of a whole model on one GPU: Llama-3.1-8B's shape with random weights, ours against transformers'.
+
+    python -m evals.speed_gpu --out evals/results/speed_gpu.jsonl
+
+Everything runs through `model.generate`. The time to the first token is that of a first call's; a token's time is the
+median of the intervals at which `generate` hands tokens on. Bytes of the cache are what the device's allocator holds
+more after than before. Reserved caches are compiled by `generate` itself, once for all lengths. The last line is one
+JSON object; `--out` appends it to a file.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.generation.streamers import BaseStreamer
+
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+
+SHAPES = {
+    "8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+    "toy": {
+        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+LOCAL = HeadSpec(window=256, sink=4)
+CHUNK = 2048  # tokens of each sequence that a batch reads at once
+
+
+class Clock(BaseStreamer):
+    """Notes when `generate` hands tokens on; the first time is that of the prompt itself."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left over."""
+
+
+class Bench:
+    """One model, and the methods that read and decode with it."""
+
+    def __init__(self, shape: str, longest: int, device: torch.device) -> None:
+        config = LlamaConfig(
+            **SHAPES[shape], max_position_embeddings=longest + 4096, bos_token_id=None, eos_token_id=None,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, attn_implementation="redknot",
+        )  # fmt: skip
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with device:
+            self.model = LlamaForCausalLM(config).to(dtype).eval()
+        self.model.generation_config.eos_token_id = None
+        self.model.generation_config.pad_token_id = 0
+        self.device, self.longest = device, longest
+        heads = self.model.config.num_key_value_heads
+        layers = range(self.model.config.num_hidden_layers)
+        self.plans = {
+            "all global": HeadPlan.uniform(config, HeadSpec()),
+            "1/8 global": HeadPlan.with_global(config, [(i, i % heads) for i in layers], local=LOCAL),
+        }
+
+    def cache(self, method: str, slots: int | None = None) -> Any:
+        """A fresh cache, the attention it needs set: `dynamic`, `static`, or a plan, growing or reserved."""
+        kind, _, how = method.partition(", ")
+        self.model.set_attn_implementation("sdpa" if kind in ("dynamic", "static") else "redknot")
+        config, slots = self.model.config, slots or self.longest + 256
+        if kind == "dynamic":
+            return DynamicCache(config=config)
+        if kind == "static":
+            return StaticCache(config=config, max_cache_len=slots)
+        return RedKnotCache(config, self.plans[kind], max_cache_len=slots if how == "reserved" else None)
+
+    def run(self, cache: Any, ids: torch.Tensor, new: int, **options: Any) -> dict[str, float]:
+        """Seconds to the first token and of each later one, and the most bytes held meanwhile."""
+        clock = Clock()
+        self.reset_peak()
+        start = time.perf_counter()
+        if len(ids) > 1:  # a streamer takes one sequence
+            options = {**options, "stopping_criteria": [lambda ids, scores: clock.put(None) or _none_is_done(ids)]}
+        else:
+            options = {**options, "streamer": clock}
+        self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new, do_sample=False,
+            **options,
+        )  # fmt: skip
+        self.wait()
+        first, *times = clock.times[1:] if len(ids) == 1 else clock.times
+        steps = [b - a for a, b in zip([first, *times], times, strict=False)]
+        return {"first_s": first - start, "token_s": statistics.median(steps[len(steps) // 4 :]), "peak": self.peak()}
+
+    def row(self, method: str, lengths: list[int], new: int) -> list[dict]:
+        """Measures a method at several lengths; a reserved cache serves all, so that it is compiled once."""
+        reserved = method == "static" or method.endswith("reserved")
+        rows, cache, before = [], None, 0
+        for length in lengths:
+            ids = self.ids(1, length)
+            if cache is None or not reserved:
+                cache = None
+                self.collect()
+                before = self.held()
+                cache = self.cache(method)
+            if reserved and not rows:
+                kv_bytes = self.reserve(cache, ids) - before
+                self.run(cache, ids[:, :256], 12)  # compiles and captures
+            if reserved:
+                cache.reset()
+            if method == "static":  # it would read 128K tokens under a mask of 16 GiB
+                fill(cache, length - 1)
+            found = self.run(cache, ids, new)
+            if not reserved:
+                kv_bytes = self.held() - before
+            rows.append({"method": method, "batch": 1, "length": length, **found, "kv_bytes": kv_bytes})
+            print(_line(rows[-1]), flush=True)
+        self.forget(cache)
+        return rows
+
+    def batch_row(self, method: str, batch: int, length: int, new: int) -> list[dict]:
+        """Measures decoding of a batch at one length; ours has read every sequence, the dense cache is filled."""
+        self.collect()
+        ids, before, start = self.ids(batch, length), self.held(), time.perf_counter()
+        cache = self.cache(method, length + 256)
+        kv_bytes = self.reserve(cache, ids) - before
+        if method == "static":
+            fill(cache, length - 1)
+        else:
+            with torch.no_grad():
+                for chunk in ids[:, :-1].split(CHUNK, 1):
+                    self.model(chunk, past_key_values=cache, logits_to_keep=1)
+        self.wait()
+        row = {"method": method, "batch": batch, "length": length, "read_s": time.perf_counter() - start}
+        row |= {**self.run(cache, ids, new), "kv_bytes": kv_bytes}
+        print(_line(row) + f", {batch / row['token_s']:.0f} tokens/s", flush=True)
+        self.forget(cache)
+        return [row]
+
+    def ids(self, batch: int, length: int) -> torch.Tensor:
+        """Random tokens."""
+        return torch.randint(self.model.config.vocab_size, (batch, length), device=self.device)
+
+    def reserve(self, cache: Any, ids: torch.Tensor) -> int:
+        """Lets a reserved cache take its memory, and says how much is held then in all."""
+        with torch.no_grad():
+            self.model(ids[:, :128], past_key_values=cache, logits_to_keep=1)
+        cache.reset()
+        return self.held()
+
+    def forget(self, cache: Any) -> None:
+        """Frees what a method has left behind, compiled code too."""
+        for layer in cache.layers:
+            vars(layer).clear()
+        torch._dynamo.reset()
+        self.collect()
+
+    def collect(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def held(self) -> int:
+        self.wait()
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+
+    def reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+
+def fill(cache: StaticCache, tokens: int) -> None:
+    """Puts tokens into a dense cache as if a prompt had been read."""
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.cumulative_length.fill_(tokens)
+
+
+def _none_is_done(ids: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+def _line(row: dict) -> str:
+    return (
+        f"{row['method']:22} {row['batch']:3} x {row['length']:6}: first token {row['first_s']:7.2f} s, "
+        f"{1e3 * row['token_s']:7.2f} ms a token, KV {row['kv_bytes'] / 2**30:6.2f} GiB, "
+        f"peak {row['peak'] / 2**30:6.1f} GiB"
+    )
+
+
+def reading_rate(device: torch.device) -> float:
+    """Bytes a second that a sum over a large tensor reads."""
+    data = torch.ones(2**29 if device.type == "cuda" else 2**20, device=device)
+    times: list[float] = []
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        data.sum().item()
+        times.append(time.perf_counter() - start)
+    return data.nbytes / statistics.median(times)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the measurements that the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32768, 131072])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--batch", type=int, default=32, help="sequences of the batch rows; 0 leaves them out")
+    parser.add_argument("--dense-batch", type=int, default=12, help="the largest dense batch that fits")
+    parser.add_argument("--batch-length", type=int, default=32768)
+    parser.add_argument("--tokens", type=int, default=24, help="decoded tokens a run")
+    parser.add_argument("--out", type=Path, help="file to append the JSON line to")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    read = reading_rate(device)
+    bench = Bench(args.shape, max(args.lengths), device)
+    bench.run(bench.cache("dynamic"), torch.ones(1, 300, dtype=torch.long, device=device), 8)
+    rows: list[dict] = []
+    measures: list[Callable[[], list[dict]]] = [
+        lambda m=m: bench.row(m, args.lengths, args.tokens) for m in args.methods
+    ]
+    for method, batch in (("1/8 global, reserved", args.batch), ("static", args.dense_batch)):
+        if batch:
+            measures.append(lambda m=method, b=batch: bench.batch_row(m, b, args.batch_length, args.tokens))
+    for measure in measures:
+        try:
+            rows += measure()
+        except torch.OutOfMemoryError as error:
+            print(f"  out of memory: {str(error).splitlines()[0]}")
+            bench.collect()
+    hardware = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__,
+        "transformers": transformers.__version__, "read_bytes_per_s": read,
+        "weights_bytes": sum(p.nbytes for p in bench.model.parameters()),
+    }  # fmt: skip
+    line = json.dumps({"benchmark": "speed_gpu", "shape": args.shape, "hardware": hardware, "rows": rows})
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a") as file:
+            file.write(line + "\n")
+    print(line)
+
+
+METHODS = ["dynamic", "1/8 global", "all global", "1/8 global, reserved", "all global, reserved", "static"]
+
+if __name__ == "__main__":
+    main()
