@@ -3,7 +3,8 @@
     python -m evals.speed_gpu --out evals/results/speed_gpu.jsonl
 
 Everything runs through `model.generate`. The time to the first token is that of a first call's; a token's time is the
-median of the intervals at which `generate` hands tokens on. Bytes of the cache are what the device's allocator holds
+median of the intervals at which `generate` hands tokens on, or, of `captured_decoding`, what 128 more tokens take
+longer; its first time is that of 32 tokens. Bytes of the cache are what the device's allocator holds
 more after than before. Reserved caches are compiled by `generate` itself, once for all lengths. The last line is one
 JSON object; `--out` appends it to a file.
 """
@@ -22,7 +23,7 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, captured_decoding
 
 SHAPES = {
     "8b": {
@@ -81,7 +82,7 @@ class Bench:
             return DynamicCache(config=config)
         if kind == "static":
             return StaticCache(config=config, max_cache_len=slots)
-        return RedKnotCache(config, self.plans[kind], max_cache_len=slots if how == "reserved" else None)
+        return RedKnotCache(config, self.plans[kind], max_cache_len=slots if how else None)
 
     def run(self, cache: Any, ids: torch.Tensor, new: int, **options: Any) -> dict[str, float]:
         """Seconds to the first token and of each later one, and the most bytes held meanwhile."""
@@ -104,6 +105,8 @@ class Bench:
     def row(self, method: str, lengths: list[int], new: int) -> list[dict]:
         """Measures a method at several lengths; a reserved cache serves all, so that it is compiled once."""
         reserved = method == "static" or method.endswith("reserved")
+        if method.endswith("captured"):
+            return self.captured_row(method, lengths)
         rows, cache, before = [], None, 0
         for length in lengths:
             ids = self.ids(1, length)
@@ -123,6 +126,27 @@ class Bench:
             if not reserved:
                 kv_bytes = self.held() - before
             rows.append({"method": method, "batch": 1, "length": length, **found, "kv_bytes": kv_bytes})
+            print(_line(rows[-1]), flush=True)
+        self.forget(cache)
+        return rows
+
+    def captured_row(self, method: str, lengths: list[int]) -> list[dict]:
+        """Measures decoding with one graph a token: what more tokens take longer than few."""
+        rows, cache = [], self.cache(method)
+        for length in lengths:
+            ids, seconds = self.ids(1, length), {}
+            for new in (32, 32, 160):  # the first compiles
+                cache.reset()
+                self.wait()
+                start = time.perf_counter()
+                self.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new,
+                    do_sample=False, custom_generate=captured_decoding,
+                )  # fmt: skip
+                self.wait()
+                seconds[new] = time.perf_counter() - start
+            row = {"method": method, "batch": 1, "length": length, "first_s": seconds[32], "peak": self.peak()}
+            rows.append({**row, "token_s": (seconds[160] - seconds[32]) / 128, "kv_bytes": cache.nbytes})
             print(_line(rows[-1]), flush=True)
         self.forget(cache)
         return rows
@@ -260,7 +284,11 @@ def main(argv: list[str] | None = None) -> None:
     print(line)
 
 
-METHODS = ["dynamic", "1/8 global", "all global", "1/8 global, reserved", "all global, reserved", "static"]
+METHODS = [
+    *("dynamic", "1/8 global", "all global", "1/8 global, reserved", "1/8 global, captured"),
+    *("all global, captured", "static"),
+]
+
 
 if __name__ == "__main__":
     main()

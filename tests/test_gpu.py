@@ -1,15 +1,19 @@
 """The equalities on an accelerator: `pytest -m gpu`."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from families import VOCABULARY, make_model
 from oracle import masked_logits, random_plan
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from evals.tiny.corpus import Corpus, Lexicon
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, captured_decoding
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]
 
+TINY = Path(__file__).parents[1] / "evals" / "tiny"
 IMPLS = ["torch", "triton"]
 FAMILIES = ["llama", "mistral_sliding", "gemma2", "gemma3", "gpt_oss", "phi3"]
 
@@ -65,6 +69,34 @@ def test_beams_and_prompt_lookup(impl):
         assert torch.equal(ours, dense)
 
 
+@pytest.mark.parametrize("how", ["eager", "generate", "captured_decoding"])
+def test_greedy_tokens_are_the_twins_on_the_bundled_model(how):
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="redknot").cuda()
+    plan = HeadPlan.load(TINY / "plan.json", model.config)
+    ids = torch.tensor([Corpus(Lexicon(), 0).collection(2048, 5).context]).cuda()
+    options = {"max_new_tokens": 256, "do_sample": False}
+    expected = model.generate(ids, past_key_values=RedKnotCache(model.config, plan, impl="torch"), **options)
+    extra = {"disable_compile": True} if how == "eager" else {}
+    extra |= {"custom_generate": captured_decoding} if how == "captured_decoding" else {}
+    cache = RedKnotCache(model.config, plan, max_cache_len=2400)
+    for _ in range(2):  # the second time nothing is compiled anew
+        assert torch.equal(model.generate(ids, past_key_values=cache, **options, **extra), expected)
+        assert cache.get_seq_length() == expected.shape[1] - 1
+        cache.reset()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_captured_batches_with_padding(family):
+    model = make_model(family).cuda()
+    ids, mask = prompts()
+    plan = random_plan(model.config, seed=3)
+    options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
+    expected = model.generate(ids, past_key_values=RedKnotCache(model.config, plan, impl="torch"), **options)
+    for extra in ({}, {"custom_generate": captured_decoding}):
+        cache = RedKnotCache(model.config, plan, max_cache_len=256)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **options, **extra), expected)
+
+
 def requested():
     """Bytes asked of the device's allocator and not given back; it may set aside up to 1 MiB more for a tensor."""
     torch.cuda.synchronize()
@@ -81,7 +113,7 @@ def test_the_allocator_reports_what_the_cache_says(impl):
         before = requested()
         cache = RedKnotCache(model.config, plan, impl=impl)
         model(ids, past_key_values=cache, logits_to_keep=1)
-    small = sum(layer.table().nbytes for layer in cache.layers) + 4096  # tables, and what kernels look up
+    small = sum(layer.on_device().table.nbytes for layer in cache.layers) + 4096  # tables, and what kernels look up
     assert cache.nbytes <= requested() - before <= cache.nbytes + small
     cache.offload()
     assert requested() - before <= small

@@ -6,6 +6,7 @@ not ask for it.
 
 from .attention import redknot_attention
 from .cache import RedKnotCache
+from .captured_decoding import captured_decoding
 from .plan import HeadPlan, HeadSpec
 
-__all__ = ["HeadPlan", "HeadSpec", "RedKnotCache", "redknot_attention"]
+__all__ = ["HeadPlan", "HeadSpec", "RedKnotCache", "captured_decoding", "redknot_attention"]
