@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, captured_decoding
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -58,11 +58,12 @@ class Bench:
     def __init__(self, shape: str, longest: int, device: torch.device) -> None:
         config = LlamaConfig(
             **SHAPES[shape], max_position_embeddings=longest + 4096, bos_token_id=None, eos_token_id=None,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, attn_implementation="redknot",
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         )  # fmt: skip
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with device:
-            self.model = LlamaForCausalLM(config).to(dtype).eval()
+            self.model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="redknot", dtype=dtype)
+        self.model.eval()
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
         self.device, self.longest = device, longest
@@ -107,7 +108,7 @@ class Bench:
         reserved = method == "static" or method.endswith("reserved")
         if method.endswith("captured"):
             return self.captured_row(method, lengths)
-        rows, cache, before = [], None, 0
+        rows, cache, before, kv_bytes = [], None, 0, 0
         for length in lengths:
             ids = self.ids(1, length)
             if cache is None or not reserved:
@@ -211,7 +212,8 @@ class Bench:
 
 def fill(cache: StaticCache, tokens: int) -> None:
     """Puts tokens into a dense cache as if a prompt had been read."""
-    for layer in cache.layers:
+    layers: Any = cache.layers
+    for layer in layers:
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(tokens)

@@ -37,9 +37,10 @@ def compile_kernel(chip, kernel, arguments, **options):
 
 def prefill(chip, past, dtype, dims, group, page=0, split=False, softcap=False, sink=False):
     from redknot_kernels import triton_prefill
+    from redknot_kernels.configurations import configuration
 
     kind, itemsize = "paged" if page else "local", 4 if dtype == "fp32" else 2
-    tile = triton_prefill.configuration(chip, kind, itemsize, max(dims), group)
+    tile = configuration("prefill", chip, kind, itemsize, max(dims), group)
     kernel = triton_prefill._prefill_kernel
     arguments = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(("query", "k_new", "v_new", "k_past", "v_past", "s_aux", "out"), f"*{dtype}")
@@ -51,7 +52,62 @@ def prefill(chip, past, dtype, dims, group, page=0, split=False, softcap=False, 
     return compile_kernel(chip, kernel, arguments, **tile["options"])
 
 
+def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, softcap=False):
+    from redknot_kernels import triton_decode
+    from redknot_kernels.configurations import configuration
+
+    tile = configuration("decode", chip, "rows", 4 if dtype == "fp32" else 2, max(dims), group)
+    kernel, power = triton_decode._split_kernel, lambda n: 1 << (n - 1).bit_length()
+    arguments = dict.fromkeys(kernel.arg_names, "i32")
+    arguments |= dict.fromkeys(("q", "k_pages", "v_pages", "k_new", "v_new"), f"*{dtype}")
+    arguments |= dict.fromkeys(("table", "counts", "bounds", "shares"), "*i32")
+    arguments |= {"flags": "*i1" if flags else "*i32", "part_out": "*fp32", "part_lse": "*fp32"}
+    arguments |= {"scale": "fp32", "softcap": "fp32"}
+    arguments |= {"GROUP": group, "TOKENS": tokens, "DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": page}
+    arguments |= {"FUSED": fused, "HAS_FLAGS": flags, "MIN_SPLIT": 64, "BLOCK_R": 8, "BLOCK_T": max(16, power(tokens))}
+    arguments |= {"BLOCK_M": power(max(16, group * tokens)), "BLOCK_N": tile["keys"]}
+    arguments |= {"BLOCK_D": max(16, power(dims[0])), "BLOCK_V": max(16, power(dims[1]))}
+    arguments |= {"SOFTCAP": softcap, "UPCAST": False, "EARLY": chip in ("sm90", "sm100")}
+    return compile_kernel(chip, kernel, arguments, **tile["options"])
+
+
+def merge(chip, splits, sink=False):
+    from redknot_kernels import triton_decode
+
+    kernel = triton_decode._merge_kernel
+    arguments = dict.fromkeys(kernel.arg_names, "i32")
+    arguments |= {"part_out": "*fp32", "part_lse": "*fp32", "s_aux": "*bf16", "out": "*bf16"}
+    arguments |= dict.fromkeys(("shares", "counts", "flags"), "*i32")
+    arguments |= {"GROUP": 4, "TOKENS": 1, "VALUE_DIM": 128, "FUSED": True, "HAS_FLAGS": False, "BLOCK_T": 16}
+    arguments |= {"BLOCK_B": 2, "BLOCK_S": splits, "BLOCK_V": min(128, 4096 // splits), "HAS_SINK": sink}
+    arguments |= {"EARLY": chip in ("sm90", "sm100")}
+    return compile_kernel(chip, kernel, arguments, num_warps=4)
+
+
+def append(chip, dims, page):
+    from redknot_kernels import triton_pages
+
+    kernel, power = triton_pages._append_kernel, lambda n: 1 << (n - 1).bit_length()
+    arguments = dict.fromkeys(kernel.arg_names, "i32")
+    arguments |= dict.fromkeys(("k_pages", "v_pages", "k_new", "v_new"), "*bf16")
+    arguments |= dict.fromkeys(("table", "lengths", "bounds"), "*i32")
+    arguments |= {"DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": page, "BLOCK_T": 64}
+    arguments |= {"BLOCK_D": power(dims[0]), "BLOCK_V": power(dims[1]), "EARLY": chip in ("sm90", "sm100")}
+    return compile_kernel(chip, kernel, arguments, num_warps=4)
+
+
 CASES = {
+    "decode": partial(decode, dtype="bf16", dims=(128, 128), group=4, page=64),
+    "decode_flags_softcap": partial(
+        decode, dtype="fp16", dims=(96, 80), group=5, page=16, tokens=9, flags=True, softcap=True
+    ),
+    "decode_256": partial(decode, dtype="bf16", dims=(256, 256), group=16, page=128),
+    "decode_small": partial(decode, dtype="bf16", dims=(32, 32), group=1, page=32),
+    "decode_fp32": partial(decode, dtype="fp32", dims=(128, 128), group=2, page=64),
+    "decode_written": partial(decode, dtype="bf16", dims=(64, 64), group=8, page=64, fused=False),
+    "merge_few": partial(merge, splits=8, sink=True),
+    "merge_many": partial(merge, splits=256),
+    "append": partial(append, dims=(80, 128), page=16),
     "prefill": partial(prefill, past=False, dtype="bf16", dims=(128, 128), group=4),
     "prefill_band": partial(prefill, past=True, dtype="bf16", dims=(128, 128), group=4),
     "prefill_band_logits": partial(

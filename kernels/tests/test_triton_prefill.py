@@ -122,25 +122,3 @@ def test_error_in_half_precision_is_that_of_plain_attention(dtype):
         assert out.dtype == dtype
         plain = (rows.oracle(dtype=dtype).double() - expected).abs().max()
         assert (out.double() - expected).abs().max() <= 2 * plain
-
-
-def test_every_configuration_names_a_tile():
-    for entries in triton_prefill._configurations().values():
-        for entry in entries.values():
-            assert entry["rows"] >= 16
-            assert entry["keys"] >= 16
-            assert entry["options"].keys() >= {"num_warps", "num_stages"}
-
-
-def test_the_most_specific_configuration_wins(monkeypatch):
-    names = "default", "16bit d128", "paged 16bit d128", "paged 16bit d128 g4"
-    entries = {"any": {name: name for name in names}, "sm90": {"16bit d64": "sm90 16bit d64"}}
-    monkeypatch.setattr(triton_prefill, "_configurations", lambda: entries)
-    for arguments, name in (
-        (("sm80", "local", 4, 128, 4), "default"),
-        (("sm80", "local", 2, 96, 4), "16bit d128"),
-        (("sm90", "paged", 2, 128, 2), "paged 16bit d128"),
-        (("sm90", "paged", 2, 128, 4), "paged 16bit d128 g4"),
-        (("sm90", "paged", 2, 64, 4), "sm90 16bit d64"),
-    ):
-        assert triton_prefill.configuration(*arguments) == name

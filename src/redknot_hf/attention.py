@@ -55,7 +55,7 @@ def redknot_attention(
         plain = attention_mask is None or describes_new_tokens(attention_mask, tokens)
         if fresh and plain and step.layer.captures(tokens):
             return captured(query, step, attention_mask, options), None
-        return _attend_eagerly(query, step, attention_mask, options), None
+        return _attend_eagerly(query, step, attention_mask, options), None  # pyright: ignore
     return _attend(query, step, attention_mask, options), None
 
 
@@ -70,9 +70,9 @@ def _attend(query: Query, step: Step, mask: Tensor | None, options: dict[str, An
     return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
 
-_attend_eagerly = torch.compiler.disable(
-    _attend, reason="the host does the bookkeeping of this step of a RedKnotCache"
-)
+@torch.compiler.disable(reason="the host does the bookkeeping of this step of a RedKnotCache")  # pyright: ignore
+def _attend_eagerly(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
+    return _attend(query, step, mask, options)
 
 
 def _only_padding(mask: Tensor, step: Step) -> bool:

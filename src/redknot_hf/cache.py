@@ -75,8 +75,7 @@ class RedKnotCache(Cache):
         """
         if torch.compiler.is_compiling():
             layer = self.layers[layer_idx]
-            captured = isinstance(layer, RedKnotLayer) and layer.captures(key_states.shape[2])
-            if captured:
+            if isinstance(layer, RedKnotLayer) and layer.captures(key_states.shape[2]):
                 return layer.update(key_states, value_states)
             return _update_eagerly(self, key_states, value_states, layer_idx)
         # Asking takes transformers a while, and the first layer comes before any work.

@@ -155,10 +155,10 @@ class _Step:
             input_ids=self.chooser.last, attention_mask=self.mask, position_ids=self.positions,
             past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
-        self.logits = out.logits[:, -1]
+        logits = self.logits = out.logits[:, -1]
         self.positions += 1
         if self.chooser.plain:
-            self.chooser.put(self.logits)
+            self.chooser.put(logits)
 
     def _logits(self) -> Float[Tensor, "batch words"]:
         assert self.logits is not None
