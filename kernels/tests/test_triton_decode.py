@@ -8,6 +8,7 @@ from paged_rows import DEVICE, HEADS, PLAIN, STEPS, Rows
 from redknot_kernels import UNBOUNDED, HeadRules
 from redknot_kernels import append as plain_append
 from redknot_kernels import decode as plain_decode
+from redknot_kernels import step as plain_step
 
 pytest.importorskip("triton")
 
@@ -114,3 +115,71 @@ def test_append_writes_what_the_plain_one_does(length, tokens):
         function(*pages, k_new, v_new, table, lengths, rules)
         written.append(pages)
     assert all(torch.equal(ours, plain) for ours, plain in zip(*written, strict=True))
+
+
+def _steps_of_both(lengths, tokens, real, room=200, heads=((UNBOUNDED, 0), (30, 4), (5, 0)), group=2):
+    """Runs one step with the kernel and with its twin, from the same rows; returns what each gave and left behind."""
+    rules = HeadRules.make(*zip(*heads, strict=True), page_size=16)
+    generator = torch.Generator().manual_seed(0)
+    batch, columns = len(lengths), -(-room // 16)
+    held = [min(columns, most) for most in rules.max_pages]
+    order = torch.randperm(batch * sum(held), generator=generator).int()
+    table = torch.zeros(batch, len(heads), columns, dtype=torch.int32)
+    for b, part in enumerate(order.split(sum(held))):
+        for h, pages in enumerate(part.split(held)):
+            table[b, h, : len(pages)] = pages
+    pages = [torch.randn(len(order), 16, 24, generator=generator) for _ in range(2)]
+    new = [torch.randn(batch, tokens, n, 24, generator=generator).transpose(1, 2) for n in (group * len(heads), 3, 3)]
+    counts = torch.tensor([*lengths, max(lengths)], dtype=torch.int32)
+    found = []
+    for function, device in ((step, DEVICE), (plain_step, "cpu")):
+        k_pages, v_pages, held_counts = (x.clone().to(device) for x in (*pages, counts))
+        query, k_new, v_new = (x.to(device) for x in new)
+        flags = None if real is None else real.to(device)
+        arguments = k_pages, v_pages, k_new, v_new, table.to(device), held_counts, flags, rules
+        out = function(query, *arguments, scale=0.3)
+        found.append([x.cpu() for x in (out, k_pages, v_pages, held_counts)])
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16])
+def test_padding_is_neither_written_nor_seen_nor_counted(tokens):
+    real = torch.rand(5, tokens, generator=torch.Generator().manual_seed(tokens)) < 0.6
+    real[0], real[1] = True, False
+    ours, plain = _steps_of_both([0, 1, 150, 33, 16], tokens, real)
+    torch.testing.assert_close(ours[0][real], plain[0][real], atol=3e-6, rtol=1e-5)
+    assert ours[0].isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(ours[1:], plain[1:], strict=True))
+
+
+@pytest.mark.parametrize("lengths", [[0], [1, 0], [190, 3, 64, 17], [15, 16, 17]], ids=str)
+def test_rows_of_any_length_step_together(lengths):
+    ours, plain = _steps_of_both(lengths, 1, None)
+    torch.testing.assert_close(ours[0], plain[0], atol=3e-6, rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(ours[1:], plain[1:], strict=True))
+
+
+def test_a_token_beyond_the_last_page_is_not_written():
+    rules = HeadRules.make((UNBOUNDED,), (0,), page_size=16)
+    pages = torch.randn(3, 16, 24, device=DEVICE)
+    before, table = pages.clone(), torch.tensor([[[2, 0]]], dtype=torch.int32, device=DEVICE)
+    counts = torch.tensor([32, 32], dtype=torch.int32, device=DEVICE)
+    new = torch.randn(1, 1, 1, 24, device=DEVICE)
+    out = step(new, pages, pages, new, new, table, counts, None, rules, scale=0.3)
+    assert out.isfinite().all()
+    assert torch.equal(pages, before)
+
+
+def test_the_operator_is_what_the_compiler_takes_it_for():
+    from redknot_kernels.triton_decode import captured_step
+
+    rules = HeadRules.make((UNBOUNDED, 7), (0, 2), page_size=16)
+    pages = [torch.randn(6, 16, 24, device=DEVICE) for _ in range(2)]
+    table = torch.arange(6, dtype=torch.int32, device=DEVICE).view(1, 2, 3)
+    counts = torch.tensor([20, 20], dtype=torch.int32, device=DEVICE)
+    query, k_new, v_new = (torch.randn(1, n, 1, 24, device=DEVICE) for n in (4, 2, 2))
+    rows = table, counts, None, rules.tensors(torch.device(DEVICE)), rules.most_kept(3), rules.reach
+    torch.library.opcheck(
+        captured_step, (query, *pages, k_new, v_new, *rows, 0.3, None, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
