@@ -138,13 +138,16 @@ def _refused(name: str, reason: str) -> ValueError:
 
 def _rotation(turning: Turning, positions: Positions, targets: Positions, device: Any) -> Rotation:
     limit = turning.limit
-    for where in (positions, targets) if limit is not None else ():
-        if where.numel() and (farthest := int(where.max())) >= limit:
-            raise ValueError(
-                f"position {farthest} with {turning.kind} rotary embedding: from {limit:,} on its angles depend on "
-                "the length of the whole sequence, so keys cannot be moved there. Keep the prompt shorter, or run it "
-                "without reuse."
-            )
+    if (
+        limit is not None
+        and targets.numel()
+        and (farthest := max(int(p.max()) for p in (positions, targets))) >= limit
+    ):
+        raise ValueError(
+            f"position {farthest} with {turning.kind} rotary embedding: from {limit:,} on its angles depend on the "
+            "length of the whole sequence, so keys cannot be moved there. Keep the prompt shorter, or run it without "
+            "reuse."
+        )
     device = positions.device if device is None else torch.device(device)
     on = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     frequencies = turning.frequencies.to(on)
