@@ -16,6 +16,7 @@ from torch import Tensor
 from .identity import model_identity, segment_address, weights_state
 from .plan import HeadPlan
 from .recording import Keep, record
+from .rope import Relocation
 from .segment import Segment
 from .segment_file import SegmentFileError, SegmentFolder
 from .tiers import Counts, Held, Tiers
@@ -97,6 +98,7 @@ class SegmentStore:
         self._on_disk: set[str] = set()
         self.tiers = Tiers(torch.device(model.device), device_bytes, host_bytes, self._on_disk.__contains__)
         self._computing = threading.Lock()
+        self._relocation: Relocation | None = None
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="redknot-segments")
 
     def add(self, ids: Ids, prefix: Ids | SegmentRef | None = None) -> SegmentRef:
@@ -181,6 +183,13 @@ class SegmentStore:
                 "is another model's. Make a new SegmentStore; the old one's files stay good for the old model."
             )
         self._weights = state
+
+    def relocation(self, force: bool = False) -> Relocation | None:
+        """How the model's keys move, found out once."""
+        with self._computing:
+            if self._relocation is None:
+                self._relocation = Relocation.of(self.model)
+        return self._relocation
 
     @property
     def counts(self) -> Counts:
