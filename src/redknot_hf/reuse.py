@@ -29,8 +29,9 @@ BOUNDARY = 0.1
 # Segments that are on their way to the device while one is put in place.
 _AHEAD = 3
 
-Policy = Callable[[SegmentRef, int], int]
-Boundary = int | float | Literal["all"] | Sequence[int | float] | Policy
+Amount = int | float | Literal["all"]
+Policy = Callable[[SegmentRef, int], Amount]
+Boundary = Amount | Sequence[Amount] | Policy
 Refs = Sequence[SegmentRef] | Sequence[Sequence[SegmentRef]]
 
 
@@ -161,11 +162,8 @@ def _left_padded(texts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tok
 
 
 def _as_batch(segments: Refs) -> list[list[SegmentRef]]:
-    batch: list[list[SegmentRef]] = [[]]
-    if all(isinstance(one, SegmentRef) for one in segments):
-        batch = [[*segments]]  # pyright: ignore[reportAssignmentType]
-    else:
-        batch = [list(one) for one in segments]  # pyright: ignore[reportArgumentType]
+    single = all(isinstance(one, SegmentRef) for one in segments)
+    batch: list[list[SegmentRef]] = [list(one) for one in ([segments] if single else segments)]  # pyright: ignore
     if not any(batch):
         raise ValueError("there are no segments to assemble: begin with RedKnotCache(model.config, plan)")
     return batch
@@ -199,10 +197,10 @@ def _schedule(sequence: Sequence[SegmentRef], boundary: Boundary) -> tuple[Reuse
 
 
 def _tokens(asked: Any, ref: SegmentRef, start: int) -> int:
-    if asked == "all":
-        return len(ref)
     if callable(asked):
         asked = asked(ref, start)
+    if asked == "all":
+        return len(ref)
     if isinstance(asked, bool) or not isinstance(asked, int | float) or asked < 0 or (asked > 1 and asked % 1):
         raise ValueError(f"boundary={asked!r}: give tokens (an int), a share (a float from 0 to 1), or 'all'")
     if isinstance(asked, float):
@@ -263,7 +261,7 @@ def _add(
 def _initialize(layer: RedKnotLayer, index: int, model: Any, segment: Segment, batch: int) -> None:
     """Gives a layer its shape before any forward pass has."""
     kept = segment.layers[index]
-    assert kept is not None  # noqa: S101
+    assert kept is not None
     heads, like = len(kept.window), segment.data.new_empty(0).to(_device_of_layer(model, index))
     shapes = ((batch, heads, 0, dim) for dim in (kept.key_dim, kept.value_dim))
     layer.lazy_initialization(*(like.new_empty(shape) for shape in shapes))

@@ -178,7 +178,7 @@ def _described(said: dict[str, str], data: Tensor, identity: str, address: str) 
 
 def _read_into(file: Any, data: Tensor) -> int:
     """Fills the tensor with what follows; returns the bytes there were."""
-    room = memoryview(data.view(torch.uint8).numpy())
+    room = _bytes(data)
     done = 0
     while done < len(room) and (read := file.readinto(room[done:])):
         done += read
@@ -189,5 +189,10 @@ def _checksum(said: dict[str, str], data: Tensor) -> str:
     digest = hashlib.sha256()
     for name in ("format", "address", "identity", "ids", "prefix", "layers"):
         digest.update(said[name].encode() + b"\0")
-    digest.update(data.view(torch.uint8).numpy())
+    digest.update(_bytes(data))
     return digest.hexdigest()
+
+
+def _bytes(data: Tensor) -> memoryview:
+    """The memory of a tensor of the host."""
+    return memoryview(data.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]

@@ -90,7 +90,8 @@ class SegmentStore:
         if keep not in ("plan", "full"):
             raise ValueError(f"keep={keep!r}: choose 'plan' or 'full'")
         plan.check(model.config)
-        self.model, self.plan, self.keep = model, plan, keep
+        self.model, self.plan = model, plan
+        self.keep: Keep = keep
         self.page_size, self.impl = page_size, impl
         self._name = identity
         self.identity, self._weights = self._identity(), weights_state(model)

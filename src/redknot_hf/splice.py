@@ -45,8 +45,8 @@ def splice(
     end = offset + segment.tokens
     if layer.max_cache_len is not None and end > layer.max_cache_len:
         raise ValueError(
-            f"the segments reach to token {end} and exceed max_cache_len={layer.max_cache_len}: give assemble a larger "
-            "one, or none"
+            f"the segments reach to token {end} and exceed max_cache_len={layer.max_cache_len}: give assemble a "
+            "larger one, or none"
         )
     layer.prefetch()
     lengths = rows.lengths.copy()

@@ -136,7 +136,7 @@ class Tiers:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def put(self, segment: Segment) -> Held:
-        """Takes a segment that was computed on the device, or read into the host's memory; returns it on the device."""
+        """Takes a segment from the device, where it was computed, or from the host; returns it on the device."""
         with self._lock:
             held = Held(segment)
             if segment.data.device != self.device:
