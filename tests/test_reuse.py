@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, prompt
-from tests.families import VOCABULARY, make_model
-from tests.oracle import masked_logits, random_plan, under_plan
+from families import VOCABULARY, make_model
+from oracle import masked_logits, random_plan, under_plan
 
 LONG = {"max_position_embeddings": 2048}
 BOS = [3, 4]

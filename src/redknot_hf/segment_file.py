@@ -21,7 +21,7 @@ from torch import Tensor
 from .segment import KeptLayer, Segment, places
 
 _FORMAT = "redknot segment 1"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 # Headers are some kilobytes; more is no file of ours.
 _MOST_HEADER = 100 * 2**20
 # Age in seconds at which a file that somebody was writing counts as left behind.
@@ -101,14 +101,12 @@ class SegmentFolder:
         path = self.path(address)
         with self._files.open(path, "rb") as file:
             try:
-                said, dtype, elements = _read_header(file)
-                segment = _described(said, buffer(elements, dtype), self.identity, address)
+                said, begin = _read_header(file)
+                segment = self._described(said, address, self._files.size(path) - begin, buffer)
                 read = _read_into(file, segment.data)
-            except (KeyError, TypeError, ValueError, UnicodeDecodeError) as e:
+            except (AttributeError, KeyError, TypeError, ValueError) as e:
                 raise SegmentFileError(f"{path}: {e}. Delete it; the store computes the segment anew.") from e
-        if read != segment.nbytes:
-            raise SegmentFileError(f"{path} is cut short: {read} of {segment.nbytes} bytes. Delete it.")
-        if _checksum(said, segment.data) != said["checksum"]:
+        if read != segment.nbytes or _checksum(said, segment.data) != said.get("checksum"):
             raise SegmentFileError(f"{path} was altered: its checksum does not fit. Delete it.")
         return segment
 
@@ -123,6 +121,22 @@ class SegmentFolder:
         except FileNotFoundError:
             return
 
+    def _described(self, said: dict[str, str], address: str, nbytes: int, buffer: Buffer) -> Segment:
+        """The segment that a file says it is, its data yet to be read; checked before memory is taken for it."""
+        if said["identity"] != self.identity:
+            raise ValueError("it comes from another model, or other weights, RoPE parameters or dtype")
+        if said["address"] != address:
+            raise ValueError("it holds another text, or another plan's part of it")
+        layers = tuple(
+            None if kept is None else KeptLayer(tuple(kept[0]), tuple(kept[1]), *kept[2:])
+            for kept in json.loads(said["layers"])
+        )
+        ids, prefix = (tuple(json.loads(said[name])) for name in ("ids", "prefix"))
+        dtype, elements = _DTYPES[said["dtype"]], places(layers, len(ids))[1]
+        if elements * dtype.itemsize != nbytes:
+            raise ValueError(f"it has {nbytes} bytes of data and should have {elements * dtype.itemsize}")
+        return Segment(address, ids, prefix, layers, buffer(elements, dtype))
+
     def _sweep(self) -> None:
         """Deletes what processes that were killed while writing have left."""
         for info in self._files.ls(self._root, detail=True):
@@ -136,6 +150,7 @@ def _content(segment: Segment, identity: str) -> bytes:
         "format": _FORMAT,
         "address": segment.address,
         "identity": identity,
+        "dtype": str(segment.data.dtype),
         "ids": json.dumps(segment.ids),
         "prefix": json.dumps(segment.prefix),
         "layers": json.dumps([None if kept is None else astuple(kept) for kept in segment.layers]),
@@ -147,33 +162,15 @@ def _content(segment: Segment, identity: str) -> bytes:
     return save({name: tensor for name, tensor in tensors.items() if tensor.numel()}, metadata=said)
 
 
-def _read_header(file: Any) -> tuple[dict[str, str], torch.dtype, int]:
-    """What a safetensors file says of itself; the rest of it is then the data, which goes where we want it."""
+def _read_header(file: Any) -> tuple[dict[str, str], int]:
+    """What a safetensors file says of itself, and where its data begins, which goes where we want it."""
     size = int.from_bytes(file.read(8), "little")
     if not 0 < size <= _MOST_HEADER:
         raise ValueError("it does not begin as a safetensors file does")
-    header = json.loads(file.read(size))
-    said = header.pop("__metadata__", {})
-    if said.get("format") != _FORMAT:
-        raise ValueError(f"its format is {said.get('format')!r} and not {_FORMAT!r}")
-    (name,) = {entry["dtype"] for entry in header.values()}
-    dtype = _DTYPES[name]
-    return said, dtype, max(entry["data_offsets"][1] for entry in header.values()) // dtype.itemsize
-
-
-def _described(said: dict[str, str], data: Tensor, identity: str, address: str) -> Segment:
-    if said["identity"] != identity:
-        raise ValueError("it comes from another model, or other weights, RoPE parameters or dtype")
-    if said["address"] != address:
-        raise ValueError("it holds another text, or another plan's part of it")
-    layers = tuple(
-        None if kept is None else KeptLayer(tuple(kept[0]), tuple(kept[1]), *kept[2:])
-        for kept in json.loads(said["layers"])
-    )
-    ids, prefix = (tuple(json.loads(said[name])) for name in ("ids", "prefix"))
-    if places(layers, len(ids))[1] != data.numel():
-        raise ValueError("its layout does not fit its size")
-    return Segment(address, ids, prefix, layers, data)
+    said = json.loads(file.read(size))["__metadata__"]
+    if said["format"] != _FORMAT:
+        raise ValueError(f"its format is {said['format']!r} and not {_FORMAT!r}")
+    return said, 8 + size
 
 
 def _read_into(file: Any, data: Tensor) -> int:
@@ -187,7 +184,7 @@ def _read_into(file: Any, data: Tensor) -> int:
 
 def _checksum(said: dict[str, str], data: Tensor) -> str:
     digest = hashlib.sha256()
-    for name in ("format", "address", "identity", "ids", "prefix", "layers"):
+    for name in ("format", "address", "identity", "dtype", "ids", "prefix", "layers"):
         digest.update(said[name].encode() + b"\0")
     digest.update(_bytes(data))
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -82,16 +82,16 @@ class SegmentStore:
         device_bytes: int | None = GIB,
         host_bytes: int | None = 8 * GIB,
         path: str | os.PathLike[str] | None = None,
-        keep: Keep = "plan",
+        keep: str = "plan",
         identity: str | None = None,
         page_size: int = 64,
         impl: str | None = None,
     ) -> None:
-        if keep not in ("plan", "full"):
-            raise ValueError(f"keep={keep!r}: choose 'plan' or 'full'")
+        if keep not in get_args(Keep):
+            raise ValueError(f"keep={keep!r}: choose one of {get_args(Keep)}")
         plan.check(model.config)
         self.model, self.plan = model, plan
-        self.keep: Keep = keep
+        self.keep: Keep = keep  # pyright: ignore[reportAttributeAccessIssue]
         self.page_size, self.impl = page_size, impl
         self._name = identity
         self.identity, self._weights = self._identity(), weights_state(model)
@@ -137,14 +137,7 @@ class SegmentStore:
 
     def get(self, ref: SegmentRef) -> Segment:
         """The stored keys and values of a text, on the device; computed anew if the store has lost them."""
-        held = self.tiers.take(ref.address) or self._read(ref)
-        if held is None:
-            with self._computing:
-                held = self.tiers.take(ref.address)
-                if held is None:
-                    self.check_weights()
-                    self.tiers.counts.recomputed += 1
-                    (held,) = self._compute([ref])
+        held = self.tiers.take(ref.address) or self._read(ref) or self._again(ref)
         return held.here()
 
     def fetch(self, ref: SegmentRef) -> Callable[[], Segment]:
@@ -153,14 +146,9 @@ class SegmentStore:
         if held is not None:
             return held.here
         if self.folder is None:
-            return lambda: self.get(ref)
+            return lambda: self._again(ref).here()
         reading = self._readers.submit(self._read, ref)
-
-        def wait() -> Segment:
-            found = reading.result()
-            return self.get(ref) if found is None else found.here()
-
-        return wait
+        return lambda: (reading.result() or self._again(ref)).here()
 
     def drop(self, ref: SegmentRef) -> None:
         """Forgets a text, in memory and on disk."""
@@ -207,8 +195,9 @@ class SegmentStore:
 
     def __repr__(self) -> str:
         held = ", ".join(f"{n / 2**20:.1f} MiB on {name}" for name, n in self.nbytes.items())
-        where = "" if self.folder is None else f", files in {self.folder.url}"
-        return f"SegmentStore({held}{where}; {self.counts})"
+        files = "" if self.folder is None else f", files in {self.folder.url}"
+        texts = len(self.tiers)
+        return f"SegmentStore({texts} text{'s' * (texts != 1)}, {held}{files}; {self.counts})"
 
     def _identity(self) -> str:
         return model_identity(self.model) if self._name is None else self._name
@@ -220,6 +209,16 @@ class SegmentStore:
             self._on_disk.add(address)
             return True
         return False
+
+    def _again(self, ref: SegmentRef) -> Held:
+        """Computes what is in no place any more, unless another thread just has."""
+        with self._computing:
+            held = self.tiers.take(ref.address)
+            if held is None:
+                self.check_weights()
+                self.tiers.counts.recomputed += 1
+                (held,) = self._compute([ref])
+        return held
 
     def _compute(self, refs: Sequence[SegmentRef]) -> list[Held]:
         segments = record(

@@ -107,6 +107,12 @@ class Counts:
     damaged: int = 0
     failed_writes: int = 0
 
+    def __str__(self) -> str:
+        hits = ", ".join(f"{n} from {name}" for name, n in self.hits.items()) or "none"
+        moved = ", ".join(f"{n / 2**20:.1f} MiB {a} to {b}" for (a, b), n in self.moved.items()) or "nothing"
+        again = f", {self.recomputed} again" if self.recomputed else ""
+        return f"{self.computed} computed{again}, hits {hits}, moved {moved}"
+
 
 class Tiers:
     """Segments in the memory of a device and of its host.
@@ -184,6 +190,10 @@ class Tiers:
     def __contains__(self, address: str) -> bool:
         with self._lock:
             return address in self.on_device or address in self.on_host
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len({*self.on_device, *self.on_host})
 
     def buffer(self, elements: int, dtype: torch.dtype) -> Float[Tensor, " elements"]:
         """Memory of the host to read a file into."""
