@@ -1,0 +1,127 @@
+"""Looking into the attention of a model while it runs, and running it with restricted heads, without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from redknot_kernels import implementation
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from ..mask import PaddingMask, redknot_mask
+from ..plan import HeadPlan, HeadSpec
+from ..rules import head_rules
+
+_PAGE = 64  # rules ask for one, and without a cache nothing depends on it
+
+Attended = Float[Tensor, "batch tokens query_heads value_dim"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one layer hands to its attention function, over whole sequences without padding.
+
+    Attributes:
+        module: The attention layer.
+        layer: Its index.
+        reach: The model's own sliding window, in tokens.
+        options: `scale`, `softcap` and `s_aux`, as kernels take them.
+    """
+
+    module: nn.Module
+    layer: int
+    query: Float[Tensor, "batch query_heads tokens key_dim"]
+    key: Float[Tensor, "batch heads tokens key_dim"]
+    value: Float[Tensor, "batch heads tokens value_dim"]
+    reach: int | None
+    options: dict[str, Any]
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.key.shape[1]
+
+    def attend(self, specs: tuple[HeadSpec, ...]) -> Attended:
+        """The outputs of all query heads, every KV head under its spec; time is linear in tokens for local heads."""
+        rules = head_rules(specs, _PAGE, self.reach, 0)
+        kernels = implementation(None, self.query.device)
+        return kernels.prefill(self.query, self.key, self.value, None, rules, **self.options)
+
+
+Watcher = Callable[[Call], Attended]
+
+
+@contextmanager
+def watching(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
+    """Every attention layer of the model asks the watcher for its output, for the duration.
+
+    Forward passes take whole sequences, without padding and with `use_cache=False`. The model must run with
+    `attn_implementation="redknot"`, and does so again afterwards.
+
+    Raises:
+        ValueError: The model runs with another attention implementation.
+    """
+    check_model(model)
+    layers = [module for module in model.modules() if getattr(module, "layer_idx", None) is not None]
+    for module in layers:
+        module.redknot_watcher = watcher  # pyright: ignore[reportArgumentType] - a plain attribute
+    model.set_attn_implementation("redknot_watched")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("redknot")
+        for module in layers:
+            del module.redknot_watcher
+
+
+def restricted(plan: HeadPlan) -> Watcher:
+    """A watcher under which every head keeps to its spec: what a RedKnotCache computes, without one."""
+    return lambda call: call.attend(plan[call.layer])
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Checks that a model can be profiled.
+
+    Raises:
+        ValueError: The model runs with another attention implementation.
+    """
+    used = model.config.get_text_config(decoder=True)._attn_implementation
+    if used != "redknot":
+        raise ValueError(
+            f"the model runs with attn_implementation={used!r}: load it with attn_implementation='redknot', or call "
+            "model.set_attn_implementation('redknot')"
+        )
+
+
+def _watched_attention(  # noqa: PLR0913 - what transformers passes
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if attention_mask is not None and not (isinstance(attention_mask, PaddingMask) and attention_mask.whole):
+        raise ValueError("prompts are profiled one at a time and without padding: pass no attention mask")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("prompts are profiled whole: call the model with use_cache=False")
+    options = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": kwargs.get("softcap"),
+        "s_aux": kwargs.get("s_aux"),
+    }
+    reach = kwargs.get("sliding_window") or getattr(attention_mask, "window", None)
+    watcher: Any = module.redknot_watcher
+    layer: Any = module.layer_idx
+    return watcher(Call(module, layer, query, key, value, reach, options)), None
+
+
+AttentionInterface.register("redknot_watched", _watched_attention)
+AttentionMaskInterface.register("redknot_watched", redknot_mask)
