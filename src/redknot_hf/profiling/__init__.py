@@ -1,0 +1,7 @@
+"""Finding the heads that need everything: profiles of a model's KV heads, and plans made of them."""
+
+from .head_profile import HeadProfile
+from .profiler import profile_heads
+from .prompt import Prompt
+
+__all__ = ["HeadProfile", "Prompt", "profile_heads"]

@@ -67,7 +67,7 @@ def watching(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
         ValueError: The model runs with another attention implementation.
     """
     check_model(model)
-    layers = [module for module in model.modules() if getattr(module, "layer_idx", None) is not None]
+    layers = [module for _, module in attention_layers(model)]
     for module in layers:
         module.redknot_watcher = watcher  # pyright: ignore[reportArgumentType] - a plain attribute
     model.set_attn_implementation("redknot_watched")
@@ -84,17 +84,37 @@ def restricted(plan: HeadPlan) -> Watcher:
     return lambda call: call.attend(plan[call.layer])
 
 
+def attention_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The attention layers of the model, which have an `o_proj`, and their names, in order."""
+    found = [(name, m) for name, m in model.named_modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
+    return sorted(found, key=lambda pair: pair[1].layer_idx)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def kv_shape(model: PreTrainedModel) -> tuple[tuple[int, ...], int]:
+    """KV heads of each layer, and bytes of one token's key and value in one head."""
+    plan = HeadPlan.uniform(model.config, HeadSpec())
+    config = model.config.get_text_config(decoder=True)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return tuple(map(len, plan)), 2 * dim * model.dtype.itemsize
+
+
 def check_model(model: PreTrainedModel) -> None:
     """Checks that a model can be profiled.
 
     Raises:
-        ValueError: The model runs with another attention implementation.
+        ValueError: The model runs with another attention implementation, or a layer has no `o_proj`.
     """
     used = model.config.get_text_config(decoder=True)._attn_implementation
     if used != "redknot":
         raise ValueError(
             f"the model runs with attn_implementation={used!r}: load it with attn_implementation='redknot', or call "
             "model.set_attn_implementation('redknot')"
+        )
+    layers, wanted = len(attention_layers(model)), len(kv_shape(model)[0])
+    if layers != wanted:
+        raise ValueError(
+            f"{type(model).__name__} has {wanted} layers and {layers} attention layers with an o_proj: profiling knows "
+            "models whose every layer attends and projects its output by a module o_proj"
         )
 
 
