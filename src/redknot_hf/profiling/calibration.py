@@ -94,7 +94,7 @@ def read_texts(source: str, limit: int = 64, *, split: str = "train", column: st
     try:
         from datasets import load_dataset
     except ImportError as e:
-        raise ImportError(f"reading {source} needs datasets: pip install 'redknot-hf[data]', or give a .txt") from e
+        raise ImportError(f"reading {source} needs datasets: pip install 'redknot-hf[cli]', or give a .txt") from e
     builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
     if path.suffix in builders:
         if not path.exists():

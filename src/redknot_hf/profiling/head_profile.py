@@ -15,6 +15,7 @@ from ..plan import HeadPlan, HeadSpec
 from ..plan_formats import AnyPath
 
 FORMAT, VERSION = "redknot-profile", 1
+Number = int | float
 Errors = Float[np.ndarray, "heads windows"]
 
 
@@ -47,7 +48,7 @@ class HeadProfile:
     halves: tuple[Errors, Errors]
     length: int
     token_bytes: int
-    target: Mapping[str, float] = field(default_factory=dict)
+    target: Mapping[str, Number] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,10 +65,10 @@ class HeadProfile:
     def plan(
         self,
         *,
-        budget: float | None = None,
-        global_ratio: float | None = None,
-        bytes_per_token: float | None = None,
-        max_error: float | None = None,
+        budget: Number | None = None,
+        global_ratio: Number | None = None,
+        bytes_per_token: Number | None = None,
+        max_error: Number | None = None,
     ) -> HeadPlan:
         """Makes the plan for one of these bounds, or for what the profile was asked for.
 
@@ -89,7 +90,7 @@ class HeadProfile:
         measured = float(self.errors[order[made - 1]]) if made else 0.0
         return self._plan_of(order[:made], {**given, self.method: round(measured, 6)})
 
-    def overlap(self, **bound: float) -> float:
+    def overlap(self, **bound: Number) -> float:
         """Overlap (Jaccard) of the global heads that either half of the prompts alone would choose; arguments as `plan`.
 
         1 where both halves choose the same heads, or none.
@@ -145,7 +146,7 @@ class HeadProfile:
         order = np.lexsort((heads.ravel(), -columns.ravel(), errors.ravel()))
         return [divmod(int(i), len(self.windows)) for i in order]
 
-    def _made(self, errors: Errors, order: list[tuple[int, int]], bound: Mapping[str, float]) -> int:
+    def _made(self, errors: Errors, order: list[tuple[int, int]], bound: Mapping[str, Number]) -> int:
         """How many of the moves the bound asks for, or allows."""
         ((name, value),) = bound.items()
         if name == "max_error":
@@ -170,7 +171,7 @@ class HeadProfile:
             f"of {self.length} tokens keeps {least:.4g}. Give more, or smaller windows."
         )
 
-    def _plan_of(self, moves: Iterable[tuple[int, int]], choice: Mapping[str, float]) -> HeadPlan:
+    def _plan_of(self, moves: Iterable[tuple[int, int]], choice: Mapping[str, Number]) -> HeadPlan:
         specs = [HeadSpec()] * len(self.errors)
         for head, column in moves:
             specs[head] = HeadSpec(self.windows[column], self.sink)
@@ -178,14 +179,14 @@ class HeadProfile:
         layers = tuple(tuple(specs[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True))
         return HeadPlan(layers, provenance={**self.provenance, "method": self.method, **choice})
 
-    def _global(self, errors: Errors, bound: Mapping[str, float]) -> set[int]:
+    def _global(self, errors: Errors, bound: Mapping[str, Number]) -> set[int]:
         check_target(bound)
         order = self._moves(errors)
         left = {head for head, _ in order[: self._made(errors, order, bound)]}
         return set(range(len(errors))) - left
 
 
-def check_target(bound: Mapping[str, float]) -> None:
+def check_target(bound: Mapping[str, Number]) -> None:
     """Checks that there is exactly one bound, and that it can be met at all.
 
     Raises:

@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .drift import drift, measure_drift
-from .head_profile import HeadProfile, check_target
+from .head_profile import HeadProfile, Number, check_target
 from .prompt import Prompt, as_prompts, fingerprint
 from .watching import check_model, kv_shape
 
@@ -24,9 +24,9 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     model: PreTrainedModel,
     inputs: Any,
     *,
-    budget: float | None = None,
-    global_ratio: float | None = None,
-    bytes_per_token: float | None = None,
+    budget: Number | None = None,
+    global_ratio: Number | None = None,
+    bytes_per_token: Number | None = None,
     windows: Sequence[int] = (128, 256, 512, 1024),
     sink: int = 4,
     method: str = "drift",
