@@ -5,6 +5,7 @@ from .decode import decode, step
 from .implementations import Kernels, implementation
 from .pages import append, copy_pages, gather, gather_tokens, scatter_tokens
 from .prefill import Context, prefill, read_context
+from .rotation import Rotation, rotate
 from .rules import UNBOUNDED, HeadRules
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Context",
     "HeadRules",
     "Kernels",
+    "Rotation",
     "add_sink_logit",
     "append",
     "attend",
@@ -23,6 +25,7 @@ __all__ = [
     "merge",
     "prefill",
     "read_context",
+    "rotate",
     "scatter_tokens",
     "step",
 ]
