@@ -40,7 +40,12 @@ def test_drift_is_the_change_of_the_stream(family):
     shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
     foretold = drift(measure_drift(model, [prompt], (3, 9), 1, lambda: None)).reshape(*shape, 2)
     whole = streams(model, prompt, HeadPlan.uniform(model.config, HeadSpec()))
-    linear = family not in ("gemma2", "gemma3", "olmo2", "glm4")  # else a norm stands between, and turns with the error
+    linear = family not in (
+        "gemma2",
+        "gemma3",
+        "olmo2",
+        "glm4",
+    )  # else a norm stands between, and turns with the error
     for layer, head, column, window in ((0, 1, 0, 3), (3, 2, 1, 9)):
         others = [(i, h) for i in range(shape[0]) for h in range(shape[1]) if (i, h) != (layer, head)]
         plan = HeadPlan.with_global(model.config, others, HeadSpec(window, 1))

@@ -44,7 +44,7 @@ def test_the_same_prompts_give_the_same_profile(model):
         (lambda: prompts(), {"windows": (4,), "budget": 1.5}, "share from 0 to 1"),
         (lambda: prompts(), {"windows": (4,), "budget": 0.5, "global_ratio": 0.5}, "exactly one"),
         (lambda: prompts(count=1), {"windows": (4,)}, "1 prompt"),
-        (lambda: [], {"windows": (4,)}, "no prompts"),
+        (list, {"windows": (4,)}, "no prompts"),
         (lambda: torch.rand(2, 40), {"windows": (4,)}, "token ids"),
     ],
 )

@@ -122,7 +122,9 @@ class HeadPlan:
         pairs, provenance = plan_formats.read_plan(path)
         plan = cls._from_pairs(path, pairs, provenance, config)
         if other := _made_for_another(provenance, config):
-            warnings.warn(f"{path}: {other}. Make a plan of this model: redknot profile MODEL --out plan.json", stacklevel=2)
+            warnings.warn(
+                f"{path}: {other}. Make a plan of this model: redknot profile MODEL --out plan.json", stacklevel=2
+            )
         return plan
 
     @classmethod

@@ -16,17 +16,18 @@ QUESTIONS = 8  # asked at the end of each prompt
 _NAMES = (
     "Ada Amir Anna Bela Boris Carla Chen Dara Diego Elena Emil Farah Felix Greta Hana Hugo Ines Ivan Jana Jonas Kara "
     "Kofi Lena Luis Maya Milo Nadia Noor Olga Omar Petra Quentin Rosa Ruben Sana Sven Tara Tomas Uma Vera Viktor Yara"
-).split()
+)
 _CITIES = (
-    "Accra Athens Bergen Bogota Cairo Cork Dakar Delhi Dublin Geneva Hanoi Havana Jakarta Kyiv Kyoto Lagos Lima Lisbon "
-    "London Lyon Madrid Malta Manila Milan Nairobi Oslo Ottawa Paris Porto Prague Quito Riga Rome Seoul Sofia Tunis"
-).split()
+    "Accra Athens Bergen Bogota Cairo Cork Dakar Delhi Dublin Geneva Hanoi Havana Jakarta Kyiv Kyoto Lagos Lima "
+    "Lisbon London Lyon Madrid Malta Manila Milan Nairobi Oslo Ottawa Paris Porto Prague Quito Riga Rome Seoul "
+    "Sofia Tunis"
+)
 _NOUNS = (
     "bridge clock garden harbor kettle ladder lantern letter market mirror museum orchard piano river school station "
     "table teacher tower train valley village violin wagon window writer"
-).split()
-_VERBS = "admires carries describes follows forgets guards hides paints praises repairs sells watches".split()
-_ADJECTIVES = "bright broken careful distant early empty gentle golden heavy humble narrow old patient quiet".split()
+)
+_VERBS = "admires carries describes follows forgets guards hides paints praises repairs sells watches"
+_ADJECTIVES = "bright broken careful distant early empty gentle golden heavy humble narrow old patient quiet"
 
 # Text, and whether the model should predict it.
 Piece = tuple[str, bool]
@@ -34,7 +35,7 @@ Piece = tuple[str, bool]
 Needles = tuple[list[str], list[Piece]]
 
 
-def calibration_prompts(  # noqa: PLR0913 - every one is a choice of the caller
+def calibration_prompts(
     tokenizer: Any,
     *,
     length: int,
@@ -132,18 +133,20 @@ def _hidden(tokenizer: Any, length: int, kind: str, texts: Sequence[str], rng: r
 
 
 def _passkeys(rng: random.Random, length: int) -> Needles:
-    names = rng.sample(_NAMES, QUESTIONS)
+    names = rng.sample(_NAMES.split(), QUESTIONS)
     keys = [str(rng.randint(10_000, 99_999)) for _ in names]
     facts = [f" The pass key of {name} is {key}. Remember it." for name, key in zip(names, keys, strict=True)]
     order = rng.sample(range(QUESTIONS), QUESTIONS)
-    asked = [[(f"\nQuestion: what is the pass key of {names[i]}? Answer:", False), (f" {keys[i]}", True)] for i in order]
+    asked = [
+        [(f"\nQuestion: what is the pass key of {names[i]}? Answer:", False), (f" {keys[i]}", True)] for i in order
+    ]
     return facts, [piece for pair in asked for piece in pair]
 
 
 def _pairs(rng: random.Random, length: int) -> Needles:
     # As many as surely fit: a pair takes at most a token for each of its 20 letters.
     number = max(QUESTIONS, length // 24 - QUESTIONS)
-    names = rng.sample([f"{word}-{i}" for word in _ADJECTIVES for i in range(100, 1000)], number)
+    names = rng.sample([f"{word}-{i}" for word in _ADJECTIVES.split() for i in range(100, 1000)], number)
     pairs = {name: str(rng.randint(1000, 9999)) for name in names}
     facts = [f"\n{key}: {entry}" for key, entry in pairs.items()]
     keys = rng.sample(list(pairs), QUESTIONS)
@@ -151,13 +154,15 @@ def _pairs(rng: random.Random, length: int) -> Needles:
 
 
 def _two_hops(rng: random.Random, length: int) -> Needles:
-    names, cities = rng.sample(_NAMES, 2 * QUESTIONS), rng.sample(_CITIES, QUESTIONS)
+    names, cities = rng.sample(_NAMES.split(), 2 * QUESTIONS), rng.sample(_CITIES.split(), QUESTIONS)
     friends = dict(zip(names[:QUESTIONS], names[QUESTIONS:], strict=True))
     homes = dict(zip(friends.values(), cities, strict=True))
     facts = [f" The best friend of {name} is {friend}." for name, friend in friends.items()]
     facts += [f" {friend} lives in {city}." for friend, city in homes.items()]
     rng.shuffle(facts)
-    asked = [((f"\nThe best friend of {name} lives in", False), (f" {homes[friends[name]]}", True)) for name in friends]
+    asked = [
+        ((f"\nThe best friend of {name} lives in", False), (f" {homes[friends[name]]}", True)) for name in friends
+    ]
     return facts, [piece for pair in asked for piece in pair]
 
 
@@ -216,8 +221,10 @@ def _taken(tokenizer: Any, tokens: int, texts: Sequence[str], rng: random.Random
 
 def _sentences(rng: random.Random) -> Iterator[str]:
     while True:
-        first, second = rng.choice(_ADJECTIVES), rng.choice(_ADJECTIVES)
-        yield f" The {first} {rng.choice(_NOUNS)} {rng.choice(_VERBS)} the {second} {rng.choice(_NOUNS)}."
+        adjective, noun, verb, other, thing = (
+            rng.choice(words.split()) for words in (_ADJECTIVES, _NOUNS, _VERBS, _ADJECTIVES, _NOUNS)
+        )
+        yield f" The {adjective} {noun} {verb} the {other} {thing}."
 
 
 def _beginning(tokenizer: Any) -> list[int]:

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..plan import HeadSpec
+from redknot_hf.plan import HeadSpec
+
 from .prompt import Prompt
 from .watching import Attended, Call, attention_layers, watching
 
@@ -130,7 +131,7 @@ class _Meter:
 
 def _projected(error: Float[Tensor, "rows query_heads dim"], call: Call) -> Float[Tensor, "heads rows"]:
     """Squared length of each KV head's error behind `o_proj`; its group of query heads is restricted together."""
-    weight = call.module.get_submodule("o_proj").weight
+    weight = call.module.get_parameter("o_proj.weight")
     weight = weight.unflatten(1, (call.heads, -1)).permute(1, 2, 0).float()
     parts = error.unflatten(1, (call.heads, -1)).flatten(2).transpose(0, 1).float().split(_ROWS, 1)
     return torch.cat([_squares(part @ weight) for part in parts], 1)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from ..plan import HeadPlan, HeadSpec
-from ..plan_formats import AnyPath
+from redknot_hf.plan import HeadPlan, HeadSpec
+from redknot_hf.plan_formats import AnyPath
 
 FORMAT, VERSION = "redknot-profile", 1
 Number = int | float
@@ -91,7 +92,7 @@ class HeadProfile:
         return self._plan_of(order[:made], {**given, self.method: round(measured, 6)})
 
     def overlap(self, **bound: Number) -> float:
-        """Overlap (Jaccard) of the global heads that either half of the prompts alone would choose; arguments as `plan`.
+        """Overlap (Jaccard) of the global heads that each half of the prompts would choose; arguments as `plan`.
 
         1 where both halves choose the same heads, or none.
         """
@@ -167,8 +168,8 @@ class HeadProfile:
                 return made
         least = held.sum() * (self.token_bytes / self.length if name == "bytes_per_token" else 1 / heads / self.length)
         raise ValueError(
-            f"{name}={value} is impossible: with every head local to {self.windows[0]} + {self.sink} tokens a sequence "
-            f"of {self.length} tokens keeps {least:.4g}. Give more, or smaller windows."
+            f"{name}={value} is impossible: with every head local to {self.windows[0]} + {self.sink} tokens, a "
+            f"sequence of {self.length} tokens keeps {least:.4g}. Give more, or smaller windows."
         )
 
     def _plan_of(self, moves: Iterable[tuple[int, int]], choice: Mapping[str, Number]) -> HeadPlan:
@@ -176,7 +177,7 @@ class HeadProfile:
         for head, column in moves:
             specs[head] = HeadSpec(self.windows[column], self.sink)
         ends = np.cumsum((0, *self.heads_by_layer))
-        layers = tuple(tuple(specs[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True))
+        layers = tuple(tuple(specs[a:b]) for a, b in pairwise(ends))
         return HeadPlan(layers, provenance={**self.provenance, "method": self.method, **choice})
 
     def _global(self, errors: Errors, bound: Mapping[str, Number]) -> set[int]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -36,8 +35,8 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
 
     Args:
         model: Runs with `attn_implementation="redknot"`; unchanged afterwards.
-        inputs: Prompts (`calibration_prompts` makes some), sequences of token ids, or a tensor with a prompt a row. Two
-            at least, so that two halves can be compared.
+        inputs: Prompts (`calibration_prompts` makes some), sequences of token ids, or a tensor with a prompt a row.
+            Two at least, so that two halves can be compared.
         budget: Share of the dense cache's bytes that the plan may keep of the longest prompt.
         global_ratio: Or the share of its heads that are global.
         bytes_per_token: Or the bytes a token that it may keep. Without any of the three, `plan` of the profile asks.
@@ -63,9 +62,7 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
         raise ValueError("there is 1 prompt: give two or more, so that the halves of the prompts can be compared")
     shape, token_bytes = kv_shape(model)
     start, done = time.perf_counter(), iter(range(1, len(prompts) + 1))
-    sums = measure_drift(
-        model, prompts, windows, sink, lambda: report and report("drift", next(done), len(prompts))
-    )
+    sums = measure_drift(model, prompts, windows, sink, lambda: report and report("drift", next(done), len(prompts)))
     profile = HeadProfile(
         method=method, heads_by_layer=shape, windows=windows, sink=sink, errors=drift(sums),
         halves=(drift(sums[::2]), drift(sums[1::2])), length=max(map(len, prompts)), token_bytes=token_bytes,

@@ -30,8 +30,8 @@ class Prompt:
     def __post_init__(self) -> None:
         if self.scored is not None and (self.scored.shape != self.ids.shape or not bool(self.scored[1:].any())):
             raise ValueError(
-                f"a prompt of {len(self.ids)} tokens scores {int(self.scored.sum())} of {len(self.scored)}: give a flag "
-                "for each token, and set one behind the first"
+                f"a prompt of {len(self.ids)} tokens scores {int(self.scored.sum())} of {len(self.scored)}: give a "
+                "flag for each token, and set one behind the first"
             )
 
     def __len__(self) -> int:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..mask import PaddingMask, redknot_mask
-from ..plan import HeadPlan, HeadSpec
-from ..rules import head_rules
+from redknot_hf.mask import PaddingMask, redknot_mask
+from redknot_hf.plan import HeadPlan, HeadSpec
+from redknot_hf.rules import head_rules
 
 _PAGE = 64  # rules ask for one, and without a cache nothing depends on it
 
@@ -113,12 +113,12 @@ def check_model(model: PreTrainedModel) -> None:
     layers, wanted = len(attention_layers(model)), len(kv_shape(model)[0])
     if layers != wanted:
         raise ValueError(
-            f"{type(model).__name__} has {wanted} layers and {layers} attention layers with an o_proj: profiling knows "
-            "models whose every layer attends and projects its output by a module o_proj"
+            f"{type(model).__name__} has {wanted} layers and {layers} attention layers with an o_proj: profiling "
+            "knows models whose every layer attends and projects its output by a module o_proj"
         )
 
 
-def _watched_attention(  # noqa: PLR0913 - what transformers passes
+def _watched_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
