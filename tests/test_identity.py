@@ -2,12 +2,12 @@ import copy
 
 import pytest
 import torch
+from families import make_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.identity import model_identity, segment_address, weights_state
-from families import make_model
 
 
 @pytest.fixture(scope="module")

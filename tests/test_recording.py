@@ -1,11 +1,11 @@
 import pytest
 import torch
+from families import make_model
+from oracle import random_plan, under_plan
 from redknot_kernels import UNBOUNDED
 from transformers import DynamicCache
 
 from redknot_hf.recording import record
-from families import make_model
-from oracle import random_plan, under_plan
 
 PREFIX = [5, 6, 7]
 

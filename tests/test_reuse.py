@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from families import VOCABULARY, make_model
+from oracle import masked_logits, random_plan, under_plan
 from transformers import DynamicCache
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, prompt
-from families import VOCABULARY, make_model
-from oracle import masked_logits, random_plan, under_plan
 
 LONG = {"max_position_embeddings": 2048}
 BOS = [3, 4]
@@ -121,8 +121,8 @@ def test_the_error_falls_as_the_boundary_grows(llama):
     plan = HeadPlan.uniform(llama.config, HeadSpec())
     store = SegmentStore(llama, plan)
     errors = torch.zeros(3)
-    for seed in range(6):
-        documents = texts((60, 60, 60), seed)
+    for seed in range(4):
+        documents = texts((40, 40, 40), seed)
         refs = [store.add(BOS), *store.add_all(documents, BOS)]
         want = dense(llama, plan, [*BOS, *joined(documents)]).log_softmax(-1)
         for i, boundary in enumerate((0, 0.6, "all")):

@@ -51,7 +51,9 @@ def test_a_batch_equals_texts_alone(model, plan):
         torch.testing.assert_close(together.get(a).data, alone.get(b).data, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("most", [{"device_bytes": 20_000, "host_bytes": 40_000}, {"device_bytes": 0, "host_bytes": 0}])
+@pytest.mark.parametrize(
+    "most", [{"device_bytes": 20_000, "host_bytes": 40_000}, {"device_bytes": 0, "host_bytes": 0}]
+)
 def test_more_segments_than_memory_holds(model, plan, most):
     """What is in no file and was pushed out is computed anew, and is the same."""
     store = SegmentStore(model, plan, **most)
@@ -76,7 +78,7 @@ def test_another_process_reads_the_files(model, plan, tmp_path):
     assert all(reader.fetch(ref)().ids == ref.ids for ref in refs)
     reader.drop(refs[0])
     assert refs[0] not in reader
-    assert len(os.listdir(tmp_path)) == 2
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_other_models_and_plans_do_not_meet(model, plan, tmp_path):
@@ -128,7 +130,7 @@ def test_a_full_disk_keeps_segments_in_memory(model, plan, tmp_path, monkeypatch
         ref = store.add(text(12))
     assert store.counts.failed_writes == 1
     assert store.get(ref).ids == tuple(text(12))
-    assert os.listdir(tmp_path) == []
+    assert not any(tmp_path.iterdir())
 
 
 def test_threads_compute_a_text_once_and_agree(model, plan, tmp_path):

@@ -3,12 +3,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from families import make_model
 from redknot_kernels import UNBOUNDED
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 from redknot_hf.segment import KeptLayer, empty
 from redknot_hf.splice import read, settle_slots, splice
-from families import make_model
 
 HEADS = (HeadSpec(), HeadSpec(3, 2), HeadSpec(40, 0), HeadSpec(1, 5))
 WINDOW, SINK = (UNBOUNDED, 3, 40, 1), (0, 2, 0, 5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from redknot_kernels import UNBOUNDED, Rotation, rotate
+from redknot_kernels import UNBOUNDED, Rotation
 from torch import Tensor
 
 from .history import SlotHistory
@@ -54,17 +54,13 @@ def splice(
     layer.reserve(lengths)
     source, heads, tokens, since = _wanted(kept, rows, segment.tokens, first, offset)
     device = pool.keys.device
-    where = _on(device, where_held(rows, sequence, heads, offset + tokens))
+    where = where_held(rows, sequence, heads, offset + tokens)
+    source, target, turn = _on(device, np.stack([source, where, tokens])).unbind()
     keys, values = (x.to(device, non_blocking=True) for x in (segment.keys(index), segment.values(index)))
-    if len(source) < len(keys):
-        chosen = _on(device, source)
-        keys, values = keys.index_select(0, chosen), values.index_select(0, chosen)
     if rotation is not None:
-        turns = _on(device, tokens)
-        cos, sin = (x.to(device, non_blocking=True).index_select(0, turns) for x in (rotation.cos, rotation.sin))
-        keys = rotate(keys, Rotation(cos, sin, rotation.interleaved))
-    pool.keys.view(-1, pool.keys.shape[-1]).index_copy_(0, where, keys)
-    pool.values.view(-1, pool.values.shape[-1]).index_copy_(0, where, values)
+        cos, sin = (x.to(device, non_blocking=True) for x in (rotation.cos, rotation.sin))
+        rotation = Rotation(cos, sin, rotation.interleaved)
+    layer.kernels.place(pool.keys, pool.values, keys, values, source, target, rotation, turn)
     rows.splice(sequence, end - int(rows.lengths[sequence]), since)
 
 
@@ -123,7 +119,7 @@ def _wanted(
     return source, heads[source], tokens[source], since
 
 
-def _on(device: torch.device, index: Packed) -> Int[Tensor, " kept"]:
+def _on(device: torch.device, index: Int[np.ndarray, "..."]) -> Int[Tensor, "..."]:
     """An index on the device, without waiting for it."""
     host = torch.from_numpy(np.ascontiguousarray(index, np.int64))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
