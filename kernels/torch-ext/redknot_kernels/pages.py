@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import torch
 
+from .rotation import Rotation, rotate
+
 
 def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
     """Writes a step's tokens behind the rows' ends; local rows keep what their ring holds.
@@ -66,6 +68,25 @@ def scatter_tokens(pages, table, slots, new):  # ..., [batch, heads, tokens], [b
     """Writes single slots of every row, in place."""
     where = token_index(table, slots, pages.shape[1]).flatten()
     pages.view(-1, pages.shape[-1]).index_copy_(0, where, new.reshape(-1, new.shape[-1]))
+
+
+def place(k_pages, v_pages, keys, values, source, target, rotation=None, turn=None):
+    """Writes stored tokens to any places of the pages, and turns their keys on the way; one pass over memory.
+
+    Args:
+        k_pages, v_pages: `[pages, page_size, dim]`, contiguous, written in place.
+        keys, values: `[stored, dim]`, single tokens of single heads.
+        source: `[tokens]` of int64, which of the stored ones.
+        target: `[tokens]` of int64, where each goes: `page * page_size + slot`, no place twice.
+        rotation: How keys turn, with angles `[angles, pairs]`; `None` copies them.
+        turn: `[tokens]` of int64, which of the angles is for each token.
+    """
+    keys, values = keys.index_select(0, source), values.index_select(0, source)
+    if rotation is not None:
+        cos, sin = rotation.cos.index_select(0, turn), rotation.sin.index_select(0, turn)
+        keys = rotate(keys, Rotation(cos, sin, rotation.interleaved))
+    for pages, new in ((k_pages, keys), (v_pages, values)):
+        pages.view(-1, pages.shape[-1]).index_copy_(0, target, new)
 
 
 def copy_pages(pages, source, target):
