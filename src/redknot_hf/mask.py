@@ -88,18 +88,19 @@ class PaddingMask(torch.Tensor):
             ValueError: The mask hides tokens that the cache holds, or shows padding that it skipped.
             RuntimeError: The layers of the cache disagree about their length.
         """
-        if self.shape[-1] != start + tokens:
-            raise RuntimeError(BROKEN_OFF)
-        if self.whole:
-            if (lengths != start).any():
-                _check_past(np.full_like(lengths, start), start, lengths)
-            return None
         memo = getattr(self, "_seen", None)
         if memo is None or memo[0] != (start, tokens):
-            flags = self.plain()[:, 0, 0]
-            _check_past(flags[:, :start].sum(1).cpu().numpy(), start, lengths)
-            real = flags[:, start : start + tokens].clone()  # kept longer than the mask, which is the caller's
-            memo = self._seen = ((start, tokens), None if bool(real.all()) else real)
+            if self.shape[-1] != start + tokens:
+                raise RuntimeError(BROKEN_OFF)
+            real = None
+            if not self.whole:
+                flags = self.plain()[:, 0, 0]
+                _check_past(flags[:, :start].sum(1).cpu().numpy(), start, lengths)
+                real = flags[:, start : start + tokens].clone()  # kept longer than the mask, which is the caller's
+                real = None if bool(real.all()) else real
+            memo = self._seen = ((start, tokens), real)
+        if self.whole and (lengths != start).any():
+            _check_past(np.full_like(lengths, start), start, lengths)
         return memo[1]
 
 
