@@ -32,7 +32,7 @@ def refresh(  # noqa: PLR0913 - all but two have defaults
     model: Any,
     segments: Refs,
     *,
-    share: float = 0.15,
+    share: float | int = 0.15,
     by: str = "deviation",
     depth: int = 1,
     page_size: int = 64,
@@ -191,7 +191,7 @@ class _Context(Cache):
 
 
 def _chosen(
-    model: Any, context: _Context, parts: Sequence[Reused], share: float, by: str, depth: int
+    model: Any, context: _Context, parts: Sequence[Reused], share: float | int, by: str, depth: int
 ) -> Int[Tensor, " chosen"]:
     """Positions to recompute; runs all tokens through the first `depth` layers."""
     found: list[Float[Tensor, " tokens"]] = []
@@ -221,9 +221,9 @@ def _before(parts: Sequence[Reused], part: Reused) -> tuple[int, ...]:
 
 
 def _attended(
-    query: Heads,
-    keys: Heads,
-    values: Heads,
+    query: Float[Tensor, "1 query_heads step dim"],
+    keys: Float[Tensor, "1 heads tokens dim"],
+    values: Float[Tensor, "1 heads tokens value_dim"],
     positions: Int[Tensor, " step"],
     rules: HeadRules,
     options: dict[str, Any],
@@ -262,7 +262,7 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Which tokens see which is for the rules and the positions to say."""
 
 
-def _check(keep: str, batch: int, share: float, by: str, depth: int, layers: int) -> None:
+def _check(keep: str, batch: int, share: float | int, by: str, depth: int, layers: int) -> None:
     if keep != "full":
         raise ValueError("the store keeps what the plan says, and a token may be refreshed only if all are kept: "
                          "make it SegmentStore(..., keep='full')")  # fmt: skip
