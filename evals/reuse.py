@@ -6,8 +6,8 @@ Every context is 8 documents of 1K tokens in the bundled model's language, and 2
 documents in random order, and facts that run through several documents, in theirs, are reported apart. All methods
 see the same questions. `read whole` is what they are held against: the whole context read under the same plan. Answers
 are judged under their true beginning, so an answer is right if greedy decoding would have written it. Intervals are
-95 %, by bootstrap over contexts. Times are of building the cache: `cold` with storing all documents, `hot` with them in
-memory.
+95 %, by bootstrap over contexts. Times are of building the cache: `cold` with storing all documents, `hot` with them
+in memory.
 """
 
 from __future__ import annotations
