@@ -1,0 +1,56 @@
+"""How long a prompt is, and the longest that fits."""
+
+from collections.abc import Callable
+from typing import Any
+
+from evals.task import Example
+
+# A prompt this near to the length asked for is full.
+FULL = 0.98
+
+
+def tokens(tokenizer: Any, text: str, special: bool = False) -> int:
+    """Return the number of tokens of a text; `special` counts those that a tokenizer puts before every text."""
+    return len(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def prompt_tokens(tokenizer: Any, example: Example) -> int:
+    """Return the number of tokens of a prompt, whose context and rest are tokenized apart."""
+    rest = tokens(tokenizer, example.question + example.answer_prefix)
+    return tokens(tokenizer, example.context, special=True) + rest
+
+
+def fullest(
+    build: Callable[[int], Example], tokenizer: Any, length: int, smallest: int, guess: int
+) -> tuple[Example, int]:
+    """Return an example whose prompt is as long as fits, and its size.
+
+    Args:
+        build: Makes the example of a size; prompts grow with it about linearly.
+        tokenizer: Counts the tokens.
+        length: Tokens of the prompt at most.
+        smallest: The smallest size there is.
+        guess: Where to begin the search: the fewer prompts are made and tokenized, the nearer it is.
+
+    Raises:
+        ValueError: Even the smallest prompt is too long.
+    """
+    best, base = build(smallest), prompt_tokens(tokenizer, build(smallest))
+    if base > length:
+        raise ValueError(f"the shortest prompt of {best.id} has {base} tokens, length is {length}")
+    fits, exceeds = smallest, None
+    size = max(guess, smallest + 1)
+    while exceeds is None or fits + 1 < exceeds:
+        example = build(size)
+        used = prompt_tokens(tokenizer, example)
+        if used > length:
+            exceeds = size
+        else:
+            best, fits = example, size
+            if used >= FULL * length:
+                break
+        # Along the line through the smallest and this size, to the middle of what is full.
+        aimed = (1 + FULL) / 2 * length - base
+        size = smallest + round((size - smallest) * aimed / max(1, used - base))
+        size = max(size, fits + 1) if exceeds is None else min(max(size, fits + 1), exceeds - 1)
+    return best, fits
