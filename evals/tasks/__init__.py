@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from evals.task import Task
-from evals.tasks import tiny
+from evals.tasks import babilong, key_value, multihop, needle, perplexity, rendered, ruler, tiny
 
 
 class Family(Protocol):
@@ -16,7 +16,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (tiny,)
+FAMILIES: tuple[Family, ...] = (tiny, ruler, needle, key_value, perplexity, multihop, rendered, babilong)
 
 
 def names() -> tuple[str, ...]:

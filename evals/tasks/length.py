@@ -21,7 +21,12 @@ def prompt_tokens(tokenizer: Any, example: Example) -> int:
 
 
 def fullest(
-    build: Callable[[int], Example], tokenizer: Any, length: int, smallest: int, guess: int
+    build: Callable[[int], Example],
+    tokenizer: Any,
+    length: int,
+    smallest: int,
+    guess: int,
+    largest: int | None = None,
 ) -> tuple[Example, int]:
     """Return an example whose prompt is as long as fits, and its size.
 
@@ -31,15 +36,17 @@ def fullest(
         length: Tokens of the prompt at most.
         smallest: The smallest size there is.
         guess: Where to begin the search: the fewer prompts are made and tokenized, the nearer it is.
+        largest: The largest size there is; `None` if there is no end.
 
     Raises:
         ValueError: Even the smallest prompt is too long.
     """
-    best, base = build(smallest), prompt_tokens(tokenizer, build(smallest))
+    best = build(smallest)
+    base = prompt_tokens(tokenizer, best)
     if base > length:
         raise ValueError(f"the shortest prompt of {best.id} has {base} tokens, length is {length}")
-    fits, exceeds = smallest, None
-    size = max(guess, smallest + 1)
+    fits, exceeds = smallest, None if largest is None else largest + 1
+    size = max(guess, smallest + 1) if exceeds is None else min(max(guess, smallest + 1), exceeds - 1)
     while exceeds is None or fits + 1 < exceeds:
         example = build(size)
         used = prompt_tokens(tokenizer, example)
@@ -54,3 +61,24 @@ def fullest(
         size = smallest + round((size - smallest) * aimed / max(1, used - base))
         size = max(size, fits + 1) if exceeds is None else min(max(size, fits + 1), exceeds - 1)
     return best, fits
+
+
+def cut_middle(tokenizer: Any, text: str, length: int, special: bool = False) -> str:
+    """Return a text of at most `length` tokens: its beginning and its end, as LongBench cuts what is too long.
+
+    Raises:
+        ValueError: The tokenizer does not tell which characters a token stands for.
+    """
+    if tokens(tokenizer, text, special) <= length:
+        return text
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} tells no places of tokens: use a fast tokenizer")
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    kept = length
+    while kept > 0:
+        half = kept // 2
+        cut = text[: spans[half][0]] + text[spans[half - kept][0] :]
+        if (excess := tokens(tokenizer, cut, special) - length) <= 0:
+            return cut
+        kept -= excess
+    raise ValueError(f"the question and its answer leave no room for the context: {length} tokens")

@@ -71,7 +71,11 @@ class Needles:
             opening, what, of = f"A special magic {kind} is hidden", f"What is the special magic {kind}", "is"
             quiz, stem = f"the {kind}", f"The special magic {kind}"
         else:
-            opening, what, of = f"Some special magic {kind}s are hidden", f"What are all the special magic {kind}s", "are"
+            opening, what, of = (
+                f"Some special magic {kind}s are hidden",
+                f"What are all the special magic {kind}s",
+                "are",
+            )
             quiz, stem = f"the {kind}s", f"The special magic {kind}s"
         it = "it" if len(answers) == 1 else "them"
         joined = (" " if self.hay == "prose" else "\n").join(text)
