@@ -9,7 +9,8 @@ from evals.tasks import babilong, key_value, multihop, needle, perplexity, rende
 class Family(Protocol):
     """A module of tasks that are made alike."""
 
-    NAMES: tuple[str, ...]
+    @property
+    def NAMES(self) -> tuple[str, ...]: ...  # noqa: N802 - a module's constant
 
     def load(self, name: str, source: str | None) -> Task:
         """Return the task of one of these names; a source is a file or a folder to read in place of the usual one."""

@@ -62,4 +62,5 @@ def load(name: str, source: str | None) -> Inquiries:
 
 def _read(name: str, source: str | None) -> list[Inquiry]:
     data_set, config, inquiry = DATA_SETS[name]
-    return [inquiry(row) for row in read(data_set, config, "validation", source)]
+    rows = read(data_set, config, "validation", source)
+    return [inquiry(rows[place]) for place in range(len(rows))]

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.tasks.vocabulary import adjectives, nouns, pick
+from evals.tasks.vocabulary import adjectives, listed, nouns, pick
 
-PEOPLE = (
+PEOPLE = listed(
     "my aunt,my neighbor,the old clerk,the new teacher,her brother,his sister,the miller,the woman next door,"
     "the doctor,the man at the station,our guide,the youngest child,the librarian,the gardener,a friend of mine"
-).split(",")
-PLACES = (
+)
+PLACES = listed(
     "by the river,near the old mill,on the hill,behind the school,at the market,in the upper valley,"
     "along the north road,at the edge of the forest,beside the harbor,in the courtyard,under the bridge,"
     "across the meadow,at the end of the lane,in the back room,on the far shore"
-).split(",")
-TIMES = (
+)
+TIMES = listed(
     "in the morning,late in autumn,after the rain,before supper,on market days,in a cold spring,once a year,"
     "during the holidays,at dusk,when the roads were bad,all through the winter,on the first warm day,"
     "years ago,that same week,as soon as the bells had rung"
-).split(",")
+)
 TEMPLATES = (
     "{Time}, {person} used to walk {place} and think about nothing in particular.",
     "There was a {adjective} {noun} {place}, and nobody could say who had left it there.",

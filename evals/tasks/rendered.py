@@ -7,7 +7,7 @@ classification, `all_classes`: RULER (Hsieh et al. 2024), LongBench and LongBenc
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from evals.task import Example
 from evals.tasks.hub import Row, read
 from evals.tasks.length import cut_middle, prompt_tokens, tokens
 from evals.tasks.ruler import METRICS as RULER_METRICS
+from evals.tasks.vocabulary import listed
 
 RULER, LONGBENCH = "simonjegou/ruler", "Xnhyacinth/LongBench"
 LONGBENCH_V2, INFINITEBENCH = "Xnhyacinth/LongBench-v2", "MaxJeblick/InfiniteBench"
@@ -42,10 +43,10 @@ LONGBENCH_METRICS = {
     "lcc": "code_similarity",
     "repobench-p": "code_similarity",
 }
-LONGBENCH_E = (
-    "qasper multifieldqa_en hotpotqa 2wikimqa gov_report multi_news trec triviaqa samsum passage_count "
-    "passage_retrieval_en lcc repobench-p"
-).split()
+LONGBENCH_E = listed(
+    "qasper,multifieldqa_en,hotpotqa,2wikimqa,gov_report,multi_news,trec,triviaqa,samsum,passage_count,"
+    "passage_retrieval_en,lcc,repobench-p"
+)
 # Tasks with examples in their context go on with another one after the answer's line.
 ONE_LINE = {"trec", "triviaqa", "samsum", "lsht"}
 INFINITEBENCH_METRICS = {
@@ -87,20 +88,14 @@ class Rendered:
     def examples(self, tokenizer: Any, length: int, count: int, seed: int) -> Iterator[Example]:
         """See `Task.examples`. Questions about one context follow each other."""
         config = self.config or self._ruler_length(length)
-        wanted = self.name.split("/")[1] if self.data_set == RULER else None
-        rows = read(self.data_set, config, "test", self.source)
-        tasks = rows["task"] if wanted else None  # pyright: ignore[reportArgumentType,reportCallIssue]: a column
-        places = [i for i in range(len(rows)) if tasks is None or tasks[i] == wanted]
-        order = np.random.default_rng(seed).permutation(len(places)).tolist()
-        fitting = (
-            (place, example)
-            for place in (places[i] for i in order)
-            if (example := self._example(tokenizer, length, rows[place], place)) is not None
-        )
-        chosen = [example for _, example in zip(range(count), (example for _, example in fitting), strict=False)]
+        task = self.name.split("/")[1] if self.data_set == RULER else None
+        rows = read(self.data_set, config, "test", self.source, task)
+        order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+        drawn = (self._example(tokenizer, length, rows[place], f"{self.name}-{config}-{place}") for place in order)
+        chosen = list(islice((example for example in drawn if example is not None), count))
         if len(chosen) < count:
             raise ValueError(
-                f"{self.name} has {len(chosen)} questions (of {len(places)}) that fit {length} tokens, count is {count}"
+                f"{self.name} has {len(chosen)} questions (of {len(rows)}) that fit {length} tokens, count is {count}"
             )
         together: dict[str, list[Example]] = {}
         for example in chosen:
@@ -113,7 +108,7 @@ class Rendered:
             raise ValueError(f"{self.name} has prompts of {RULER_LENGTHS} tokens, length is {length}")
         return str(known[-1])
 
-    def _example(self, tokenizer: Any, length: int, row: Row, place: int) -> Example | None:
+    def _example(self, tokenizer: Any, length: int, row: Row, name: str) -> Example | None:
         """Return the row's example, or nothing if it is too long and may not be cut."""
         answers = row["answers"] if "answers" in row else row["answer"]
         prefix = row["answer_prefix"] or ""
@@ -123,7 +118,7 @@ class Rendered:
             room = length - tokens(tokenizer, question + prefix)
             context = cut_middle(tokenizer, context, room, special=True)
         example = Example(
-            id=f"{self.name}-{place}",
+            id=name,
             context=context,
             question=question,
             answers=(answers,) if isinstance(answers, str) else tuple(answers),

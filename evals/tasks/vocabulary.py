@@ -1,14 +1,20 @@
 """Words, names and numbers to make texts of, drawn without repetition."""
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from evals.tiny.corpus import ADJECTIVES, NOUNS, VERBS
 
-CONSONANTS, VOWELS = "b br d dr f g gl h k kr l m n p pl r s st t tr v w".split(), "a e i o u ai ea ou".split()
-ENDINGS = "l m n r s th nd rk lm st".split()
+
+def listed(text: str) -> list[str]:
+    """Return the parts of a text between its commas."""
+    return [part.strip() for part in text.split(",")]
+
+
+CONSONANTS = listed("b,br,d,dr,f,g,gl,h,k,kr,l,m,n,p,pl,r,s,st,t,tr,v,w")
+VOWELS, ENDINGS = listed("a,e,i,o,u,ai,ea,ou"), listed("l,m,n,r,s,th,nd,rk,lm,st")
 
 adjectives, nouns = ADJECTIVES.split(), NOUNS.split()
 # Plain words first, then thousands that are put together of two nouns.
@@ -16,7 +22,7 @@ plain_words = sorted({*adjectives, *nouns, *VERBS.split()})
 compounds = [first + second for first in nouns for second in nouns if first != second]
 
 
-def pick(rng: np.random.Generator, words: list[str]) -> str:
+def pick(rng: np.random.Generator, words: Sequence[str]) -> str:
     """Return one of the words."""
     return words[int(rng.integers(len(words)))]
 

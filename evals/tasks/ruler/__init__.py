@@ -33,9 +33,7 @@ OTHERS: dict[str, tuple[Draw, int]] = {
     "cwe": (common_words, 20),
     "fwe": (frequent_words, 120),
 }
-METRICS = {task: "string_match_all" for task in (*NEEDLES, *OTHERS)} | {
-    task: "string_match_part" for task in QUESTIONS
-}
+METRICS = dict.fromkeys((*NEEDLES, *OTHERS), "string_match_all") | dict.fromkeys(QUESTIONS, "string_match_part")
 NAMES = tuple(f"ruler/{task}" for task in METRICS)
 
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from evals.task import Example
 from evals.tasks.documents import Inquiry, Passage, ask
-from evals.tasks.vocabulary import adjectives, distinct, nouns, pick, proper_name
+from evals.tasks.vocabulary import adjectives, distinct, listed, nouns, pick, proper_name
 
-CRAFTS = "glass,pottery,violins,clocks,paper,ropes,bells,ink,wool,knives,lace,cider,bricks,boats,candles".split(",")
-TRADES = (
+CRAFTS = listed("glass,pottery,violins,clocks,paper,ropes,bells,ink,wool,knives,lace,cider,bricks,boats,candles")
+TRADES = listed(
     "baker,painter,judge,surgeon,printer,sailor,botanist,tailor,teacher,blacksmith,astronomer,farmer,weaver,poet"
-).split(",")
+)
 
 
 @dataclass(frozen=True, slots=True)

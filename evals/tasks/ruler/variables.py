@@ -1,6 +1,7 @@
 """RULER's variable tracking: a chain of assignments in noise, all of whose variables hold one value."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from string import ascii_uppercase
 
 import numpy as np
@@ -36,7 +37,7 @@ class Variables:
 
     def _text(self, rng: np.random.Generator, size: int, names: list[str], value: str) -> str:
         chain = [f"VAR {names[0]} = {value}"]
-        chain += [f"VAR {later} = VAR {earlier}" for earlier, later in zip(names, names[1:], strict=False)]
+        chain += [f"VAR {later} = VAR {earlier}" for earlier, later in pairwise(names)]
         return INSTRUCTION + "\n".join(scatter(rng, [NOISE] * size, chain)) + "\n"
 
     def _question(self, value: str) -> str:
