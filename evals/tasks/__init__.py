@@ -39,5 +39,5 @@ def load(name: str, source: str | None = None) -> Task:
     for family in FAMILIES:
         if name in family.NAMES:
             return family.load(name, source)
-    near = [known for known in names() if known.startswith(name.split("/")[0])] or names()
+    near = [known for known in names() if known.split("/")[0] == name.split("/")[0]] or names()
     raise ValueError(f"no task is called {name!r}: choose one of {', '.join(near)}")

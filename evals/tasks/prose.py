@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.tasks.vocabulary import adjectives, listed, nouns, pick
+from evals.tasks.vocabulary import adjectives, listed, nouns, pick, with_articles
 
 PEOPLE = listed(
     "my aunt,my neighbor,the old clerk,the new teacher,her brother,his sister,the miller,the woman next door,"
@@ -89,7 +89,7 @@ class Prose:
 
 def _sentence(rng: np.random.Generator) -> str:
     person, time = pick(rng, PEOPLE), pick(rng, TIMES)
-    return TEMPLATES[int(rng.integers(len(TEMPLATES)))].format(
+    sentence = TEMPLATES[int(rng.integers(len(TEMPLATES)))].format(
         person=person,
         Person=person[0].upper() + person[1:],
         time=time,
@@ -100,6 +100,7 @@ def _sentence(rng: np.random.Generator) -> str:
         noun=pick(rng, nouns),
         noun2=pick(rng, nouns),
     )
+    return with_articles(sentence)
 
 
 def scatter(rng: np.random.Generator, filler: list[str], facts: list[str]) -> list[str]:

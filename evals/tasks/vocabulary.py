@@ -1,5 +1,6 @@
 """Words, names and numbers to make texts of, drawn without repetition."""
 
+import re
 import uuid
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,28 @@ def listed(text: str) -> list[str]:
 CONSONANTS = listed("b,br,d,dr,f,g,gl,h,k,kr,l,m,n,p,pl,r,s,st,t,tr,v,w")
 VOWELS, ENDINGS = listed("a,e,i,o,u,ai,ea,ou"), listed("l,m,n,r,s,th,nd,rk,lm,st")
 
-adjectives, nouns = ADJECTIVES.split(), NOUNS.split()
+MORE_ADJECTIVES = listed(
+    "amber,ashen,awkward,bitter,blank,bleak,bold,brief,brisk,brittle,calm,chilly,civil,coarse,copper,crooked,curly,"
+    "damp,dense,dim,dull,eager,elder,even,faint,fair,famous,fancy,fertile,firm,flat,fond,frail,frozen,gaunt,giant,"
+    "glad,grand,grave,happy,harsh,hollow,icy,idle,ivory,jolly,keen,lame,lean,level,lively,lone,loose,mellow,merry,"
+    "mild,misty,muddy,mute,neat,noble,odd,pale,polite,proper,purple,quaint,ragged,rapid,rigid,ripe,round,scarlet,"
+    "shady,shiny,silent,sleek,slim,sly,solid,spare,stark,steady,steep,stern,stout,sturdy,subtle,sunny,swift,tame,"
+    "tender,thick,thin,tidy,timid,tiny,upper,vague,vast,violet,vivid,weary,wild,wise,witty,woolen,worn,young,zesty"
+)
+MORE_NOUNS = listed(
+    "acorn,anchor,anvil,arrow,attic,badge,barrel,basin,beacon,beard,bench,berry,blade,bonnet,branch,brick,brook,"
+    "brush,bucket,buckle,button,cabin,cable,camel,canal,canoe,canvas,card,cave,cedar,cellar,chapel,chest,cliff,"
+    "cloak,cloud,clover,comb,compass,coral,cottage,cradle,crane,creek,crow,cup,curtain,dagger,desk,diary,dish,dome,"
+    "dragon,drawer,duck,engine,falcon,feather,fence,fern,ferry,fiddle,flag,flask,fork,fountain,frame,gate,goose,"
+    "grape,hall,hare,harp,hay,hedge,helmet,heron,hill,hinge,hook,horn,hut,inkwell,ivy,jar,jewel,kettle,key,kite,"
+    "knot,ladle,lake,lamp,lark,leaf,lemon,lily,lock,loom,mask,mast,melon,mitten,moss,moth,mouse,nest,nut,oak,oar,"
+    "olive,orchard,otter,oven,oyster,paddle,pan,path,pearl,pebble,pen,pillow,pipe,plank,plow,pond,pot,purse,quill,"
+    "quilt,rail,raven,reed,ribbon,robe,rod,roof,root,rose,rug,sack,saddle,sail,saw,scale,shell,ship,shovel,sickle,"
+    "sled,slipper,spade,spear,spoon,stable,stool,stove,straw,string,swan,thimble,thread,throne,tile,torch,trunk,"
+    "trumpet,tulip,tunnel,turtle,vase,veil,vine,violin,wall,walnut,wasp,wheel,whistle,willow,wing,wreath,yard"
+)
+adjectives = sorted({*ADJECTIVES.split(), *MORE_ADJECTIVES})
+nouns = sorted({*NOUNS.split(), *MORE_NOUNS})
 # Plain words first, then thousands that are put together of two nouns.
 plain_words = sorted({*adjectives, *nouns, *VERBS.split()})
 compounds = [first + second for first in nouns for second in nouns if first != second]
@@ -28,10 +50,18 @@ def pick(rng: np.random.Generator, words: Sequence[str]) -> str:
 
 
 def distinct(rng: np.random.Generator, make: Callable[[np.random.Generator], str], n: int) -> list[str]:
-    """Return `n` different things of a kind, in the order in which they were made."""
+    """Return `n` different things of a kind, in the order in which they were made.
+
+    Raises:
+        ValueError: There are not so many, or hardly so many.
+    """
     made: dict[str, None] = {}
-    while len(made) < n:
+    for _ in range(20 * n):
+        if len(made) == n:
+            break
         made[make(rng)] = None
+    if len(made) < n:
+        raise ValueError(f"{n} different things are wanted, of {20 * n} made only {len(made)} differ: ask for less")
     return list(made)
 
 
@@ -71,3 +101,8 @@ def listed_words(rng: np.random.Generator, n: int) -> list[str]:
     if n > len(words):
         raise ValueError(f"{n} different words are wanted, there are {len(words)}: ask for a shorter length")
     return [words[i] for i in rng.permutation(len(words))[:n]]
+
+
+def with_articles(text: str) -> str:
+    """Return the text with "an" before vowels."""
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)

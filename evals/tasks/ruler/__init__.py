@@ -58,4 +58,4 @@ def load(name: str, source: str | None) -> Task:
 def _draw(task: str) -> tuple[Draw, int]:
     if task in NEEDLES:
         return NEEDLES[task], 1
-    return (World(QUESTIONS[task]), 1) if task in QUESTIONS else OTHERS[task]
+    return (World(QUESTIONS[task]), 2) if task in QUESTIONS else OTHERS[task]

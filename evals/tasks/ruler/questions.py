@@ -9,7 +9,7 @@ import numpy as np
 
 from evals.task import Example
 from evals.tasks.documents import Inquiry, Passage, ask
-from evals.tasks.vocabulary import adjectives, distinct, listed, nouns, pick, proper_name
+from evals.tasks.vocabulary import adjectives, distinct, listed, nouns, pick, proper_name, with_articles
 
 CRAFTS = listed("glass,pottery,violins,clocks,paper,ropes,bells,ink,wool,knives,lace,cider,bricks,boats,candles")
 TRADES = listed(
@@ -28,17 +28,18 @@ class World:
     hops: int
 
     def __call__(self, rng: np.random.Generator, index: int, size: int, length: int) -> Example:
-        """See `Draw`: the size counts pairs of passages, a town and its founder."""
-        names = distinct(rng, proper_name, 3 * size + 1)
-        towns, first, last, end = names[:size], names[size : 2 * size], names[2 * size : -1], names[-1]
+        """See `Draw`: the size counts passages, each of a town or of its founder."""
+        n = (size + 1) // 2
+        names = distinct(rng, proper_name, 3 * n + 1)
+        towns, first, last, end = names[:n], names[n : 2 * n], names[2 * n : -1], names[-1]
         people = [f"{one} {other}" for one, other in zip(first, last, strict=True)]
         births = [*towns[1:], end]
         told = [self._tell(rng, *who) for who in zip(towns, people, births, strict=True)]
-        chosen = int(rng.integers(size))
+        chosen = int(rng.integers(n))
         town, person, year, trade = told[chosen]
         inquiry = self._inquire(rng, (towns[chosen], people[chosen], births[chosen]), (year, trade), town, person)
         others = [passage for pair in told for passage in pair[:2] if passage not in inquiry.needed]
-        return ask(rng, inquiry, others)
+        return ask(rng, inquiry, others[: size - len(inquiry.needed)])
 
     def _tell(self, rng: np.random.Generator, town: str, person: str, birth: str) -> tuple[Passage, Passage, str, str]:
         year, born = int(rng.integers(1500, 1900)), int(rng.integers(24, 60))
@@ -53,7 +54,8 @@ class World:
             f"Before turning forty, {person.split()[0]} had built a {pick(rng, adjectives)} {pick(rng, nouns)} "
             f"and written a book about the {pick(rng, nouns)}."
         )
-        return Passage(town, about_town), Passage(person, about_person), str(year), trade
+        told = [Passage(title, with_articles(text)) for title, text in ((town, about_town), (person, about_person))]
+        return told[0], told[1], str(year), trade
 
     def _inquire(
         self,
