@@ -40,7 +40,7 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
 
 
 @torch.library.custom_op(
-    "redknot_kernels::step",
+    f"{__package__}::step",  # beside a build of the package, each has its own
     mutates_args=("k_pages", "v_pages", "counts"),
     schema="(Tensor query, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor k_new, Tensor v_new, Tensor table, "
     "Tensor(c!) counts, Tensor? real, Tensor bounds, int most_kept, int reach, float scale, float? softcap, "
