@@ -23,10 +23,9 @@ def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
     """
     tokens = k_new.shape[2]
     if tokens <= rules.slack:
-        positions = lengths.long().view(-1, 1, 1)
-        if tokens > 1:
-            positions = positions + torch.arange(tokens, device=lengths.device)
-        _write(k_pages, v_pages, k_new, v_new, table, rules.slots(positions))
+        columns, slots = _ends(rules, tuple(lengths.tolist()), tokens, lengths.device)
+        where = torch.add(slots, table.gather(2, columns), alpha=k_pages.shape[1])
+        _write(k_pages, v_pages, k_new, v_new, where)
         return
     length = int(lengths[0])
     positions = length + torch.arange(tokens, device=lengths.device)
@@ -43,11 +42,20 @@ def _append_kept(k_pages, v_pages, k_new, v_new, table, rules, heads, positions)
     k, v, rows = (take_heads(x, heads) for x in (k_new, v_new, table))
     if len(positions) < k_new.shape[2]:
         k, v = (x.index_select(2, positions - first) for x in (k, v))
-    _write(k_pages, v_pages, k, v, rows, rules.slots(positions.expand(len(table), 1, -1)))
+    slots = rules.slots(positions.expand(len(table), 1, -1))
+    _write(k_pages, v_pages, k, v, token_index(rows, slots, k_pages.shape[1]))
 
 
-def _write(k_pages, v_pages, k_new, v_new, table, slots):
-    where = token_index(table, slots, k_pages.shape[1]).flatten()
+@lru_cache(maxsize=16)  # in a step of decoding, layers of equal rules ask for the same
+def _ends(rules, lengths, tokens, device):
+    """Column and slot in its page of the next tokens of every row, each `[batch, heads, tokens]`."""
+    positions = torch.tensor(lengths, device=device).view(-1, 1, 1) + torch.arange(tokens, device=device)
+    slots = rules.slots(positions).expand(-1, rules.heads, -1)
+    return slots // rules.page_size, slots % rules.page_size
+
+
+def _write(k_pages, v_pages, k_new, v_new, where):
+    where = where.flatten()
     for pages, new in ((k_pages, k_new), (v_pages, v_new)):
         pages.view(-1, pages.shape[-1]).index_copy_(0, where, new.reshape(-1, new.shape[-1]))
 
