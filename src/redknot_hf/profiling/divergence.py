@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from redknot_hf.plan import HeadPlan, HeadSpec
 
-from .prompt import Prompt
+from .prompt import Prompt, evenly
 from .watching import restricted, watching
 
 _MOST = 256  # scored tokens of a prompt, evenly taken; each holds a distribution over the vocabulary
@@ -61,7 +61,7 @@ class Divergence:
     @torch.no_grad()
     def _predict(self, plan: HeadPlan, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:
         """Log-probabilities at the queries that predict scored tokens."""
-        rows = (_evenly(prompt.targets) - 1).to(self.model.device)
+        rows = (evenly(prompt.targets, _MOST) - 1).to(self.model.device)
         with watching(self.model, restricted(plan)):
             out = self.model(prompt.ids[None].to(self.model.device), use_cache=False, logits_to_keep=rows)
         self.measured += 1
@@ -72,8 +72,3 @@ class Divergence:
                 f"{self.model.dtype}; load it in another dtype"
             )
         return found
-
-
-def _evenly(targets: Int[Tensor, " targets"]) -> Int[Tensor, " taken"]:
-    step = max(1, -(-len(targets) // _MOST))
-    return targets.flip(0)[::step].flip(0)

@@ -11,6 +11,7 @@ import numpy as np
 Measure = Callable[[Sequence[int]], float]
 
 SHARE = 0.3  # of the heads still global are restricted in a round
+BORDER = 5  # heads on either side of the budget that may swap
 FREE = 0.02  # of the error of restricting all heads: what the first, unmeasured choice may cost
 
 
@@ -35,7 +36,7 @@ class Path:
         self.errors += steps.tolist()
 
 
-def find_path(measure: Measure, prior: Sequence[int], seconds: float | None = None) -> Path:
+def find_path(measure: Measure, prior: Sequence[int], seconds: float | int | None = None) -> Path:
     """Restricts heads in rounds, from the most dispensable to the least.
 
     The prior's first heads go at once, as many as bisection finds to cost next to nothing together. In every round
@@ -56,7 +57,7 @@ def find_path(measure: Measure, prior: Sequence[int], seconds: float | None = No
     everything = measure(left)
     free = _bisect(lambda n: measure(left[:n]) <= FREE * everything, len(left))
     if free:
-        path.extend(left[:free], range(1, free + 1), measure(left[:free]))
+        path.extend(left[:free], [1.0] * free, measure(left[:free]))
         left = left[free:]
     while left:
         before = path.errors[-1] if path.errors else 0.0
@@ -84,8 +85,8 @@ def measure_path(measure: Measure, order: Sequence[int], points: int) -> Path:
     return path
 
 
-def refine(measure: Measure, local: Sequence[int], rest: Sequence[int], seconds: float | None = None) -> list[int]:
-    """Swaps restricted heads with global ones as long as that lowers the error.
+def refine(measure: Measure, local: Sequence[int], rest: Sequence[int], seconds: float | int | None = None) -> list[int]:
+    """Swaps restricted heads with global ones where that lowers the error, among the least certain of both.
 
     Args:
         measure: Error of restricting these heads.
@@ -99,8 +100,8 @@ def refine(measure: Measure, local: Sequence[int], rest: Sequence[int], seconds:
     start = time.perf_counter()
     local, rest = list(local), list(rest)
     best = measure(local)
-    for head in list(reversed(local)):
-        for other in list(rest):
+    for head in local[: -BORDER - 1 : -1]:
+        for other in rest[:BORDER]:
             if seconds is not None and time.perf_counter() - start > seconds:
                 return local
             swapped = [other if h == head else h for h in local]
