@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 from redknot_hf.plan import HeadPlan, HeadSpec
 
 from .prompt import Prompt, evenly
-from .watching import restricted, watching
+from .watching import blocks, restricted, watching
 
 _MOST = 256  # scored tokens of a prompt, evenly taken; each holds a distribution over the vocabulary
 
@@ -30,6 +32,7 @@ class Divergence:
         self.model = model
         self.prompts = prompts
         self.measured = 0
+        self.settled: tuple[HeadPlan, list[list[Any]]] | None = None
         dense = HeadPlan.uniform(model.config, HeadSpec())
         self.dense = [self._predict(dense, prompt) for prompt in prompts]
 
@@ -46,9 +49,29 @@ class Divergence:
         chosen = range(len(self.prompts)) if chosen is None else chosen
         found = []
         for i in chosen:
-            dense, mine = self.dense[i], self._predict(plan, self.prompts[i])
+            with self._from_where_it_differs(plan, i):
+                dense, mine = self.dense[i], self._predict(plan, self.prompts[i])
             found.append(float((dense.exp() * (dense - mine)).sum(-1).mean()))
         return np.maximum(found, 0.0)  # rounding
+
+    def settle(self, plan: HeadPlan, chosen: Sequence[int] | None = None) -> None:
+        """Keeps the streams between the layers under a plan, so that plans like it need only the layers that differ.
+
+        They take as much memory as the hidden states of all layers, for each chosen prompt.
+        """
+        self.settled = None
+        kept: list[list[Any]] = [[] for _ in self.prompts]
+        for i in range(len(self.prompts)) if chosen is None else chosen:
+            hooks = [
+                block.register_forward_hook(lambda module, args, output, found=kept[i]: found.append(output))
+                for block in blocks(self.model)
+            ]
+            try:
+                self._predict(plan, self.prompts[i])
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        self.settled = plan, kept
 
     def agreement(self, plan: HeadPlan) -> float:
         """Share of the scored tokens for which plan and dense model hold the same token the likeliest."""
@@ -57,6 +80,20 @@ class Divergence:
             for dense, prompt in zip(self.dense, self.prompts, strict=True)
         ]
         return float(torch.cat(same).float().mean())
+
+    @contextmanager
+    def _from_where_it_differs(self, plan: HeadPlan, prompt: int) -> Iterator[None]:
+        """Lets the layers below the first that differs hand on what was kept, for the duration."""
+        settled, kept = self.settled or (plan, [[]] * len(self.prompts))
+        same = next((i for i, (a, b) in enumerate(zip(plan, settled, strict=True)) if a != b), len(plan))
+        skipped = blocks(self.model)[:same] if kept[prompt] else []
+        for block in skipped:
+            block.forward = lambda *args, found=kept[prompt][same - 1], **kwargs: found
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
 
     @torch.no_grad()
     def _predict(self, plan: HeadPlan, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:

@@ -13,7 +13,7 @@ from redknot_hf.plan import HeadPlan, HeadSpec
 from .divergence import Divergence
 from .drift import drift, measure_drift
 from .prompt import Prompt
-from .search import Path, find_path, measure_path
+from .search import Path, find_path, measure_path, refine
 from .watching import kv_shape
 
 _POINTS = 16  # of the joint path at which the error is measured; half as many for the narrower windows
@@ -59,7 +59,14 @@ class LossSearch:
         halves = [list(range(i, number, 2)) for i in range(2)]
         prior = np.argsort(self.drifts[:, -1], kind="stable").tolist()
         each = None if seconds is None else 0.4 * seconds  # and a fifth for the joint path
-        paths = [find_path(self._measure(-1, half), prior, each) for half in halves]
+        spec = HeadSpec(self.windows[-1], self.sink)
+        paths = [
+            find_path(
+                self._measure(-1, half), prior, each, lambda h, c=half: self.divergence.settle(self.plan(h, spec), c)
+            )
+            for half in halves
+        ]
+        self.divergence.settled = None
         growth = self.drifts / self.drifts[:, -1:].clip(np.finfo(float).tiny)
         rank = sum(np.argsort(path.heads, kind="stable") for path in paths)
         joint = self._errors(measure_path(self._measure(-1), np.argsort(rank, kind="stable").tolist(), _POINTS))

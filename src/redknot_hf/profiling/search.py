@@ -36,7 +36,12 @@ class Path:
         self.errors += steps.tolist()
 
 
-def find_path(measure: Measure, prior: Sequence[int], seconds: float | int | None = None) -> Path:
+def find_path(
+    measure: Measure,
+    prior: Sequence[int],
+    seconds: float | int | None = None,
+    settle: Callable[[Sequence[int]], object] = lambda heads: None,
+) -> Path:
     """Restricts heads in rounds, from the most dispensable to the least.
 
     The prior's first heads go at once, as many as bisection finds to cost next to nothing together. In every round
@@ -48,6 +53,7 @@ def find_path(measure: Measure, prior: Sequence[int], seconds: float | int | Non
         measure: Error of restricting these heads.
         prior: All heads, the most dispensable first, by a cheaper measure.
         seconds: Time to search in; the order of the last round then stands for the rest.
+        settle: Told before each round which heads all of its measurements have in common.
 
     Returns:
         The path; its last head's error is that of restricting all.
@@ -61,6 +67,7 @@ def find_path(measure: Measure, prior: Sequence[int], seconds: float | int | Non
         left = left[free:]
     while left:
         before = path.errors[-1] if path.errors else 0.0
+        settle(path.heads)
         alone = {head: measure([*path.heads, head]) for head in left}
         left.sort(key=lambda head: alone[head])
         late = seconds is not None and time.perf_counter() - start > seconds
