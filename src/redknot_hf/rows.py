@@ -28,7 +28,7 @@ class Rows:
     Attributes:
         rules: What each KV head keeps.
         table: Page of each column of each row, `ABSENT` where there is none; `[batch, heads, columns]`.
-        lengths: Tokens of each sequence, padding not counted; `[batch]`.
+        lengths: Tokens of each sequence, padding not counted; `[batch]`. Replaced when it changes, never written.
         version: Grows with every change of `table`.
     """
 
