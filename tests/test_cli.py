@@ -78,7 +78,10 @@ def test_diff_names_the_heads_that_differ(tmp_path):
     ("arguments", "message"),
     [
         (("profile", TINY, "--out", "x.json"), "give a bound"),
-        (("profile", TINY, "--out", "x.json", "--budget", "0.5", "--kinds", "repeats", "--length", "100"), "100 tokens"),
+        (
+            ("profile", TINY, "--out", "x.json", "--budget", "0.5", "--kinds", "repeats", "--length", "100"),
+            "100 tokens",
+        ),
         (("plan", "show", "nowhere.json"), "nowhere.json"),
         (("plan", "convert", f"{TINY}/plan.json", "--out", "x.json", "--budget", "0.5"), "budget is for profiles"),
     ],

@@ -61,7 +61,10 @@ def test_fidelity_by_length(model):
     assert 0 < short["agreement"] < 1
     assert short["holds"]
     assert long["holds"] == (long["agreement"] >= short["agreement"] - 0.01)
-    assert all(r["kl"] < 1e-6 and r["agreement"] == 1 for r in fidelity(model, HeadPlan.uniform(model.config, HeadSpec()), some))  # noqa: E501
+    assert all(
+        r["kl"] < 1e-6 and r["agreement"] == 1
+        for r in fidelity(model, HeadPlan.uniform(model.config, HeadSpec()), some)
+    )
     assert fidelity(model, plan, []) == []
 
 

@@ -31,7 +31,7 @@ Bytes = Annotated[float | None, typer.Option(help="Bytes a token to keep, all he
 
 
 @app.command()
-def profile(
+def profile(  # noqa: PLR0913 - every one is an option of the command
     model: Annotated[str, typer.Argument(help="Id on the Hub, or a folder.")],
     out: Out,
     budget: Budget = None,
@@ -66,9 +66,10 @@ def profile(
             for n in check_length or ()
         ])  # fmt: skip
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, revision=revision, dtype=dtype, attn_implementation="redknot"
-        ).to(device)
+        )
+        loaded.to(device)
         with _progress() as report:
             found = profile_heads(
                 loaded, held_out[0], budget=budget, global_ratio=global_ratio, bytes_per_token=bytes_per_token,
@@ -125,7 +126,11 @@ def diff(
         a, b = _any_plan(first), _any_plan(second)
         if [len(layer) for layer in a] != [len(layer) for layer in b]:
             raise ValueError(f"the plans have other shapes: {a!r} and {b!r}")
-    heads = [(i, h, x, y) for i, (p, q) in enumerate(zip(a, b, strict=True)) for h, (x, y) in enumerate(zip(p, q, strict=True))]  # noqa: E501
+    heads = [
+        (i, h, x, y)
+        for i, (p, q) in enumerate(zip(a, b, strict=True))
+        for h, (x, y) in enumerate(zip(p, q, strict=True))
+    ]
     both = sum(x.is_global and y.is_global for _, _, x, y in heads)
     either = sum(x.is_global or y.is_global for _, _, x, y in heads)
     table = Table("layer", "KV head", first.name, second.name)

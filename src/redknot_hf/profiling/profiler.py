@@ -28,7 +28,7 @@ Report = Callable[[str, int, int | None], object]
 Table = Float[np.ndarray, "heads windows"]
 
 
-def profile_heads(
+def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     model: PreTrainedModel,
     inputs: Any,
     *,

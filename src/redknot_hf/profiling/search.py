@@ -92,7 +92,9 @@ def measure_path(measure: Measure, order: Sequence[int], points: int) -> Path:
     return path
 
 
-def refine(measure: Measure, local: Sequence[int], rest: Sequence[int], seconds: float | int | None = None) -> list[int]:
+def refine(
+    measure: Measure, local: Sequence[int], rest: Sequence[int], seconds: float | int | None = None
+) -> list[int]:
     """Swaps restricted heads with global ones where that lowers the error, among the least certain of both.
 
     Args:
