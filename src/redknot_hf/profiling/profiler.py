@@ -87,8 +87,9 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     profile = _measured(profile, model, prompts, seconds, report)
     provenance = _provenance(model, prompts)
     if target:
-        report("held out", 0, None)
         provenance["overlap"] = round(profile.overlap(), 4)
+        if confirming:
+            report("held out", 0, None)
         provenance["held_out"] = fidelity(model, profile.plan(), confirming)
     return replace(profile, provenance=provenance | {"seconds": round(time.perf_counter() - start, 1)})
 
