@@ -241,6 +241,8 @@ def _attended(
 @contextmanager
 def _attending(model: Any) -> Iterator[None]:
     """The model attends by way of `_Context`."""
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, _no_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
@@ -274,7 +276,3 @@ def _check(keep: str, batch: int, share: float | int, by: str, depth: int, layer
         raise ValueError(f"by={by!r}: choose one of {get_args(By)}")
     if not 1 <= depth < layers:
         raise ValueError(f"depth={depth}: give a number of layers from 1 to {layers - 1}")
-
-
-AttentionInterface.register(_NAME, _attention)
-AttentionMaskInterface.register(_NAME, _no_mask)

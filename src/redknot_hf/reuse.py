@@ -261,8 +261,9 @@ def _add(
         if part.moved:
             if relocation is None:
                 raise ValueError(f"{model.config.model_type}: its keys cannot be moved, and {part.ref} must be")
-            there = torch.arange(len(part.ref))
-            rotations = relocation.rotations(there + len(part.ref.prefix), there + part.start, segment.data.device)
+            with record_function("redknot: angles"):
+                there = torch.arange(len(part.ref)) + len(part.ref.prefix)
+                rotations = relocation.rotations(there, there - there[0] + part.start, segment.data.device)
         with record_function("redknot: splice"):
             for i, layer in row_layers(cache):
                 if not layer.is_initialized:
