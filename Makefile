@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+KVPRESS := .venv-kvpress/bin
 
 .PHONY: demo test test-oldest lint speed clean
 
@@ -24,7 +25,7 @@ speed: .venv/.ready
 	$(BIN)/python -m evals.speed --out evals/results/speed_cpu.jsonl
 
 clean:
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest .venv-kvpress
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,4 +39,12 @@ clean:
 	$(OLDEST)/pip install --quiet --upgrade "pip>=25.1"
 	$(OLDEST)/pip install --quiet -c constraints-oldest.txt torch
 	$(OLDEST)/pip install --quiet -c constraints-oldest.txt -e . --group test
+	touch $@
+
+# kvpress takes no transformers as new as ours, so it lives apart and is called as a program.
+.venv-kvpress/.ready: constraints-kvpress.txt
+	$(PYTHON) -m venv .venv-kvpress
+	$(KVPRESS)/pip install --quiet --upgrade "pip>=25.1"
+	$(KVPRESS)/pip install --quiet -c constraints-kvpress.txt torch
+	$(KVPRESS)/pip install --quiet -c constraints-kvpress.txt kvpress
 	touch $@
