@@ -31,14 +31,14 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples]" --group test --group lint
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples,evals]" --group test --group lint
 	touch $@
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	$(OLDEST)/pip install --quiet --upgrade "pip>=25.1"
 	$(OLDEST)/pip install --quiet -c constraints-oldest.txt torch
-	$(OLDEST)/pip install --quiet -c constraints-oldest.txt -e . --group test
+	$(OLDEST)/pip install --quiet -c constraints-oldest.txt -e ".[examples,evals]" --group test
 	touch $@
 
 # kvpress takes no transformers as new as ours, so it lives apart and is called as a program.

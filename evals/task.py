@@ -23,7 +23,9 @@ class Example:
         answer_prefix: Words that the answer begins with, put into the model's mouth.
         stop: Text that ends an answer; `None` leaves it to the model's end-of-sequence tokens.
         kind: Part of the task the example belongs to, reported apart ("single document", "two hops").
-        documents: The context's parts, in order, for methods that reuse them; joined they are the context.
+        documents: The context's parts, in order, for methods that reuse them; joined they are the context. The first
+            is what stands before the documents (an instruction, a token that begins the text).
+        choices: All answers that are offered, for metrics that must know them.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Example:
     stop: str | None = None
     kind: str = ""
     documents: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
 
 class Task(Protocol):
@@ -45,8 +48,11 @@ class Task(Protocol):
         metric: Name of a module in `evals/metrics`, which judges the answers.
     """
 
-    name: str
-    metric: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metric(self) -> str: ...
 
     def examples(self, tokenizer: Any, length: int, count: int, seed: int) -> Iterator[Example]:
         """Yields `count` examples whose prompts have at most `length` tokens of this tokenizer.
