@@ -11,11 +11,12 @@ from scipy.stats import bootstrap
 
 RESAMPLES = 4000
 SURE = 0.95
+FEWEST = 5  # contexts without which resampling them says nothing
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval; without one, where there is a single context, the ends are `None`."""
+    """A figure and its 95 % interval; with fewer than `FEWEST` contexts there is none, and the ends are `None`."""
 
     value: float
     low: float | None
@@ -48,7 +49,7 @@ def estimate(
     for column, total in zip(columns, sums, strict=True):
         np.add.at(total, where, np.asarray(column, dtype=float))
     value = float(figure(*sums.sum(1)))
-    if len(names) < 2:
+    if len(names) < FEWEST:
         return Estimate(value, None, None)
     without = [float(figure(*np.delete(sums, i, axis=1).sum(1))) for i in range(len(names))]
     if np.ptp(without) <= 1e-12 * max(1.0, abs(value)):  # clusters agree: resampling them changes nothing
@@ -72,7 +73,7 @@ def difference(clusters: Sequence[Hashable], ours: Sequence[float], theirs: Sequ
     possible: a share of unequal ones up to `1 - 0.05 ** (1 / n)` (the rule of three).
     """
     apart = [a - b for a, b in zip(ours, theirs, strict=True)]
-    if not any(apart):
+    if not any(apart) and len(set(clusters)) >= FEWEST:
         bound = 1 - (1 - SURE) ** (1 / len(apart))
         return Estimate(0.0, -bound, bound)
     return mean(clusters, apart, seed)

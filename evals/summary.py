@@ -79,7 +79,7 @@ class Row:
         if apart is None:
             return "no dense answers to compare with"
         if apart.low is None or apart.high is None:
-            return f"{apart.value:+.1f} points from dense, of a single context: no interval"
+            return f"{apart.value:+.1f} points from dense, and too few contexts for an interval"
         if apart.low >= -MARGIN and apart.high <= MARGIN:
             return f"within {MARGIN:g} point of dense, 95 % sure"
         if apart.high < 0:
