@@ -87,7 +87,7 @@ def differences(rows: Sequence[Row], style: Style) -> Figure:
     panels = _panels(shown)
     tallest = max(len(panel) for _, panel in panels)
     figure = _figure(len(panels), style, 0.34 * tallest + 0.9, reserve=0.0)
-    for axes, (title, panel) in zip(_axes(figure, len(panels), style, share_y=True), panels, strict=True):
+    for axes, (title, panel) in zip(_axes(figure, len(panels), style, share_y=_alike(panels)), panels, strict=True):
         colours = _colours(panel, style)
         for y, row in enumerate(panel):
             apart = row.score_difference
@@ -148,7 +148,7 @@ def times(rows: Sequence[Row], style: Style) -> Figure:
     across = 1 if style.narrow else len(figures)
     down = len(panels) * len(figures) // across
     figure = Figure(figsize=(style.width, down * (0.3 * tallest + 0.95)), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False, sharey=not style.narrow)
+    grid = figure.subplots(down, across, squeeze=False, sharey=not style.narrow and _alike(panels))
     for axes, (title, panel, label, value) in zip(
         grid.flat, ((t, p, label, value) for t, p in panels for label, value in figures), strict=True
     ):
@@ -221,6 +221,11 @@ def _panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     whole = [row for row in rows if not row.kind]
     return [(f"{task}, {length} tokens", list(same))
             for (task, length), same in groupby(whole, key=lambda row: (row.run.task, row.run.length))]  # fmt: skip
+
+
+def _alike(panels: list[tuple[str, list[Row]]]) -> bool:
+    """Whether all panels show the same methods, and can share their names."""
+    return len({tuple(row.name for row in panel) for _, panel in panels}) == 1
 
 
 def _colours(rows: Sequence[Row], style: Style) -> dict[str, tuple[str, str]]:
