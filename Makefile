@@ -4,7 +4,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 KVPRESS := .venv-kvpress/bin
 
-.PHONY: demo test test-oldest lint speed clean
+.PHONY: demo test test-oldest lint speed evals clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/quickstart.py
@@ -23,6 +23,10 @@ lint: .venv/.ready
 
 speed: .venv/.ready
 	$(BIN)/python -m evals.speed --out evals/results/speed_cpu.jsonl
+
+# At most 20 minutes on 2 cores; a run that was stopped goes on. Records and the report lie in runs/offline.
+evals: .venv/.ready .venv-kvpress/.ready
+	$(BIN)/python -m evals offline --results evals/results/evaluation.jsonl
 
 clean:
 	rm -rf .venv .venv-oldest .venv-kvpress

@@ -3,7 +3,10 @@
 `evals.gate(model, plan, ...)` passes or fails a plan; `python -m evals --help` does the rest.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evals.fidelity_gate import gate
 
 __all__ = ["gate"]
 

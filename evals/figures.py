@@ -67,7 +67,7 @@ Draw = Callable[[Style], Figure]
 
 def render(draw: Draw, style: Style, format: str) -> bytes:
     """Return a figure as the bytes of an image: "svg" or "png"."""
-    settings: dict[str, Any] = {
+    settings: Any = {
         "font.size": 10, "text.color": style.ink, "axes.labelcolor": style.ink, "axes.edgecolor": style.faint,
         "axes.titlecolor": style.ink, "xtick.color": style.ink, "ytick.color": style.ink, "grid.color": style.faint,
         "figure.facecolor": style.paper, "axes.facecolor": style.paper, "legend.frameon": False,
@@ -153,7 +153,9 @@ def times(rows: Sequence[Row], style: Style) -> Figure:
         grid.flat, ((t, p, label, value) for t, p in panels for label, value in figures), strict=True
     ):
         colours = _colours(panel, style)
-        axes.barh(range(len(panel)), [value(row) or 0 for row in panel], 0.62, color=[colours[r.name][0] for r in panel])
+        axes.barh(
+            range(len(panel)), [value(row) or 0 for row in panel], 0.62, color=[colours[r.name][0] for r in panel]
+        )
         axes.set_yticks(range(len(panel)), [_name(row, style) for row in panel])
         axes.set(title=title, xlabel=label, ylim=(len(panel) - 0.5, -0.5))
         axes.tick_params(axis="y", length=0)

@@ -66,7 +66,9 @@ def mean(clusters: Sequence[Hashable], values: Sequence[float], seed: int = 0) -
     return estimate(clusters, (values, [1.0] * len(values)), lambda total, n: total / n, seed)
 
 
-def difference(clusters: Sequence[Hashable], ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:
+def difference(
+    clusters: Sequence[Hashable], ours: Sequence[float], theirs: Sequence[float], seed: int = 0
+) -> Estimate:
     """Return the mean difference of paired scores between 0 and 1.
 
     Where no pair differs a bootstrap would call that certain. The interval then is what so many equal pairs leave

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 
 from evals.answering import Question
 from evals.measuring import Asked, measure
-from evals.method import Context, Method, dense, read
+from evals.method import Context, Method, dense
 
 PRESSES = {
     "adakv-expected-attention": lambda ratio: kvpress.AdaKVPress(

@@ -97,7 +97,11 @@ def measure(
 
         answers = answer(model, fork(), mask[rows], questions)
         own = teacher_forced(model, fork(), mask[rows], questions, answers.ids)
-        dense = references[batch] if references is not None else [Reference(*x) for x in zip(answers.ids, own, strict=True)]
+        dense = (
+            references[batch]
+            if references is not None
+            else [Reference(*x) for x in zip(answers.ids, own, strict=True)]
+        )
         forced = own
         if any(reference.ids != ids for reference, ids in zip(dense, answers.ids, strict=True)):
             forced = teacher_forced(model, fork(), mask[rows], questions, [one.ids for one in dense])

@@ -36,9 +36,7 @@ class Group:
         places = [i for i, example in enumerate(self.examples) if example.id in chosen]
         rows = sorted({self.asked.rows[i] for i in places})
         context = self.asked.context
-        kept = Context(
-            tuple(context.rows[r] for r in rows), tuple(context.documents[r] for r in rows), context.room
-        )
+        kept = Context(tuple(context.rows[r] for r in rows), tuple(context.documents[r] for r in rows), context.room)
         asked = Asked(
             kept,
             tuple(self.asked.questions[i] for i in places),

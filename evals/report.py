@@ -20,6 +20,7 @@ from redknot_hf import HeadPlan
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html.jinja"
 Column = tuple[str, Callable[[Row], str]]
+Table = dict[str, Any]  # its head, a list of cells, and its body, a list of those
 
 
 def write_report(
@@ -58,9 +59,9 @@ def markdown(rows: Sequence[Row], captions: dict[str, str], title: str) -> str:
     for heading, table in _tables(rows):
         lines += [f"## {heading}", ""]
         for columns in (_FIDELITY, _COST):
-            lines += _markdown_table(columns, table)
-    if kinds := [row for row in rows if row.kind]:
-        lines += ["## By kind of question", "", *_markdown_table(_KINDS, kinds)]
+            lines += _markdown(_cells(columns, table))
+    for heading, table in _by_kind(rows):
+        lines += [f"## {heading}", "", *_markdown(table)]
     for name, caption in captions.items():
         lines += [f"![{caption}]({name}.png)", "", caption, ""]
     lines += ["## What it was measured on", "", *(f"* {line}" for line in provenance(rows)), ""]
@@ -102,24 +103,25 @@ def _drawings(rows: Sequence[Row], plans: Sequence[tuple[str, HeadPlan]]) -> dic
 
 
 def _page(rows: Sequence[Row], drawings: dict[str, tuple[str, Draw]], title: str) -> str:
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     pictures = [
-        {"name": name, "caption": caption, **{f"{theme}_{size}": _image(draw, style) for (theme, size), style in STYLES.items()}}
+        {"name": name, "caption": caption, **{"_".join(which): _image(draw, style) for which, style in STYLES.items()}}
         for name, (caption, draw) in drawings.items()
     ]  # fmt: skip
     sections = [
         {
             "heading": heading,
             "rows": [{"name": row.name, "verdict": row.verdict, "mood": _mood(row)} for row in table],
-            "tables": [_html_table(columns, table) for columns in (_FIDELITY, _COST)],
+            "tables": [_cells(columns, table) for columns in (_WITHOUT_VERDICT, _COST)],
         }
         for heading, table in _tables(rows)
     ]
-    kinds = [row for row in rows if row.kind]
     return environment.from_string(TEMPLATE.read_text()).render(
         title=title,
         sections=sections,
-        kinds=_html_table(_KINDS, kinds) if kinds else None,
+        kinds=[{"heading": heading, "table": table} for heading, table in _by_kind(rows)],
         pictures=pictures,
         provenance=provenance(rows),
         reading=_READING,
@@ -141,13 +143,35 @@ def _tables(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return tables
 
 
-def _html_table(columns: Sequence[Column], rows: Sequence[Row]) -> dict[str, Any]:
+def _cells(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
     return {"head": [head for head, _ in columns], "body": [[cell(row) for _, cell in columns] for row in rows]}
 
 
-def _markdown_table(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
-    lines = [f"| {' | '.join(head for head, _ in columns)} |", f"|{'---|' * len(columns)}"]
-    return [*lines, *(f"| {' | '.join(cell(row) for _, cell in columns)} |" for row in rows), ""]
+def _by_kind(rows: Sequence[Row]) -> list[tuple[str, Table]]:
+    """Scores of each kind of question, methods to the right, a table for each task and length."""
+    tables = []
+    parts = (row for row in rows if row.kind)
+    for (task, length), same in groupby(parts, key=lambda row: (row.run.task, row.run.length)):
+        table = list(same)
+        methods = list(dict.fromkeys(row.name for row in table))
+        body = []
+        for kind, held in groupby(table, key=lambda row: row.kind):
+            by_name = {row.name: row for row in held}
+            answers = max(row.answers for row in by_name.values())
+            scores = (f"{by_name[name].score.value:.1f}" if name in by_name else "-" for name in methods)
+            body.append([kind, str(answers), *scores])
+        tables.append(
+            (
+                f"Score by kind of question: {task}, {length} tokens",
+                {"head": ["kind", "answers", *methods], "body": body},
+            )
+        )
+    return tables
+
+
+def _markdown(table: Table) -> list[str]:
+    head = [f"| {' | '.join(table['head'])} |", f"|{'---|' * len(table['head'])}"]
+    return [*head, *(f"| {' | '.join(row)} |" for row in table["body"]), ""]
 
 
 def _mood(row: Row) -> str:
@@ -160,7 +184,7 @@ def _mood(row: Row) -> str:
 
 def _with_interval(estimate: Estimate | None, form: str = ".1f") -> str:
     if estimate is None:
-        return "–"
+        return "-"
     value = f"{estimate.value:{form}}"
     if estimate.low is None or estimate.high is None:
         return value
@@ -168,18 +192,18 @@ def _with_interval(estimate: Estimate | None, form: str = ".1f") -> str:
 
 
 def _mib(value: float | None) -> str:
-    return "–" if value is None else f"{value / 2**20:.1f}"
+    return "-" if value is None else f"{value / 2**20:.1f}"
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"
+    return "-" if value is None else f"{value:{form}}"
 
 
 _FIDELITY: tuple[Column, ...] = (
     ("method", lambda row: row.name),
     ("answers", lambda row: str(row.answers)),
     ("score", lambda row: _with_interval(row.score)),
-    ("to dense", lambda row: _with_interval(row.score_difference, "+.1f") if row.name != "dense" else "–"),
+    ("to dense", lambda row: _with_interval(row.score_difference, "+.1f") if row.name != "dense" else "-"),
     ("verdict", lambda row: row.verdict),
     ("same answer %", lambda row: _with_interval(row.same_answer)),
     ("top-1 %", lambda row: _with_interval(row.top1)),
@@ -192,29 +216,23 @@ _FIDELITY: tuple[Column, ...] = (
 _COST: tuple[Column, ...] = (
     ("method", lambda row: row.name),
     ("first token s", lambda row: f"{row.ttft_s:.3f}"),
-    ("later token ms", lambda row: "–" if row.token_s is None else f"{1e3 * row.token_s:.2f}"),
+    ("later token ms", lambda row: "-" if row.token_s is None else f"{1e3 * row.token_s:.2f}"),
     ("tokens/s", lambda row: _number(row.tokens_per_s, ".1f")),
     ("resident MiB", lambda row: _mib(row.resident_bytes)),
     ("of dense", lambda row: _number(row.dense_share, ".0%")),
     ("peak MiB", lambda row: _mib(row.peak_bytes)),
 )
-_KINDS: tuple[Column, ...] = (
-    ("task", lambda row: f"{row.run.task}, {row.run.length}"),
-    ("kind", lambda row: row.kind),
-    *_FIDELITY[:4],
-    ("same answer %", lambda row: _with_interval(row.same_answer)),
-    ("KL mean", lambda row: _with_interval(row.kl, ".2g")),
-)
+_WITHOUT_VERDICT = tuple(column for column in _FIDELITY if column[0] != "verdict")
 _READING = (
-    "Scores and shares are in points of 100. Brackets are 95 % intervals: a paired bootstrap (BCa) over contexts, since "
-    "questions about one context are no independent witnesses. Where no pair differs, the interval is what so many "
-    "equal pairs leave possible.",
-    "Same answer, top-1, top-10, KL and perplexity hold a method against the dense cache on the same tokens, given the "
-    "dense answer. KL(dense || method) is in nats a token.",
-    "Every answer is decoded from the cache whose bytes and times are shown, first token included. It is then checked "
-    "in one step from a second fork of that cache; a method whose answers fail this is marked void.",
+    "Scores and shares are in points of 100. Brackets are 95 % intervals: a paired bootstrap (BCa) over contexts, "
+    "since questions about one context are no independent witnesses. Where no pair differs, the interval is what so "
+    "many equal pairs leave possible.",
+    "Same answer, top-1, top-10, KL and perplexity hold a method against the dense cache on the same tokens, given "
+    "the dense answer. KL(dense || method) is in nats a token.",
+    "Every answer is decoded from the cache whose bytes and times are shown, first token included. It is then "
+    "checked in one step from another fork of that cache; a method whose answers fail this is marked void.",
     "Peak is the most memory taken while the context was read: of the allocator on a GPU, of the process on a CPU, "
     "which is coarse.",
-    "kvpress hides what a press drops and does not free it, so its resident bytes are those of dense; the share that it "
-    "keeps is the plan's. It runs with its own, older transformers.",
+    "kvpress hides what a press drops and does not free it, so its resident bytes are those of dense; the share that "
+    "it keeps is the plan's. It runs with its own, older transformers.",
 )

@@ -109,10 +109,7 @@ def summarize(records: Records, kinds: bool = False) -> list[Row]:
     rows = []
     for runs in by_series.values():
         answers = {
-            (run.seed, id): answer
-            for run in runs
-            for (key, id), answer in records.answers.items()
-            if key == run.key
+            (run.seed, id): answer for run in runs for (key, id), answer in records.answers.items() if key == run.key
         }
         if not answers:
             continue
@@ -132,7 +129,9 @@ def _setting(run: Run) -> list[Any]:
 
 def _dense(records: Records, run: Run) -> dict[tuple[int, str], Answer]:
     """The dense answers of the same examples, by seed and id; the newest versions win."""
-    same = {key: one.seed for key, one in records.runs.items() if one.name == "dense" and _setting(one) == _setting(run)}
+    same = {
+        key: one.seed for key, one in records.runs.items() if one.name == "dense" and _setting(one) == _setting(run)
+    }
     return {(same[key], id): answer for (key, id), answer in records.answers.items() if key in same}
 
 
