@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from evals import tasks
 from evals.bench import BUNDLED, Bench, load_bench
@@ -187,17 +188,17 @@ def _plans(bench: Bench, paths: list[Path]) -> list[tuple[Path, HeadPlan]]:
 
 
 def _show(rows: list[Row]) -> None:
-    """Print the figures that matter most."""
-    table = Table("task", "method", "answers", "score", "to dense", "top-1 %", "KL", "MiB", "ms/token", "verdict")
-    for row in rows:
-        apart = row.score_difference
-        table.add_row(
-            f"{row.run.task}, {row.run.length}", row.name, str(row.answers), f"{row.score.value:.1f}",
-            "-" if apart is None or row.name == "dense" else f"{apart.value:+.1f}", f"{row.top1.value:.1f}",
-            f"{row.kl.value:.2g}", f"{row.resident_bytes / 2**20:.1f}",
-            "-" if row.token_s is None else f"{1e3 * row.token_s:.1f}", row.verdict,
-        )  # fmt: skip
-    Console().print(table)
+    """Print the figures that matter most, a table for each task and length."""
+    for (task, length), same in groupby(rows, key=lambda row: (row.run.task, row.run.length)):
+        numbers = (Column(name, justify="right") for name in ("answers", "score", "top-1 %", "KL", "MiB", "ms/token"))
+        table = Table("method", *numbers, Column("score to dense", min_width=20), title=f"{task}, {length} tokens")
+        for row in same:
+            table.add_row(
+                row.name, str(row.answers), f"{row.score.value:.1f}", f"{row.top1.value:.1f}", f"{row.kl.value:.2g}",
+                f"{row.resident_bytes / 2**20:.1f}", "-" if row.token_s is None else f"{1e3 * row.token_s:.1f}",
+                row.verdict,
+            )  # fmt: skip
+        Console().print(table)
 
 
 if __name__ == "__main__":

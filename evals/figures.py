@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -147,7 +148,7 @@ def times(rows: Sequence[Row], style: Style) -> Figure:
     tallest = max(len(panel) for _, panel in panels)
     across = 1 if style.narrow else len(figures)
     down = len(panels) * len(figures) // across
-    figure = Figure(figsize=(style.width, down * (0.3 * tallest + 0.95)), layout="constrained")
+    figure = Figure(figsize=(style.width, down * (0.3 * tallest + 0.95)), layout=_layout())
     grid = figure.subplots(down, across, squeeze=False, sharey=not style.narrow and _alike(panels))
     for axes, (title, panel, label, value) in zip(
         grid.flat, ((t, p, label, value) for t, p in panels for label, value in figures), strict=True
@@ -207,7 +208,11 @@ def _ends(marks: list[Line2D]) -> list[Line2D]:
 
 def _figure(panels: int, style: Style, height: float, reserve: float) -> Figure:
     across = 1 if style.narrow else min(panels, 2)
-    return Figure(figsize=(style.width, -(-panels // across) * height + reserve), layout="constrained")
+    return Figure(figsize=(style.width, -(-panels // across) * height + reserve), layout=_layout())
+
+
+def _layout() -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.06)
 
 
 def _axes(figure: Figure, panels: int, style: Style, share_y: bool) -> list[Any]:
