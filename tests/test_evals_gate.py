@@ -18,11 +18,11 @@ def model():
 
 def test_the_bundled_plan_passes_and_a_shuffled_one_fails(model):
     plan = HeadPlan.load(BUNDLED / "plan.json", model.config)
-    options = {"task": "tiny/code", "length": 400, "count": 20, "limits": Limits(points=20, top1=90, kl=0.1)}
+    options = {"task": "tiny/code", "length": 280, "count": 20, "limits": Limits(points=20, top1=90, kl=0.1)}
     good = evals.gate(model, plan, **options)
     assert good, str(good)
     assert good.row.answers == 20
-    assert str(good).startswith("passes: redknot on tiny/code at 400 tokens\n")
+    assert str(good).startswith("passes: redknot on tiny/code at 280 tokens\n")
     bad = evals.gate(model, misplaced(plan), **options)
     assert not bad
     assert len(bad.missed) == 3
@@ -36,4 +36,4 @@ def test_the_bundled_plan_passes_and_a_shuffled_one_fails(model):
 def test_gate_refuses_a_plan_of_another_model(model):
     wrong = HeadPlan(HeadPlan.load(BUNDLED / "plan.json").heads[:3])
     with pytest.raises(ValueError, match="the plan has 3 layers"):
-        evals.gate(model, wrong, task="tiny/code", length=200, count=1)
+        evals.gate(model, wrong, task="tiny/code", length=280, count=1)

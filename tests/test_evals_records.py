@@ -61,7 +61,7 @@ def test_damage_elsewhere_is_told(tmp_path):
 def test_killed_run_resumes_without_repeating_or_losing(tmp_path):
     killed, straight = tmp_path / "killed.jsonl", tmp_path / "straight.jsonl"
     command = [
-        sys.executable, "-m", "evals", "run", "tiny/code", "--length", "200", "--count", "400", "--out", str(killed),
+        sys.executable, "-m", "evals", "run", "tiny/code", "--length", "280", "--count", "400", "--out", str(killed),
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 240
@@ -80,7 +80,7 @@ def test_killed_run_resumes_without_repeating_or_losing(tmp_path):
     methods = [dense(), redknot(HeadPlan.load(ROOT / "evals" / "tiny" / "plan.json"))]
     for path in (killed, straight):
         with RecordFile(path) as file, Progress(disable=True) as progress:
-            run(bench, Plan(load("tiny/code"), 200, count), methods, file, progress)
+            run(bench, Plan(load("tiny/code"), 280, count), methods, file, progress)
     again, whole = Records.load([killed]), Records.load([straight])
     lines = [json.loads(line) for line in killed.read_bytes().splitlines()]
     assert killed.read_bytes().startswith(held[: held.rfind(b"\n") + 1])  # nothing is made twice
