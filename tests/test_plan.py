@@ -1,5 +1,6 @@
 import json
 import pickle
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
@@ -253,3 +254,24 @@ def test_print_all_global():
     assert lines[0] == "HeadPlan: 3 layers x 2 KV heads, 6 global, 0 local"
     assert lines[-2] == "  █ global"
     assert lines[-1].startswith("KV kept: 8K 100 % (1.0x less)")
+
+
+@pytest.mark.parametrize(
+    ("made_for", "name", "revisions", "warning"),
+    [
+        ("org/model-a", "model-b", (None, None), "made for org/model-a, the model is model-b"),
+        ("org/model-a", "/local/model-a", (None, None), None),
+        ("org/model-a", "org/model-a", ("1f", "2e"), "revision 1f of org/model-a, the model is of revision 2e"),
+        ("org/model-a", "org/model-a", ("1f", "1f"), None),
+        ("org/model-a", "org/model-a", ("1f", None), None),
+        ("org/model-a", "", (None, None), None),
+    ],
+)
+def test_plan_of_another_model_is_loaded_with_a_warning(tmp_path, made_for, name, revisions, warning):
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=2)
+    config.name_or_path, config._commit_hash = name, revisions[1]
+    provenance = {"model": made_for, "revision": revisions[0]}
+    HeadPlan([[HeadSpec()] * 2] * 2, provenance=provenance).save(tmp_path / "plan.json")
+    with pytest.warns(UserWarning, match=warning) if warning else nullcontext():
+        assert HeadPlan.load(tmp_path / "plan.json", config).num_global == 4
+    HeadPlan.load(tmp_path / "plan.json")  # nothing to compare with

@@ -96,6 +96,19 @@ def append(chip, dims, page):
     return compile_kernel(chip, kernel, arguments, num_warps=4)
 
 
+def place(chip, dims, pairs, interleaved=False):
+    from redknot_kernels import triton_pages
+
+    kernel, power = triton_pages._place_kernel, lambda n: 1 << (n - 1).bit_length()
+    arguments = dict.fromkeys(kernel.arg_names, "i32")
+    arguments |= dict.fromkeys(("k_run", "v_run", "keys", "values"), "*bf16")
+    arguments |= dict.fromkeys(("cos", "sin"), "*fp32") | dict.fromkeys(("source", "target", "turn"), "*i64")
+    arguments |= {"DIM": dims[0], "VALUE_DIM": dims[1], "PAIRS": pairs, "INTERLEAVED": interleaved}
+    arguments |= {"BLOCK_T": triton_pages._PLACED, "BLOCK_P": power(max(pairs, 1)), "BLOCK_V": power(dims[1])}
+    arguments |= {"BLOCK_R": power(max(dims[0] - 2 * pairs, 1)), "EARLY": chip in ("sm90", "sm100")}
+    return compile_kernel(chip, kernel, arguments, num_warps=4)
+
+
 CASES = {
     "decode": partial(decode, dtype="bf16", dims=(128, 128), group=4, page=64),
     "decode_flags_softcap": partial(
@@ -108,6 +121,9 @@ CASES = {
     "merge_few": partial(merge, splits=8, sink=True),
     "merge_many": partial(merge, splits=256),
     "append": partial(append, dims=(80, 128), page=16),
+    "place": partial(place, dims=(128, 128), pairs=64),
+    "place_partial": partial(place, dims=(80, 96), pairs=10, interleaved=True),
+    "place_copied": partial(place, dims=(256, 256), pairs=0),
     "prefill": partial(prefill, past=False, dtype="bf16", dims=(128, 128), group=4),
     "prefill_band": partial(prefill, past=True, dtype="bf16", dims=(128, 128), group=4),
     "prefill_band_logits": partial(

@@ -30,7 +30,8 @@ class DeviceRows:
         self.bounds: Int[Tensor, "rules heads"] = torch.empty(0, 0, dtype=torch.int32)
         self.most_kept = 0
         self._version = -1
-        self._counted = np.zeros(0, np.int32)
+        self._lengths: Int[np.ndarray, " batch"] | None = None  # whose counts these are; never written in place
+        self._slots = 0
 
     def refresh(self, rows: Rows, slots: int, device: torch.device) -> None:
         """Brings what has changed on the host to the device."""
@@ -40,14 +41,13 @@ class DeviceRows:
             self.table = _put(np.maximum(rows.table, 0), self.table, device)
             self.bounds = rows.rules.tensors(device)
             self.most_kept = rows.rules.most_kept(rows.table.shape[2])
-        counted = _counts(rows, slots)
-        if moved or not np.array_equal(counted, self._counted):
-            self.counts = _put(counted, self.counts, device)
-            self._counted = counted
+        if moved or rows.lengths is not self._lengths or slots != self._slots:
+            self.counts = _put(np.append(rows.lengths, slots).astype(np.int32), self.counts, device)
+            self.advanced(rows, slots)
 
     def advanced(self, rows: Rows, slots: int) -> None:
         """Remembers that a kernel has counted what the host has counted too."""
-        self._counted = _counts(rows, slots)
+        self._lengths, self._slots = rows.lengths, slots
 
     def read_counts(self) -> Int[np.ndarray, " batch_and_slots"]:
         """Reads the counts; waits for the device."""
@@ -59,10 +59,6 @@ class DeviceRows:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
-
-
-def _counts(rows: Rows, slots: int) -> Int[np.ndarray, " batch_and_slots"]:
-    return np.append(rows.lengths, slots).astype(np.int32)
 
 
 def _put(values: np.ndarray, old: Tensor, device: torch.device) -> Tensor:

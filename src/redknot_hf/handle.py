@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from redknot_kernels import Context
 from torch import Tensor
 
-from .metadata import METADATA
+from .metadata import is_answer
 
 if TYPE_CHECKING:
     from .layer import RedKnotLayer
@@ -83,9 +83,10 @@ class RedKnotHandle(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in METADATA or func is Tensor.as_subclass:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        if func is Tensor.as_subclass or is_answer(func, out):
+            return out
         raise RuntimeError(
             f"{getattr(func, '__name__', func)} was called on keys or values that a RedKnotCache holds, so the "
             "attention did not run through redknot. Call model.set_attn_implementation('redknot') before generating. "

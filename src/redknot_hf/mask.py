@@ -11,10 +11,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from .metadata import METADATA
+from .metadata import is_answer
 
 # What models and device hooks do to a mask on its way to the attention function.
-_PASSING_ON = METADATA | {
+_PASSING_ON = {
     *(getattr(Tensor, name) for name in ("to", "cpu", "cuda", "clone", "detach", "contiguous", "as_subclass")),
     *(getattr(Tensor, name) for name in ("__getitem__", "narrow", "expand", "index_select", "repeat_interleave")),
     Tensor.__repr__,
@@ -57,13 +57,13 @@ class PaddingMask(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _PASSING_ON:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if func not in _PASSING_ON and not is_answer(func, out):
             raise RuntimeError(
                 f"{getattr(func, '__name__', func)} was called on the attention mask of "
                 "attn_implementation='redknot', so this model does not use transformers' attention interface. Load it "
                 "without attn_implementation='redknot', and use DynamicCache with it."
             )
-        out = super().__torch_function__(func, types, args, kwargs or {})
         if isinstance(out, PaddingMask):  # a part of the mask, or the mask on another device
             out.whole, out.window = args[0].whole, args[0].window
         return out
@@ -88,18 +88,19 @@ class PaddingMask(torch.Tensor):
             ValueError: The mask hides tokens that the cache holds, or shows padding that it skipped.
             RuntimeError: The layers of the cache disagree about their length.
         """
-        if self.shape[-1] != start + tokens:
-            raise RuntimeError(BROKEN_OFF)
-        if self.whole:
-            if (lengths != start).any():
-                _check_past(np.full_like(lengths, start), start, lengths)
-            return None
         memo = getattr(self, "_seen", None)
         if memo is None or memo[0] != (start, tokens):
-            flags = self.plain()[:, 0, 0]
-            _check_past(flags[:, :start].sum(1).cpu().numpy(), start, lengths)
-            real = flags[:, start : start + tokens].clone()  # kept longer than the mask, which is the caller's
-            memo = self._seen = ((start, tokens), None if bool(real.all()) else real)
+            if self.shape[-1] != start + tokens:
+                raise RuntimeError(BROKEN_OFF)
+            real = None
+            if not self.whole:
+                flags = self.plain()[:, 0, 0]
+                _check_past(flags[:, :start].sum(1).cpu().numpy(), start, lengths)
+                real = flags[:, start : start + tokens].clone()  # kept longer than the mask, which is the caller's
+                real = None if bool(real.all()) else real
+            memo = self._seen = ((start, tokens), real)
+        if self.whole and (lengths != start).any():
+            _check_past(np.full_like(lengths, start), start, lengths)
         return memo[1]
 
 

@@ -4,6 +4,7 @@ A global head keeps every token. A local head keeps the first `sink` tokens and 
 of RedKnot (arXiv 2606.06256). A plan is data: plain Python without tensors.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -111,12 +112,20 @@ class HeadPlan:
     def load(cls, path: AnyPath, config: Any = None) -> "HeadPlan":
         """Load a plan that `save` wrote, and check it against the config when one is given.
 
+        A plan whose provenance names another model than the config does is loaded with a warning: heads of another
+        model, even of the same shape, do other things.
+
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or of another format, or the plan does not fit the config.
         """
         pairs, provenance = plan_formats.read_plan(path)
-        return cls._from_pairs(path, pairs, provenance, config)
+        plan = cls._from_pairs(path, pairs, provenance, config)
+        if other := _made_for_another(provenance, config):
+            warnings.warn(
+                f"{path}: {other}. Make a plan of this model: redknot profile MODEL --out plan.json", stacklevel=2
+            )
+        return plan
 
     @classmethod
     def from_redknot(cls, path: AnyPath, config: Any = None) -> "HeadPlan":
@@ -233,6 +242,18 @@ class HeadPlan:
 
     def __str__(self) -> str:
         return "\n".join([_header(self), *_picture(self), _saving(self)])
+
+
+def _made_for_another(provenance: Mapping[str, Any], config: Any) -> str | None:
+    """Say how the model of the provenance differs from that of the config, as far as both are known."""
+    model, mine = provenance.get("model"), getattr(config, "name_or_path", None)
+    # A model is at several paths, and under several owners: its last name stays.
+    if model and mine and Path(str(model)).name != Path(mine).name:
+        return f"the plan was made for {model}, the model is {mine}"
+    revision, loaded = provenance.get("revision"), getattr(config, "_commit_hash", None)
+    if model and revision and loaded and revision != loaded:
+        return f"the plan was made for revision {revision} of {model}, the model is of revision {loaded}"
+    return None
 
 
 def _kv_heads(config: Any) -> tuple[int, ...]:

@@ -2,16 +2,19 @@
 
 from .attend import add_sink_logit, attend, merge
 from .decode import decode, step
-from .implementations import Kernels, implementation
-from .pages import append, copy_pages, gather, gather_tokens, scatter_tokens
+from .implementations import NAMES, Kernels, implementation
+from .pages import append, copy_pages, gather, gather_tokens, place, scatter_tokens
 from .prefill import Context, prefill, read_context
+from .rotation import Rotation, rotate
 from .rules import UNBOUNDED, HeadRules
 
 __all__ = [
+    "NAMES",
     "UNBOUNDED",
     "Context",
     "HeadRules",
     "Kernels",
+    "Rotation",
     "add_sink_logit",
     "append",
     "attend",
@@ -21,8 +24,10 @@ __all__ = [
     "gather_tokens",
     "implementation",
     "merge",
+    "place",
     "prefill",
     "read_context",
+    "rotate",
     "scatter_tokens",
     "step",
 ]

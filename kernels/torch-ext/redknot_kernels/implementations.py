@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import NamedTuple, Optional
 
 from .decode import decode, step
-from .pages import append
+from .pages import append, place
 from .prefill import prefill
 
 NAMES = ("torch", "triton")
@@ -23,6 +23,7 @@ class Kernels(NamedTuple):
     step: Callable
     decode: Callable
     prefill: Callable
+    place: Callable
     captured: Optional[Callable] = None
 
 
@@ -36,12 +37,14 @@ def implementation(name, device=None):
     if name is None:
         name = "triton" if device is not None and device.type in _TRITON_DEVICES else "torch"
     if name == "torch":
-        return Kernels(append, step, decode, prefill)
+        return Kernels(append, step, decode, prefill, place)
     if name != "triton":
         raise ValueError(f"impl={name!r}: choose one of {NAMES}, or None to choose by device")
     if find_spec("triton") is None:
         raise ImportError("impl='triton' needs Triton: pip install triton, or pass impl='torch'")
     from . import triton_decode, triton_pages, triton_prefill
 
-    decoding = triton_decode.step, triton_decode.decode
-    return Kernels(triton_pages.append, *decoding, triton_prefill.prefill, triton_decode.captured_step)
+    return Kernels(
+        triton_pages.append, triton_decode.step, triton_decode.decode, triton_prefill.prefill, triton_pages.place,
+        triton_decode.captured_step,
+    )  # fmt: skip

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import torch
 
+from .rotation import Rotation, rotate
+
 
 def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
     """Writes a step's tokens behind the rows' ends; local rows keep what their ring holds.
@@ -21,10 +23,9 @@ def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
     """
     tokens = k_new.shape[2]
     if tokens <= rules.slack:
-        positions = lengths.long().view(-1, 1, 1)
-        if tokens > 1:
-            positions = positions + torch.arange(tokens, device=lengths.device)
-        _write(k_pages, v_pages, k_new, v_new, table, rules.slots(positions))
+        columns, slots = _ends(rules, tuple(lengths.tolist()), tokens, lengths.device)
+        where = torch.add(slots, table.gather(2, columns), alpha=k_pages.shape[1])
+        _write(k_pages, v_pages, k_new, v_new, where)
         return
     length = int(lengths[0])
     positions = length + torch.arange(tokens, device=lengths.device)
@@ -41,11 +42,20 @@ def _append_kept(k_pages, v_pages, k_new, v_new, table, rules, heads, positions)
     k, v, rows = (take_heads(x, heads) for x in (k_new, v_new, table))
     if len(positions) < k_new.shape[2]:
         k, v = (x.index_select(2, positions - first) for x in (k, v))
-    _write(k_pages, v_pages, k, v, rows, rules.slots(positions.expand(len(table), 1, -1)))
+    slots = rules.slots(positions.expand(len(table), 1, -1))
+    _write(k_pages, v_pages, k, v, token_index(rows, slots, k_pages.shape[1]))
 
 
-def _write(k_pages, v_pages, k_new, v_new, table, slots):
-    where = token_index(table, slots, k_pages.shape[1]).flatten()
+@lru_cache(maxsize=16)  # in a step of decoding, layers of equal rules ask for the same
+def _ends(rules, lengths, tokens, device):
+    """Column and slot in its page of the next tokens of every row, each `[batch, heads, tokens]`."""
+    positions = torch.tensor(lengths, device=device).view(-1, 1, 1) + torch.arange(tokens, device=device)
+    slots = rules.slots(positions).expand(-1, rules.heads, -1)
+    return slots // rules.page_size, slots % rules.page_size
+
+
+def _write(k_pages, v_pages, k_new, v_new, where):
+    where = where.flatten()
     for pages, new in ((k_pages, k_new), (v_pages, v_new)):
         pages.view(-1, pages.shape[-1]).index_copy_(0, where, new.reshape(-1, new.shape[-1]))
 
@@ -66,6 +76,25 @@ def scatter_tokens(pages, table, slots, new):  # ..., [batch, heads, tokens], [b
     """Writes single slots of every row, in place."""
     where = token_index(table, slots, pages.shape[1]).flatten()
     pages.view(-1, pages.shape[-1]).index_copy_(0, where, new.reshape(-1, new.shape[-1]))
+
+
+def place(k_pages, v_pages, keys, values, source, target, rotation=None, turn=None):
+    """Writes stored tokens to any places of the pages, and turns their keys on the way; one pass over memory.
+
+    Args:
+        k_pages, v_pages: `[pages, page_size, dim]`, contiguous, written in place.
+        keys, values: `[stored, dim]`, single tokens of single heads.
+        source: `[tokens]` of int64, which of the stored ones.
+        target: `[tokens]` of int64, where each goes: `page * page_size + slot`, no place twice.
+        rotation: How keys turn, with angles `[angles, pairs]`; `None` copies them.
+        turn: `[tokens]` of int64, which of the angles is for each token.
+    """
+    keys, values = keys.index_select(0, source), values.index_select(0, source)
+    if rotation is not None:
+        cos, sin = rotation.cos.index_select(0, turn), rotation.sin.index_select(0, turn)
+        keys = rotate(keys, Rotation(cos, sin, rotation.interleaved))
+    for pages, new in ((k_pages, keys), (v_pages, values)):
+        pages.view(-1, pages.shape[-1]).index_copy_(0, target, new)
 
 
 def copy_pages(pages, source, target):

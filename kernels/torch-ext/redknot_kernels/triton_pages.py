@@ -1,4 +1,4 @@
-"""Writing a step's tokens into pages, in Triton: all rows in one launch, and nothing waits for the host."""
+"""Writing tokens into pages, in Triton: all rows in one launch, and nothing waits for the host."""
 
 from functools import lru_cache
 
@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
+
+_PLACED = 32  # tokens that a program places
 
 
 def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
@@ -20,6 +22,27 @@ def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
         tokens, heads, DIM=dim, VALUE_DIM=value_dim, PAGE=rules.page_size, BLOCK_T=block,
         BLOCK_D=triton.next_power_of_2(dim), BLOCK_V=triton.next_power_of_2(value_dim), num_warps=4,
         **early_launch(k_new.device),
+    )  # fmt: skip
+
+
+def place(k_pages, v_pages, keys, values, source, target, rotation=None, turn=None):
+    """Writes stored tokens to any places of the pages, and turns their keys on the way; see the plain `place`."""
+    check_device(keys)
+    tokens, dim, value_dim, power = len(source), keys.shape[1], values.shape[1], triton.next_power_of_2
+    k_run, v_run = k_pages.view(-1, dim), v_pages.view(-1, value_dim)
+    if not tokens:
+        return
+    if rotation is None:
+        angles, pairs, interleaved = (source, source), 0, False  # not read
+    else:
+        angles, pairs = [x.contiguous() for x in rotation[:2]], rotation.cos.shape[1]
+        interleaved = rotation.interleaved
+    blocks = {"BLOCK_P": power(max(pairs, 1)), "BLOCK_R": power(max(dim - 2 * pairs, 1)), "BLOCK_V": power(value_dim)}
+    _place_kernel[(triton.cdiv(tokens, _PLACED),)](
+        k_run, v_run, keys, values, source, target, *angles,
+        source if turn is None else turn, *keys.stride(), *values.stride(), tokens,
+        DIM=dim, VALUE_DIM=value_dim, PAIRS=pairs, INTERLEAVED=interleaved, BLOCK_T=_PLACED, **blocks,
+        num_warps=4, **early_launch(keys.device),
     )  # fmt: skip
 
 
@@ -75,6 +98,42 @@ def _append_kernel(
     mask = kept[:, None] & (o_v < VALUE_DIM)
     b_v = tl.load(p_new[:, None] + o_v * stride_vd, mask=mask)
     tl.store((v_pages + page * stride_vp + slot % PAGE * stride_vs)[:, None] + o_v, b_v, mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _place_kernel(
+    k_run, v_run, keys, values, source, target, cos, sin, turn,
+    stride_kt, stride_kd, stride_vt, stride_vd, tokens,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    await_previous(EARLY)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    used = token < tokens
+    stored = tl.load(source + token, mask=used, other=0).to(tl.int64)
+    place = tl.load(target + token, mask=used, other=0).to(tl.int64)
+    p_from, p_to = (keys + stored * stride_kt)[:, None], (k_run + place * DIM)[:, None]
+    if PAIRS > 0:
+        angle = tl.load(turn + token, mask=used, other=0).to(tl.int64)
+        o_p = tl.arange(0, BLOCK_P)
+        mask = used[:, None] & (o_p < PAIRS)
+        b_cos = tl.load(cos + angle[:, None] * PAIRS + o_p, mask=mask, other=0.0)
+        b_sin = tl.load(sin + angle[:, None] * PAIRS + o_p, mask=mask, other=0.0)
+        o_a = 2 * o_p if INTERLEAVED else o_p
+        o_b = o_a + 1 if INTERLEAVED else o_p + PAIRS
+        b_a = tl.load(p_from + o_a * stride_kd, mask=mask, other=0.0).to(tl.float32)
+        b_b = tl.load(p_from + o_b * stride_kd, mask=mask, other=0.0).to(tl.float32)
+        kind = k_run.dtype.element_ty
+        tl.store(p_to + o_a, (b_a * b_cos - b_b * b_sin).to(kind), mask=mask)
+        tl.store(p_to + o_b, (b_b * b_cos + b_a * b_sin).to(kind), mask=mask)
+    if 2 * PAIRS < DIM:
+        o_r = 2 * PAIRS + tl.arange(0, BLOCK_R)
+        mask = used[:, None] & (o_r < DIM)
+        tl.store(p_to + o_r, tl.load(p_from + o_r * stride_kd, mask=mask), mask=mask)
+    o_v = tl.arange(0, BLOCK_V)
+    mask = used[:, None] & (o_v < VALUE_DIM)
+    b_v = tl.load((values + stored * stride_vt)[:, None] + o_v * stride_vd, mask=mask)
+    tl.store((v_run + place * VALUE_DIM)[:, None] + o_v, b_v, mask=mask)
 
 
 INTERPRETING = isinstance(_append_kernel, InterpretedFunction)

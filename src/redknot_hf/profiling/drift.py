@@ -1,0 +1,141 @@
+"""Drift: how far a head's window moves the residual stream, measured as the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from redknot_hf.plan import HeadSpec
+
+from .prompt import Prompt
+from .watching import Attended, Call, attention_layers, watching
+
+_ROWS = 1024  # queries whose errors are held at once, each as wide as the model for every KV head
+
+
+def measure_drift(
+    model: PreTrainedModel, prompts: Sequence[Prompt], windows: Sequence[int], sink: int, tick: Callable[[], object]
+) -> Float[np.ndarray, "prompts heads windows 2"]:
+    """Measures each prompt: squared errors of every head at every window, and the squared stream they fall into.
+
+    The error is that of the head's contribution to the residual stream, after `o_proj`, when its attention keeps to
+    `sink` and window; the stream is what the attention's output has been added to. Both are summed over the queries
+    that predict the prompt's scored tokens. One forward pass serves all heads and windows, and every layer sees the
+    stream of the unrestricted model.
+
+    Args:
+        tick: Called after each prompt.
+
+    Raises:
+        ValueError: A layer of the model has no output projection, or a number is not finite.
+    """
+    found = []
+    for prompt in prompts:
+        meter = _Meter(windows, sink, (prompt.targets - 1).to(model.device))
+        with torch.no_grad(), meter.listening(model), watching(model, meter):
+            model(prompt.ids[None].to(model.device), use_cache=False, logits_to_keep=1)
+        found.append(meter.result())
+        tick()
+    return np.stack(found)
+
+
+def drift(sums: Float[np.ndarray, "prompts heads windows 2"]) -> Float[np.ndarray, "heads windows"]:
+    """The drift over some prompts: root of squared errors over squared stream."""
+    error, stream = np.moveaxis(sums.sum(0), -1, 0)
+    return np.sqrt(error / stream)
+
+
+class _Meter:
+    """Watches one forward pass.
+
+    Args:
+        rows: Queries to measure at.
+    """
+
+    def __init__(self, windows: Sequence[int], sink: int, rows: Int[Tensor, " rows"]) -> None:
+        self.specs = [HeadSpec(window, sink) for window in windows]
+        self.rows = rows
+        self.errors: dict[int, Float[Tensor, "windows heads rows"]] = {}
+        self.sums: dict[int, Float[Tensor, "heads windows 2"]] = {}
+
+    def __call__(self, call: Call) -> Attended:
+        whole = call.attend((HeadSpec(),) * call.heads)
+        errors = [
+            _projected(whole[0, self.rows] - call.attend((spec,) * call.heads)[0, self.rows], call)
+            for spec in self.specs
+        ]
+        self.errors[call.layer] = torch.stack(errors)
+        return whole
+
+    @contextmanager
+    def listening(self, model: PreTrainedModel) -> Iterator[None]:
+        """Hears, for the duration, what each layer's attention adds to the stream."""
+        with ExitStack() as stack:
+            for name, module in attention_layers(model):
+                block = model.get_submodule(name.rpartition(".")[0])
+                self._listen(block, module, stack)
+            yield
+
+    def _listen(self, block: nn.Module, attention: nn.Module, stack: ExitStack) -> None:
+        """After its attention, a block may scale or norm the output, adds it, and hands the sum to its next module.
+
+        So the first module that is given neither the output nor what another one made of it, is given the stream.
+        """
+        seen: dict[str, Any] = {}
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen["before"] = args[0] if args else kwargs["hidden_states"]
+
+        def attended(module: nn.Module, args: Any, output: Any) -> None:
+            seen["output"] = seen["last"] = output[0]
+
+        def child(module: nn.Module, args: Any, output: Any) -> None:
+            if "output" not in seen:
+                return
+            if args[0] is seen["last"]:
+                seen["last"] = output
+            else:
+                self._settle(attention, args[0], **seen)
+                seen.clear()
+
+        hooks = [block.register_forward_pre_hook(enter, with_kwargs=True), attention.register_forward_hook(attended)]
+        hooks += [module.register_forward_hook(child) for module in block.children() if module is not attention]
+        for hook in hooks:
+            stack.callback(hook.remove)
+
+    def _settle(self, attention: nn.Module, stream: Tensor, before: Tensor, output: Tensor, last: Tensor) -> None:
+        """Scales a layer's errors as its block has scaled the attention's output, and sums them up."""
+        layer: Any = attention.layer_idx
+        squares = [_squares(x[0, self.rows]) for x in (stream, stream.float() - before.float(), output)]
+        held, added, projected = squares
+        errors = self.errors.pop(layer) * (added / projected.clamp(min=torch.finfo(torch.float32).tiny))
+        sums = errors.double().sum(-1).T
+        self.sums[layer] = torch.stack([sums, held.double().sum().expand_as(sums)], -1)
+
+    def result(self) -> Float[np.ndarray, "heads windows 2"]:
+        """The sums of all heads, layer by layer."""
+        if self.errors or not self.sums:
+            raise ValueError(f"layers {sorted(self.errors)} do not add their attention's output to a residual stream")
+        sums = torch.cat([self.sums[layer] for layer in sorted(self.sums)]).cpu().numpy()
+        if not np.isfinite(sums).all():
+            raise ValueError("the drift is not finite: the model computes NaN or infinity on this prompt in its dtype")
+        return sums
+
+
+def _projected(error: Float[Tensor, "rows query_heads dim"], call: Call) -> Float[Tensor, "heads rows"]:
+    """Squared length of each KV head's error behind `o_proj`; its group of query heads is restricted together."""
+    weight = call.module.get_parameter("o_proj.weight")
+    weight = weight.unflatten(1, (call.heads, -1)).permute(1, 2, 0).float()
+    parts = error.unflatten(1, (call.heads, -1)).flatten(2).transpose(0, 1).float().split(_ROWS, 1)
+    return torch.cat([_squares(part @ weight) for part in parts], 1)
+
+
+def _squares(tensor: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows"]:
+    return tensor.float().pow(2).sum(-1)

@@ -1,0 +1,147 @@
+"""Looking into the attention of a model while it runs, and running it with restricted heads, without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from redknot_kernels import implementation
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from redknot_hf.mask import PaddingMask, redknot_mask
+from redknot_hf.plan import HeadPlan, HeadSpec
+from redknot_hf.rules import head_rules
+
+_PAGE = 64  # rules ask for one, and without a cache nothing depends on it
+
+Attended = Float[Tensor, "batch tokens query_heads value_dim"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one layer hands to its attention function, over whole sequences without padding.
+
+    Attributes:
+        module: The attention layer.
+        layer: Its index.
+        reach: The model's own sliding window, in tokens.
+        options: `scale`, `softcap` and `s_aux`, as kernels take them.
+    """
+
+    module: nn.Module
+    layer: int
+    query: Float[Tensor, "batch query_heads tokens key_dim"]
+    key: Float[Tensor, "batch heads tokens key_dim"]
+    value: Float[Tensor, "batch heads tokens value_dim"]
+    reach: int | None
+    options: dict[str, Any]
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.key.shape[1]
+
+    def attend(self, specs: tuple[HeadSpec, ...]) -> Attended:
+        """The outputs of all query heads, every KV head under its spec; time is linear in tokens for local heads."""
+        rules = head_rules(specs, _PAGE, self.reach, 0)
+        kernels = implementation(None, self.query.device)
+        return kernels.prefill(self.query, self.key, self.value, None, rules, **self.options)
+
+
+Watcher = Callable[[Call], Attended]
+
+
+@contextmanager
+def watching(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
+    """Every attention layer of the model asks the watcher for its output, for the duration.
+
+    Forward passes take whole sequences, without padding and with `use_cache=False`. The model must run with
+    `attn_implementation="redknot"`, and does so again afterwards.
+
+    Raises:
+        ValueError: The model runs with another attention implementation.
+    """
+    check_model(model)
+    layers = [module for _, module in attention_layers(model)]
+    for module in layers:
+        module.redknot_watcher = watcher  # pyright: ignore[reportArgumentType] - a plain attribute
+    model.set_attn_implementation("redknot_watched")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("redknot")
+        for module in layers:
+            del module.redknot_watcher
+
+
+def restricted(plan: HeadPlan) -> Watcher:
+    """A watcher under which every head keeps to its spec: what a RedKnotCache computes, without one."""
+    return lambda call: call.attend(plan[call.layer])
+
+
+def attention_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The attention layers of the model, which have an `o_proj`, and their names, in order."""
+    found = [(name, m) for name, m in model.named_modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
+    return sorted(found, key=lambda pair: pair[1].layer_idx)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def kv_shape(model: PreTrainedModel) -> tuple[tuple[int, ...], int]:
+    """KV heads of each layer, and bytes of one token's key and value in one head."""
+    plan = HeadPlan.uniform(model.config, HeadSpec())
+    config = model.config.get_text_config(decoder=True)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return tuple(map(len, plan)), 2 * dim * model.dtype.itemsize
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Checks that a model can be profiled.
+
+    Raises:
+        ValueError: The model runs with another attention implementation, or a layer has no `o_proj`.
+    """
+    used = model.config.get_text_config(decoder=True)._attn_implementation
+    if used != "redknot":
+        raise ValueError(
+            f"the model runs with attn_implementation={used!r}: load it with attn_implementation='redknot', or call "
+            "model.set_attn_implementation('redknot')"
+        )
+    layers, wanted = len(attention_layers(model)), len(kv_shape(model)[0])
+    if layers != wanted:
+        raise ValueError(
+            f"{type(model).__name__} has {wanted} layers and {layers} attention layers with an o_proj: profiling "
+            "knows models whose every layer attends and projects its output by a module o_proj"
+        )
+
+
+def _watched_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if attention_mask is not None and not (isinstance(attention_mask, PaddingMask) and attention_mask.whole):
+        raise ValueError("prompts are profiled one at a time and without padding: pass no attention mask")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("prompts are profiled whole: call the model with use_cache=False")
+    options = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": kwargs.get("softcap"),
+        "s_aux": kwargs.get("s_aux"),
+    }
+    reach = kwargs.get("sliding_window") or getattr(attention_mask, "window", None)
+    watcher: Any = module.redknot_watcher
+    layer: Any = module.layer_idx
+    return watcher(Call(module, layer, query, key, value, reach, options)), None
+
+
+AttentionInterface.register("redknot_watched", _watched_attention)
+AttentionMaskInterface.register("redknot_watched", redknot_mask)

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import make_model
+from oracle import masked_logits, random_plan
+from transformers import AutoModelForCausalLM
+
+from evals.tiny.corpus import Corpus, Lexicon
+from redknot_hf import HeadPlan, HeadSpec
+from redknot_hf.profiling import Prompt, profile_heads
+from redknot_hf.profiling.drift import drift, measure_drift
+from redknot_hf.profiling.watching import restricted, watching
+
+TINY = Path(__file__).parents[1] / "evals" / "tiny"
+# Blocks that norm or scale their attention's output before they add it are among them.
+BLOCKS = ("llama", "gemma2", "gemma3", "olmo2", "glm4", "granite", "phi3", "qwen3_moe", "gpt_oss")
+
+
+def prompts(length=40, count=2, vocabulary=97):
+    generator = torch.Generator().manual_seed(1)
+    return [Prompt(torch.randint(1, vocabulary, (length,), generator=generator)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral_sliding", "gpt_oss"])
+def test_restricted_is_the_masked_oracle(family):
+    model, ids = make_model(family), prompts()[0].ids[None]
+    plan = random_plan(model.config)
+    with torch.no_grad(), watching(model, restricted(plan)):
+        logits = model(ids, use_cache=False).logits
+    torch.testing.assert_close(logits, masked_logits(model, plan, ids), rtol=1e-4, atol=1e-4)
+    assert model.config._attn_implementation == "redknot"
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_drift_is_the_change_of_the_stream(family):
+    """Restricting one head changes the stream behind its layer's attention by exactly what was foretold."""
+    model, prompt = make_model(family), prompts()[0]
+    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+    foretold = drift(measure_drift(model, [prompt], (3, 9), 1, lambda: None)).reshape(*shape, 2)
+    whole = streams(model, prompt, HeadPlan.uniform(model.config, HeadSpec()))
+    linear = family not in (
+        "gemma2",
+        "gemma3",
+        "olmo2",
+        "glm4",
+    )  # else a norm stands between, and turns with the error
+    for layer, head, column, window in ((0, 1, 0, 3), (3, 2, 1, 9)):
+        others = [(i, h) for i in range(shape[0]) for h in range(shape[1]) if (i, h) != (layer, head)]
+        plan = HeadPlan.with_global(model.config, others, HeadSpec(window, 1))
+        change = streams(model, prompt, plan)[layer] - whole[layer]
+        found = (change[:-1].pow(2).sum() / whole[layer][:-1].pow(2).sum()).sqrt()
+        assert float(found) == pytest.approx(foretold[layer, head, column], rel=1e-3 if linear else 0.5, abs=1e-6)
+
+
+def streams(model, prompt, plan):
+    """What the first module behind each attention is given that reads the stream."""
+    name = {"gemma2": "pre_feedforward_layernorm", "gemma3": "pre_feedforward_layernorm", "olmo2": "mlp"}
+    name = name.get(model.config.model_type.removesuffix("_text"), "post_attention_layernorm")
+    found = []
+    hooks = [
+        getattr(layer, name).register_forward_pre_hook(lambda module, args: found.append(args[0][0].detach()))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad(), watching(model, restricted(plan)):
+        model(prompt.ids[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_drift_falls_with_the_window_and_counts_scored_queries_only():
+    model, (prompt, _) = make_model("llama"), prompts()
+    errors = drift(measure_drift(model, [prompt], (2, 8, 20, 38), 0, lambda: None))
+    assert (errors[:, :-1].mean(0) > errors[:, 1:].mean(0)).all()
+    early = Prompt(prompt.ids, torch.arange(40) <= 20)  # no query of theirs sees more than 20 tokens
+    errors = drift(measure_drift(model, [early], (2, 20), 0, lambda: None))
+    assert (errors[:, 1] < 1e-6).all()
+    assert (errors[:, 0] > 1e-3).all()
+
+
+def test_hooks_and_attributes_are_gone_afterwards():
+    model, before = make_model("llama"), prompts()
+    profile_heads(model, before, windows=(4,), method="drift")
+    modules = list(model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    assert not any(hasattr(module, "redknot_watcher") for module in modules)
+
+
+def test_true_heads_of_the_bundled_model():
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="redknot")
+    true = HeadPlan.load(TINY / "plan.json", model.config)
+    samples = [Corpus(Lexicon(), seed).sample(1024, 14) for seed in range(4)]
+    inputs = [Prompt(torch.tensor(ids), torch.tensor(weights == 1)) for ids, weights in samples]
+    profile = profile_heads(model, inputs, global_ratio=10 / 32, windows=(128,))
+    errors = np.stack(profile.table())
+    right = np.array([[spec.is_global for spec in layer] for layer in true])
+    ranked = errors[right][:, None] > errors[~right]
+    assert ranked.mean() > 0.9  # the chance that a global head drifts more than a local one
+    assert profile.plan().num_global == 10
+    assert 0.5 < profile.overlap() <= 1
