@@ -25,6 +25,7 @@ from evals.summary import Row, summarize
 from redknot_hf import HeadPlan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
+app.callback()(quiet)
 
 Tasks = Annotated[list[str], typer.Argument(metavar="TASK...", help="names of tasks; `tasks` lists them")]
 Model = Annotated[str, typer.Option(help="folder or Hub id; `bundled` is the model in evals/tiny")]
@@ -110,7 +111,6 @@ def gate(  # noqa: PLR0913 - options of a command
 ) -> None:
     """Pass or fail a plan, with the figures; the exit status is 1 if it fails."""
     bench = load_bench(model)
-    quiet()
     ((_, held),) = _plans(bench, [plan] if plan else [])
     passage = pass_gate(
         bench.model, held, tokenizer=bench.tokenizer, task=task, length=length, count=count, seed=seed,
@@ -165,12 +165,11 @@ def _run(
     lengths: list[int],
     how: tuple[int, int, int, str | None],
 ) -> None:
-    quiet()
     count, seed, batch_size, source = how
     held = _plans(bench, plans)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with RecordFile(out) as file, Progress(*columns) as progress:
+        with RecordFile(out) as file, Progress(*columns, console=Console(stderr=True)) as progress:
             for name in names:
                 for length in lengths:
                     path, plan = held[0] if held else (None, None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 
 from evals import tasks
@@ -118,7 +119,7 @@ def gate(  # noqa: PLR0913 - each says what is asked of whom
 
 def _measured(bench: Bench, work: Plan, method: Method) -> Row:
     with tempfile.TemporaryDirectory() as folder, RecordFile(Path(folder) / "gate.jsonl") as file:
-        with Progress(transient=True) as progress:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
             run(bench, work, [dense(), method], file, progress)
         return next(row for row in summarize(file.records) if row.name == method.name)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import kvpress  # pyright: ignore[reportMissingImports]
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 
 from evals.answering import Question
@@ -89,6 +90,7 @@ def main() -> None:
     """Serves jobs until there are no more."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes where it disturbs nothing
+    transformers.utils.logging.disable_progress_bar()
     worker = Worker(json.loads(sys.stdin.readline()))
     for line in sys.stdin:
         for records in worker.answer(json.loads(line)):

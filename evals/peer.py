@@ -56,9 +56,11 @@ class PressWorker:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         assert self.process.stdin
+        assert self.process.stdout
         if kind is not None:
             self.process.kill()
         self.process.stdin.close()
+        self.process.stdout.close()
         if self.process.wait() and kind is None:
             raise RuntimeError(f"the worker of kvpress ended with status {self.process.returncode}: see above")
 
