@@ -35,7 +35,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples,evals]" --group test --group lint
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples,evals,lm-eval]" --group test --group lint
 	touch $@
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
