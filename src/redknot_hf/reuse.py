@@ -112,10 +112,11 @@ def assemble(
     batch = _as_batch(segments)
     store = _store(batch, model)
     store.check_weights()
-    relocation = store.relocation(force)
     cache = AssembledCache(model.config, store.plan, page_size=page_size, max_cache_len=max_cache_len, impl=impl)
     cache.reused = tuple(_schedule(sequence, boundary) for sequence in batch)
     columns = list(zip_longest(*cache.reused))
+    spliced = any(_is_spliced(part) for column in columns for part in column)
+    relocation = _relocation(store, force) if spliced else None
     lead = len(list(takewhile(lambda column: len(set(column)) == 1, columns))) if len(batch) > 1 else len(columns)
     columns = [column if i >= lead else column[:1] for i, column in enumerate(columns)]
     waiting = _fetched_ahead(store, [part for column in columns for part in column if _is_spliced(part)])
@@ -177,6 +178,16 @@ def _store(batch: Sequence[Sequence[SegmentRef]], model: Any) -> SegmentStore:
     if store.model is not model:
         raise ValueError("the segments belong to another model: add the texts to a SegmentStore of this one")
     return store
+
+
+def _relocation(store: SegmentStore, force: bool) -> Relocation | None:
+    """How keys move, if the model may be reused."""
+    verdict = store.verdict()
+    if not verdict.passed and not force:
+        raise ValueError(
+            f"segments are not reused: {verdict.reason} Pass boundary='all', or force=True to do it still."
+        )
+    return verdict.relocation
 
 
 def _schedule(sequence: Sequence[SegmentRef], boundary: Boundary) -> tuple[Reused, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .identity import model_identity, segment_address, weights_state
 from .plan import HeadPlan
 from .recording import Keep, record
-from .rope import Relocation
+from .reuse_gate import Verdict, gate
 from .segment import Segment
 from .segment_file import SegmentFileError, SegmentFolder
 from .tiers import Counts, Held, Tiers
@@ -99,7 +99,7 @@ class SegmentStore:
         self._on_disk: set[str] = set()
         self.tiers = Tiers(torch.device(model.device), device_bytes, host_bytes, self._on_disk.__contains__)
         self._computing = threading.Lock()
-        self._relocation: Relocation | None = None
+        self._verdict: Verdict | None = None
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="redknot-segments")
 
     def add(self, ids: Ids, prefix: Ids | SegmentRef | None = None) -> SegmentRef:
@@ -123,7 +123,7 @@ class SegmentStore:
         with self._computing:
             absent = {ref.address: ref for ref in refs if not self._has(ref.address)}
             for batch in _batches(sorted(absent.values(), key=len)):
-                self.tiers.counts.computed += len(batch)
+                self.tiers.count("computed", len(batch))
                 self._compute(batch)
         return refs
 
@@ -173,12 +173,12 @@ class SegmentStore:
             )
         self._weights = state
 
-    def relocation(self, force: bool = False) -> Relocation | None:
-        """How the model's keys move, found out once."""
+    def verdict(self) -> Verdict:
+        """Whether the model's segments can be reused; found out once, by the first who asks."""
         with self._computing:
-            if self._relocation is None:
-                self._relocation = Relocation.of(self.model)
-        return self._relocation
+            if self._verdict is None:
+                self._verdict = gate(self.model, self.plan, page_size=self.page_size, impl=self.impl)
+            return self._verdict
 
     @property
     def counts(self) -> Counts:
@@ -216,7 +216,7 @@ class SegmentStore:
             held = self.tiers.take(ref.address)
             if held is None:
                 self.check_weights()
-                self.tiers.counts.recomputed += 1
+                self.tiers.count("recomputed")
                 (held,) = self._compute([ref])
         return held
 
@@ -234,7 +234,7 @@ class SegmentStore:
                 self.folder.write(self.tiers.host_copy(held))
                 self._on_disk.add(segment.address)
             except OSError as e:
-                self.counts.failed_writes += 1
+                self.tiers.count("failed_writes")
                 _warn(f"segment {segment.address[:8]} is kept in memory only: {e}")
         return self.tiers.put(segment)
 
@@ -248,14 +248,12 @@ class SegmentStore:
             self._on_disk.discard(ref.address)
             return None
         except (SegmentFileError, OSError) as e:
-            self.counts.damaged += 1
+            self.tiers.count("damaged")
             self._on_disk.discard(ref.address)
             _warn(f"a stored segment is computed anew: {e}")
             return None
         self._on_disk.add(ref.address)
-        self.counts.hits["disk"] += 1
-        self.counts.moved["disk", "host"] += segment.nbytes
-        return self.tiers.put(segment)
+        return self.tiers.read_in(segment)
 
 
 def _tokens(ids: Ids | None) -> tuple[int, ...]:

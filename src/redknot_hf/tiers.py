@@ -172,6 +172,18 @@ class Tiers:
                 return fetched
             return None
 
+    def count(self, name: str, by: int = 1) -> None:
+        """Adds to one of the counts."""
+        with self._lock:
+            setattr(self.counts, name, getattr(self.counts, name) + by)
+
+    def read_in(self, segment: Segment) -> Held:
+        """Takes a segment that was read from a file into the host's memory; returns it on the device."""
+        with self._lock:
+            self.counts.hits["disk"] += 1
+            self.counts.moved["disk", "host"] += segment.nbytes
+            return self.put(segment)
+
     def host_copy(self, held: Held) -> Segment:
         """The segment in the memory of the host, where files are written from; waits until it is there."""
         with self._lock:
