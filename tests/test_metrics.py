@@ -81,6 +81,7 @@ def test_every_task_has_its_judge():
         ("choice", "D. Because A and B are not", ["D"], (), 1),
         ("choice", "A man did it, I would say (B)", ["A"], (), 1),
         ("choice", "I would say B", ["B"], (), 1),
+        ("choice", "My answer is a guess: C", ["C"], (), 1),
         ("choice", "None of them", ["A"], (), 0),
         ("choice", "", ["A"], (), 0),
         ("classification", "City or State\nCity", ["City"], ("City", "State"), 1 / 2),

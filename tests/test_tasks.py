@@ -91,6 +91,10 @@ def test_prompt_tokens_are_those_of_its_parts(byte_tokenizer):
     assert ids[0] == byte_tokenizer.bos_token_id
     rest = byte_tokenizer(" the river but", add_special_tokens=False)["input_ids"]
     assert prompt_tokens(byte_tokenizer, example) == len(ids) + len(rest)
+    parts = ("a m", "ap sho", "ws")
+    apart = [len(byte_tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts]
+    assert 1 + sum(apart) > len(ids)
+    assert prompt_tokens(byte_tokenizer, replace(example, documents=parts)) == 1 + sum(apart) + len(rest)
 
 
 @pytest.mark.parametrize("length", [9, 50, 10**4])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from evals.metrics.judge import Judge
 
 # In this order: "The correct answer is (B)", "B" or "(B) because ...", and whatever letter stands last and alone.
-_STATED = re.compile(r"(?:answer|option|choice) is:?\s*\(?([A-D])\b", re.IGNORECASE)
+_STATED = re.compile(r"(?i:answer|option|choice) is:?\s*\(?([A-D])\b")
 _FIRST = re.compile(r"\(?([A-D])\b(?!')")
 _ALONE = re.compile(r"\b([A-D])\b(?!')")
 
@@ -21,4 +21,4 @@ class Choice(Judge):
         text = prediction.replace("*", "").strip()
         found = _STATED.findall(text)[-1:] or _FIRST.match(text) or _ALONE.findall(text)[-1:]
         letter = found[0] if isinstance(found, list) and found else found[1] if isinstance(found, re.Match) else None
-        return float(letter is not None and letter.upper() in references)
+        return float(letter is not None and letter in references)

@@ -15,9 +15,11 @@ def tokens(tokenizer: Any, text: str, special: bool = False) -> int:
 
 
 def prompt_tokens(tokenizer: Any, example: Example) -> int:
-    """Return the number of tokens of a prompt, whose context and rest are tokenized apart."""
+    """Return the number of tokens of a prompt, whose documents (or context) and rest are tokenized apart."""
+    first, *others = example.documents or (example.context,)
+    parts = tokenizer(others, add_special_tokens=False, verbose=False)["input_ids"] if others else []
     rest = tokens(tokenizer, example.question + example.answer_prefix)
-    return tokens(tokenizer, example.context, special=True) + rest
+    return tokens(tokenizer, first, special=True) + sum(map(len, parts)) + rest
 
 
 def fullest(
