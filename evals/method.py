@@ -123,7 +123,7 @@ def read(model: Any, cache: Cache, context: Context) -> Cache:
 
 
 def shared(cache: Cache) -> Cache:
-    """Return a fork of a cache whose layers replace their tensors and never write into them, so that both share them."""
+    """Return a fork of a cache whose layers replace their tensors and never write into them: both share them."""
     other = copy(cache)
     other.layers = [copy(layer) for layer in cache.layers]
     return other
