@@ -81,6 +81,11 @@ class Divergence:
         ]
         return float(torch.cat(same).float().mean())
 
+    def loss(self, prompt: int) -> Float[Tensor, ""]:
+        """Mean KL of one prompt, differentiable, of the model as it is being watched."""
+        dense, mine = self.dense[prompt], self._forward(self.prompts[prompt])
+        return (dense.exp() * (dense - mine)).sum(-1).mean()
+
     @contextmanager
     def _from_where_it_differs(self, plan: HeadPlan, prompt: int) -> Iterator[None]:
         """Lets the layers below the first that differs hand on what was kept, for the duration."""
@@ -98,14 +103,17 @@ class Divergence:
     @torch.no_grad()
     def _predict(self, plan: HeadPlan, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:
         """Log-probabilities at the queries that predict scored tokens."""
-        rows = (evenly(prompt.targets, _MOST) - 1).to(self.model.device)
         with watching(self.model, restricted(plan)):
-            out = self.model(prompt.ids[None].to(self.model.device), use_cache=False, logits_to_keep=rows)
-        self.measured += 1
-        found = out.logits[0].float().log_softmax(-1)
+            found = self._forward(prompt)
         if not bool(torch.isfinite(found).all()):
             raise ValueError(
                 f"the loss is not finite on a prompt of {len(prompt)} tokens: the model computes NaN or infinity in "
                 f"{self.model.dtype}; load it in another dtype"
             )
         return found
+
+    def _forward(self, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:
+        rows = (evenly(prompt.targets, _MOST) - 1).to(self.model.device)
+        out = self.model(prompt.ids[None].to(self.model.device), use_cache=False, logits_to_keep=rows)
+        self.measured += 1
+        return out.logits[0].float().log_softmax(-1)
