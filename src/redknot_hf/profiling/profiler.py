@@ -97,7 +97,7 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
         profile.plan()  # an impossible budget is told before the work
     if method == "gates":
         ticks, tick = count(1), lambda: report("gates", next(ticks), 2 * steps)
-        spec = HeadSpec(windows[0], sink)
+        spec = HeadSpec(max(windows), sink)
         gates = train_gates(model, prompts, spec, steps, tick, seconds=seconds, path=checkpoint)
         first, second = (half[:, None] for half in gates)
         profile = replace(profile, errors=(first + second) / 2, halves=(first, second))
