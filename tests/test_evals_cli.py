@@ -49,8 +49,8 @@ def test_gate_sets_the_exit_status(plans):
     assert done.stdout.startswith("FAILS: redknot on tiny/code at 280 tokens")
 
 
-def test_tasks_are_listed_and_mistakes_told():
+def test_tasks_are_listed_and_mistakes_told(tmp_path):
     assert "tiny/plain" in invoke("tasks").stdout.splitlines()
-    done = invoke("run", "tiny/plain", "--method", "nothing", "--out", "unused.jsonl", *SMALL)
+    done = invoke("run", "tiny/plain", "--method", "nothing", "--out", tmp_path / "x.jsonl", *SMALL)
     assert done.exit_code == 1
     assert "no method is called 'nothing'" in str(done.exception) + done.output
