@@ -176,7 +176,7 @@ def _run(
                     found = load_all(methods, Setting(bench.model.config, length, plan, path), held)
                     work = Plan(tasks.load(name, source), length, count, seed, batch_size)
                     run_task(bench, work, found, file, progress)
-    except (AuditError, ValueError, ImportError, FileNotFoundError) as e:
+    except (AuditError, ValueError, ImportError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
 
 

@@ -22,11 +22,13 @@ class Question:
         ids: Tokens of the question and of the words put into the model's mouth, `[tokens]`.
         max_new_tokens: Tokens of the answer at most.
         done: Whether an answer of these tokens is complete.
+        given: Tokens of the answer, where it is not to be decoded but scored.
     """
 
     ids: Tensor
     max_new_tokens: int
     done: Callable[[list[int]], bool]
+    given: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def answer(model: Any, cache: Cache, mask: Tensor, questions: Sequence[Question]
     start = now(mask.device)
     padded, mask = _append(mask, [question.ids for question in questions])
     token = _step(model, cache, padded, mask, 1)[:, -1].argmax(-1)
-    answers = [[int(first)] for first in token]
+    answers = [list(question.given) or [int(first)] for question, first in zip(questions, token, strict=True)]
     question_s = now(mask.device) - start
     token_s: list[float] = []
     while open_rows := [i for i, question in enumerate(questions) if not _ended(question, answers[i])]:
@@ -116,4 +118,4 @@ def _step(model: Any, cache: Cache, ids: Tensor, mask: Tensor, keep: int) -> Ten
 
 
 def _ended(question: Question, tokens: list[int]) -> bool:
-    return len(tokens) >= question.max_new_tokens or question.done(tokens)
+    return bool(question.given) or len(tokens) >= question.max_new_tokens or question.done(tokens)

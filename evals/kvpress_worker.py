@@ -81,9 +81,9 @@ class Worker:
         stop = job["stop"]
 
         def done(ids: list[int]) -> bool:
-            return ids[-1] in self.end or (stop is not None and stop in self.tokenizer.decode(ids))
+            return ids[-1] in self.end or (stop is not None and stop in self.tokenizer.decode(ids).lstrip("\n"))
 
-        return Question(torch.tensor(job["ids"]), job["max_new_tokens"], done)
+        return Question(torch.tensor(job["ids"]), job["max_new_tokens"], done, tuple(job["given"]))
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Asked:
             tuple(tuple(part.to(device) for part in parts) for parts in self.context.documents),
             self.context.room,
         )
-        questions = (Question(q.ids.to(device), q.max_new_tokens, q.done) for q in self.questions)
+        questions = (replace(q, ids=q.ids.to(device)) for q in self.questions)
         return Asked(context, tuple(questions), self.rows)
 
 
@@ -107,7 +107,7 @@ def measure(
             forced = teacher_forced(model, fork(), mask[rows], questions, [one.ids for one in dense])
         for i, reference in enumerate(dense):
             near = fidelity(reference.logits, forced[i], reference.ids)
-            gap = audit_gap(own[i], answers.ids[i])
+            gap = 0.0 if questions[i].given else audit_gap(own[i], answers.ids[i])
             records.append(
                 {
                     "answer_ids": answers.ids[i],

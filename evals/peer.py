@@ -86,6 +86,7 @@ class PressWorker:
                             "ids": question.ids.tolist(),
                             "max_new_tokens": question.max_new_tokens,
                             "stop": example.stop,
+                            "given": question.given,
                         }
                         for example, question in zip(part.examples, part.asked.questions, strict=True)
                     },

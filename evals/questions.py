@@ -71,14 +71,14 @@ class Reader:
 
     def text(self, ids: list[int], stop: str | None) -> str:
         """Return what an answer says, without what ended it."""
-        said = self.tokenizer.decode([i for i in ids if i not in self.end], skip_special_tokens=True)
+        said = self.tokenizer.decode([i for i in ids if i not in self.end], skip_special_tokens=True).lstrip("\n")
         return (said.split(stop)[0] if stop else said).strip()
 
     def done(self, stop: str | None) -> Callable[[list[int]], bool]:
         """Return a test of whether an answer has ended."""
 
         def ended(ids: list[int]) -> bool:
-            return ids[-1] in self.end or (stop is not None and stop in self.tokenizer.decode(ids))
+            return ids[-1] in self.end or (stop is not None and stop in self.tokenizer.decode(ids).lstrip("\n"))
 
         return ended
 
@@ -105,7 +105,8 @@ class Reader:
         ids = self._ids(example.question + example.answer_prefix, add_special_tokens=False)
         if not len(ids):
             raise ValueError(f"example {example.id} asks nothing: give it a question or an answer prefix")
-        return Question(ids, example.max_new_tokens, self.done(example.stop))
+        given = self._ids(example.answers[0], add_special_tokens=False).tolist() if example.given else ()
+        return Question(ids, example.max_new_tokens, self.done(example.stop), tuple(given))
 
     def _ids(self, text: str, add_special_tokens: bool) -> Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"], dtype=torch.long)

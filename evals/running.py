@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,13 +123,15 @@ def _measure(
 
 def _judge(bench: Bench, task: Task) -> Callable[[Group, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Return what makes records of answers: what they say, and how good they are."""
-    metric = metrics.load(task.metric)
+    metric = None if task.metric == "likelihood" else metrics.load(task.metric)
 
     def judge(group: Group, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         records = []
         for example, context, found in zip(group.examples, group.contexts, answers, strict=True):
             said = bench.reader.text(found["answer_ids"], example.stop)
-            score = metric.score(example.answer_prefix + said, example.answers, example.choices)
+            near = found["fidelity"]
+            likely = math.exp(-near["nll"] / near["tokens"])  # one over the perplexity
+            score = metric.score(said, example.answers, example.choices) if metric is not None else likely
             records.append(
                 {"id": example.id, "context": context, "kind": example.kind, "answer": said, "score": score, **found}
             )
