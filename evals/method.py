@@ -84,10 +84,7 @@ class Method(ABC):
     def fork(self, cache: Cache) -> Cache:
         """Return a cache to go on with; the original stays as it is."""
         if all(type(layer) is DynamicLayer for layer in cache.layers):
-            # These layers never write into their tensors, they replace them, so that forks can share them.
-            other = copy(cache)
-            other.layers = [copy(layer) for layer in cache.layers]
-            return other
+            return shared(cache)
         return deepcopy(cache)
 
     def resident_bytes(self, cache: Cache) -> int:
@@ -123,6 +120,13 @@ def read(model: Any, cache: Cache, context: Context) -> Cache:
         )  # fmt: skip
         start = stop
     return cache
+
+
+def shared(cache: Cache) -> Cache:
+    """Return a fork of a cache whose layers replace their tensors and never write into them: both share them."""
+    other = copy(cache)
+    other.layers = [copy(layer) for layer in cache.layers]
+    return other
 
 
 def positions_of(mask: Tensor) -> Tensor:

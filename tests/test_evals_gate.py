@@ -23,13 +23,13 @@ def test_the_bundled_plan_passes_and_a_shuffled_one_fails(model):
     assert good, str(good)
     assert good.row.answers == 20
     assert str(good).startswith("passes: redknot on tiny/code at 280 tokens\n")
-    bad = evals.gate(model, misplaced(plan), **options)
+    bad = evals.gate(model, misplaced(plan), **{**options, "count": 8})
     assert not bad
     assert len(bad.missed) == 3
     apart = bad.row.score_difference
     assert apart is not None
-    assert apart.high is not None
-    assert apart.high < -20
+    assert apart.value < -30
+    assert apart.low is None  # two contexts make no interval
     assert model.config._attn_implementation == "redknot"
 
 

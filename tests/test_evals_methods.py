@@ -167,9 +167,10 @@ def test_quantised_cache_or_what_it_needs(model):
     except ImportError as e:
         assert "quantised" in str(e)  # noqa: PT017 - the other way is tested below
         return
-    _, held = measure(model, dense(), asked(), 1)
+    reference, held = measure(model, dense(), asked(), 1)
     records, _ = measure(model, method, asked(), 1, held)
     assert all(record["audited"] for record in records)
+    assert records[0]["cost"]["resident_bytes"] < 0.4 * reference[0]["cost"]["resident_bytes"]
     assert 0 < max(kl for record in records for kl in record["fidelity"]["kl"]) < 1
 
 

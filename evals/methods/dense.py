@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Cache, QuantizedCache, StaticCache
 
-from evals.method import Context, Method, dense, read
+from evals.method import Context, Method, dense, read, shared
 
 __all__ = ["dense", "quantised", "static"]
 
@@ -33,6 +33,9 @@ class Quantised(Method):
 
     def prepare(self, model: Any, context: Context) -> Cache:
         return read(model, QuantizedCache(backend=self.backend, config=model.config, nbits=self.bits), context)
+
+    def fork(self, cache: Cache) -> Cache:
+        return shared(cache)  # what the backends store cannot always be copied
 
 
 def static() -> Method:
