@@ -50,7 +50,7 @@ class Divergence:
         return np.array([self._compare(plan, i)[0] for i in chosen])
 
     def agreement(self, plan: HeadPlan) -> tuple[float, float]:
-        """Mean KL over all prompts, and the share of scored tokens for which plan and dense hold the same likeliest."""
+        """Mean KL over all prompts, and the share of scored tokens whose likeliest token is the dense one."""
         found = [self._compare(plan, i) for i in range(len(self.prompts))]
         return float(np.mean([kl for kl, _ in found])), float(torch.cat([same for _, same in found]).float().mean())
 
