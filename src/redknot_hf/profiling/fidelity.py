@@ -21,8 +21,8 @@ def fidelity(model: PreTrainedModel, plan: HeadPlan, prompts: Sequence[Prompt]) 
 
     Returns:
         For each length, ascending: `length`, `prompts`, `kl` (nats a scored token), `agreement` (share of scored
-        tokens whose likeliest token stays), `accuracy` and `dense_accuracy` (share whose likeliest token is right), and
-        `holds`: the accuracy is at most a hundredth below the dense one.
+        tokens whose likeliest token stays), `accuracy` and `dense_accuracy` (share whose likeliest token is right),
+        and `holds`: the accuracy is at most a hundredth below the dense one.
 
     Raises:
         ValueError: A prediction is not finite.
