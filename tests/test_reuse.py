@@ -1,6 +1,7 @@
 """Assembled caches are held against a pass over the whole text, and against naive reuse computed by hand."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -222,4 +223,9 @@ def test_what_cannot_be_assembled_is_refused(llama, store, documents):
 def test_an_assembled_cache_is_a_plain_one(llama, documents):
     cache = assemble(llama, documents[:2], boundary=2)
     assert isinstance(cache, RedKnotCache)
+    other = pickle.loads(pickle.dumps(cache))
+    torch.testing.assert_close(next_logits(llama, other), next_logits(llama, copy.deepcopy(cache)))
+    assert other.reused == cache.reused
+    with pytest.raises(ValueError, match="another process"):
+        assemble(llama, [part.ref for part in other.reused[0]])
     assert cache.reused_tokens == len(BOS) + LENGTHS[0]
