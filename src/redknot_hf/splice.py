@@ -114,7 +114,7 @@ class _Places(NamedTuple):
 
 
 class _Taken(NamedTuple):
-    """What rows take of a segment: place in storage, token and place in the rows of each; since where rows hold all."""
+    """What rows take of a segment: place in storage, token and place in the rows of each; where rows hold all since."""
 
     source: Packed
     tokens: Packed
