@@ -114,7 +114,11 @@ class _Places(NamedTuple):
 
 
 class _Taken(NamedTuple):
-    """What rows take of a segment: place in storage, token and place in the rows of each; where rows hold all since."""
+    """What rows take of a segment: place in storage, token and place in the rows of each.
+
+    Attributes:
+        since: Position from which on each row holds all tokens.
+    """
 
     source: Packed
     tokens: Packed
