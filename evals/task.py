@@ -11,14 +11,14 @@ from typing import Any, Protocol
 class Example:
     """One question about one context.
 
-    The prompt is `context + question + answer_prefix`, as text; context and the rest are tokenized apart, so that
-    a context can be read once and asked several questions.
+    The prompt is `context + question + answer_prefix`, as text; the context (each of its documents, if it has some)
+    and the rest are tokenized apart, so that a context can be read once and asked several questions.
 
     Attributes:
         id: Names the example within its task, length and seed.
         context: What is read first. Several examples in a row may share it.
         question: What is asked.
-        answers: Any of them is right; a metric says how near an answer comes.
+        answers: What is right; the metric says whether one of them is wanted or all.
         max_new_tokens: Tokens the model may answer with.
         answer_prefix: Words that the answer begins with, put into the model's mouth.
         stop: Text that ends an answer; `None` leaves it to the model's end-of-sequence tokens.

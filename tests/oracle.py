@@ -59,7 +59,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
     if attention_mask.shape[2] == 1:  # flags of padding
         real = attention_mask[:, 0, 0]
         position = real.cumsum(-1) - 1
-        q, k = position[:, :, None], position[:, None, :]
+        q, k = position[:, -query.shape[2] :, None], position[:, None, :]  # queries are the last
         shown = (k <= q) & real[:, None, :]
     else:
         q, k = torch.arange(query.shape[2])[None, :, None], torch.arange(key.shape[2])[None, None]

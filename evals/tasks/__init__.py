@@ -3,20 +3,21 @@
 from typing import Protocol
 
 from evals.task import Task
-from evals.tasks import tiny
+from evals.tasks import babilong, key_value, multihop, needle, perplexity, rendered, ruler, tiny
 
 
 class Family(Protocol):
     """A module of tasks that are made alike."""
 
-    NAMES: tuple[str, ...]
+    @property
+    def NAMES(self) -> tuple[str, ...]: ...  # noqa: N802 - a module's constant
 
     def load(self, name: str, source: str | None) -> Task:
         """Return the task of one of these names; a source is a file or a folder to read in place of the usual one."""
         ...
 
 
-FAMILIES: tuple[Family, ...] = (tiny,)
+FAMILIES: tuple[Family, ...] = (tiny, ruler, needle, key_value, perplexity, multihop, rendered, babilong)
 
 
 def names() -> tuple[str, ...]:
@@ -38,5 +39,5 @@ def load(name: str, source: str | None = None) -> Task:
     for family in FAMILIES:
         if name in family.NAMES:
             return family.load(name, source)
-    near = [known for known in names() if known.startswith(name.split("/")[0])] or names()
+    near = [known for known in names() if known.split("/")[0] == name.split("/")[0]] or names()
     raise ValueError(f"no task is called {name!r}: choose one of {', '.join(near)}")

@@ -117,19 +117,21 @@ def test_append_writes_what_the_plain_one_does(length, tokens):
     assert all(torch.equal(ours, plain) for ours, plain in zip(*written, strict=True))
 
 
-def _steps_of_both(lengths, tokens, real, room=200, heads=((UNBOUNDED, 0), (30, 4), (5, 0)), group=2):
+def _steps_of_both(lengths, tokens, real, group=2, dims=(24, 24), page_size=16, room=200, **options):
     """Runs one step with the kernel and with its twin, from the same rows; returns what each gave and left behind."""
-    rules = HeadRules.make(*zip(*heads, strict=True), page_size=16)
+    heads = (UNBOUNDED, 0), (30, 4), (5, 0)
+    rules = HeadRules.make(*zip(*heads, strict=True), page_size=page_size)
     generator = torch.Generator().manual_seed(0)
-    batch, columns = len(lengths), -(-room // 16)
+    batch, columns = len(lengths), -(-room // page_size)
     held = [min(columns, most) for most in rules.max_pages]
     order = torch.randperm(batch * sum(held), generator=generator).int()
     table = torch.zeros(batch, len(heads), columns, dtype=torch.int32)
     for b, part in enumerate(order.split(sum(held))):
         for h, pages in enumerate(part.split(held)):
             table[b, h, : len(pages)] = pages
-    pages = [torch.randn(len(order), 16, 24, generator=generator) for _ in range(2)]
-    new = [torch.randn(batch, tokens, n, 24, generator=generator).transpose(1, 2) for n in (group * len(heads), 3, 3)]
+    pages = [torch.randn(len(order), page_size, dim, generator=generator) for dim in dims]
+    shapes = (group * len(heads), dims[0]), (3, dims[0]), (3, dims[1])
+    new = [torch.randn(batch, tokens, *shape, generator=generator).transpose(1, 2) for shape in shapes]
     counts = torch.tensor([*lengths, max(lengths)], dtype=torch.int32)
     found = []
     for function, device in ((step, DEVICE), (plain_step, "cpu")):
@@ -137,7 +139,8 @@ def _steps_of_both(lengths, tokens, real, room=200, heads=((UNBOUNDED, 0), (30, 
         query, k_new, v_new = (x.to(device) for x in new)
         flags = None if real is None else real.to(device)
         arguments = k_pages, v_pages, k_new, v_new, table.to(device), held_counts, flags, rules
-        out = function(query, *arguments, scale=0.3)
+        moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        out = function(query, *arguments, **{"scale": 0.3, **moved})
         found.append([x.cpu() for x in (out, k_pages, v_pages, held_counts)])
     return found
 
@@ -157,6 +160,25 @@ def test_rows_of_any_length_step_together(lengths):
     ours, plain = _steps_of_both(lengths, 1, None)
     torch.testing.assert_close(ours[0], plain[0], atol=3e-6, rtol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(ours[1:], plain[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dims", "group", "page_size", "tokens"),
+    [((192, 128), 3, 32, 1), ((96, 192), 7, 128, 2), ((80, 80), 16, 64, 1), ((32, 256), 1, 16, 11)],
+    ids=str,
+)
+def test_odd_shapes_with_softcap_and_sink_logits_at_any_lengths(dims, group, page_size, tokens):
+    options = {"softcap": 3.0, "s_aux": torch.linspace(-2, 2, 3 * group), "scale": 0.1}
+    ours, plain = _steps_of_both([0, 1, 189, 64], tokens, None, group, dims, page_size, **options)
+    torch.testing.assert_close(ours[0], plain[0], atol=3e-6, rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(ours[1:], plain[1:], strict=True))
+
+
+def test_splits_are_whole_tiles():
+    from redknot_kernels import configurations, triton_decode
+
+    tiles = [e["keys"] for entries in configurations.configurations("decode").values() for e in entries.values()]
+    assert all(triton_decode._MIN_SPLIT % keys == 0 for keys in tiles)  # else splits would share slots
 
 
 def test_a_token_beyond_the_last_page_is_not_written():

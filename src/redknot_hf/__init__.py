@@ -8,5 +8,18 @@ from .attention import redknot_attention
 from .cache import RedKnotCache
 from .captured_decoding import captured_decoding
 from .plan import HeadPlan, HeadSpec
+from .reuse import AssembledCache, assemble, prompt
+from .segments import SegmentRef, SegmentStore
 
-__all__ = ["HeadPlan", "HeadSpec", "RedKnotCache", "captured_decoding", "redknot_attention"]
+__all__ = [
+    "AssembledCache",
+    "HeadPlan",
+    "HeadSpec",
+    "RedKnotCache",
+    "SegmentRef",
+    "SegmentStore",
+    "assemble",
+    "captured_decoding",
+    "prompt",
+    "redknot_attention",
+]

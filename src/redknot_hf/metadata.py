@@ -1,10 +1,10 @@
 """Questions about a tensor, told from work with it."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
-_BASE = Tensor._base.__get__
+_BASE = cast(Any, Tensor._base).__get__
 
 
 def is_answer(func: Any, out: Any) -> bool:

@@ -96,7 +96,7 @@ class Relocation:
     ) -> list[Rotation | None]:
         """For each layer, the turn that moves keys from `positions` to `targets`; `None` where keys stay.
 
-        Layers that turn alike share one `Rotation`, for `redknot_kernels.rotate` or `append(..., rotation=...)`.
+        Layers that turn alike share one `Rotation`, for `redknot_kernels.rotate` and `place`.
 
         Args:
             positions, targets: Where each token was computed and where it shall stand, `[tokens]`, or for each

@@ -104,6 +104,19 @@ class Rows:
         """Counts tokens that were written."""
         self.lengths = self.lengths + counts
 
+    def splice(self, sequence: int, count: int, since: Int[np.ndarray, " heads"]) -> None:
+        """Counts tokens of one sequence of which rows may hold the last only.
+
+        Args:
+            sequence: Which sequence.
+            count: Tokens it grows by.
+            since: Position from which on each row holds all of them; what lies between it and the old end is missing.
+        """
+        gap = since > self.lengths[sequence]
+        self._floor[sequence] = np.where(gap, since, self._floor[sequence])
+        self.lengths = self.lengths.copy()
+        self.lengths[sequence] += count
+
     def oldest(self) -> Int[np.ndarray, "batch heads"]:
         """First position, behind the sinks, that each row still holds."""
         return np.maximum(self._floor, self.lengths[:, None] - np.array(self.rules.ring))

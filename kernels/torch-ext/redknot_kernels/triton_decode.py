@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .configurations import chip_name, configuration, processors
-from .triton_pages import INTERPRETING, await_previous, check_device, early_launch
+from .triton_pages import INTERPRETING, await_previous, early_launch, on_its_device
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1e30)  # a maximum to start from that is finite, so that differences are never NaN
@@ -27,20 +27,18 @@ _MERGED = 256, 16
 
 def step(query, k_pages, v_pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None):
     """Writes new tokens and attends them over their rows; see the plain `step` for the arguments."""
-    check_device(query)
     rows = table, counts, rules.tensors(query.device), rules.most_kept(table.shape[2]), rules.reach
     return _launch(query, k_pages, v_pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
 
 
 def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):
     """Attends the last tokens of every row over the whole row; see the plain `decode` for the arguments."""
-    check_device(query)
     rows = table, lengths, rules.tensors(query.device), rules.most_kept(table.shape[2]), rules.reach
     return _launch(query, k_pages, v_pages, None, *rows, scale, softcap, s_aux)
 
 
 @torch.library.custom_op(
-    "redknot_kernels::step",
+    f"{__package__}::step",  # beside a build of the package, each has its own
     mutates_args=("k_pages", "v_pages", "counts"),
     schema="(Tensor query, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor k_new, Tensor v_new, Tensor table, "
     "Tensor(c!) counts, Tensor? real, Tensor bounds, int most_kept, int reach, float scale, float? softcap, "
@@ -60,6 +58,7 @@ def _(query, k_pages, v_pages, *_):
     return query.new_empty(batch, tokens, heads, v_pages.shape[-1])
 
 
+@on_its_device
 def _launch(query, k_pages, v_pages, new, table, counts, bounds, most_kept, reach, scale, softcap, s_aux):
     """Runs both kernels. `new`: keys, values and flags of new tokens, unless the pages hold them already."""
     batch, query_heads, tokens, dim = query.shape

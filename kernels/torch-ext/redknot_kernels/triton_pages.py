@@ -1,6 +1,6 @@
 """Writing tokens into pages, in Triton: all rows in one launch, and nothing waits for the host."""
 
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 import triton
@@ -10,9 +10,29 @@ from triton.runtime.interpreter import InterpretedFunction
 _PLACED = 32  # tokens that a program places
 
 
+def on_its_device(function):
+    """Lets a function launch its kernels where its first argument is: Triton takes the current device for it.
+
+    Raises:
+        ValueError: That is the CPU, and no interpreter runs the kernels.
+    """
+
+    @wraps(function)
+    def there(first, *args, **kwargs):
+        device = first.device
+        if device.type == "cpu" and not INTERPRETING:
+            raise ValueError("impl='triton' on a model on the CPU: move it to an accelerator, or pass impl='torch'")
+        if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
+            return function(first, *args, **kwargs)
+        with torch.accelerator.device_index(device.index):
+            return function(first, *args, **kwargs)
+
+    return there
+
+
+@on_its_device
 def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
     """Writes a step's tokens behind the rows' ends; see the plain `append`. Rows may be of any length."""
-    check_device(k_new)
     batch, heads, tokens, dim = k_new.shape
     value_dim = v_new.shape[-1]
     block = min(64, triton.next_power_of_2(tokens))
@@ -25,9 +45,9 @@ def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
     )  # fmt: skip
 
 
+@on_its_device
 def place(k_pages, v_pages, keys, values, source, target, rotation=None, turn=None):
     """Writes stored tokens to any places of the pages, and turns their keys on the way; see the plain `place`."""
-    check_device(keys)
     tokens, dim, value_dim, power = len(source), keys.shape[1], values.shape[1], triton.next_power_of_2
     k_run, v_run = k_pages.view(-1, dim), v_pages.view(-1, value_dim)
     if not tokens:
@@ -44,12 +64,6 @@ def place(k_pages, v_pages, keys, values, source, target, rotation=None, turn=No
         DIM=dim, VALUE_DIM=value_dim, PAIRS=pairs, INTERLEAVED=interleaved, BLOCK_T=_PLACED, **blocks,
         num_warps=4, **early_launch(keys.device),
     )  # fmt: skip
-
-
-def check_device(tensor):
-    """Raises where Triton would: on the CPU, unless its interpreter runs the kernels."""
-    if tensor.device.type == "cpu" and not INTERPRETING:
-        raise ValueError("impl='triton' on a model on the CPU: move it to an accelerator, or pass impl='torch'")
 
 
 @lru_cache(maxsize=64)

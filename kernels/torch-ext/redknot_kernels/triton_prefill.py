@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .attend import merge
 from .configurations import chip_name, configuration, processors
 from .pages import head_index, take_heads
-from .triton_pages import INTERPRETING, check_device
+from .triton_pages import INTERPRETING, on_its_device
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1e30)  # a maximum to start from that is finite, so that differences are never NaN
@@ -34,9 +34,9 @@ _DENSE = [
 ]
 
 
+@on_its_device
 def prefill(query, k_new, v_new, context, rules, *, scale, softcap=None, s_aux=None):
     """Attends new tokens over themselves and over a past; see the plain `prefill` for the arguments."""
-    check_device(query)
     query, k_new, v_new = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, k_new, v_new))
     tokens, every = query.shape[2], tuple(range(rules.heads))
     past = context is not None and context.length > 0

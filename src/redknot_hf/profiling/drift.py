@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from redknot_hf.plan import HeadSpec
 
 from .prompt import Prompt
-from .watching import Attended, Call, attention_layers, watching
+from .watching import Attended, Call, attention_layers, blocks, watching
 
 _ROWS = 1024  # queries whose errors are held at once, each as wide as the model for every KV head
 
@@ -78,8 +78,7 @@ class _Meter:
     def listening(self, model: PreTrainedModel) -> Iterator[None]:
         """Hears, for the duration, what each layer's attention adds to the stream."""
         with ExitStack() as stack:
-            for name, module in attention_layers(model):
-                block = model.get_submodule(name.rpartition(".")[0])
+            for block, (_, module) in zip(blocks(model), attention_layers(model), strict=True):
                 self._listen(block, module, stack)
             yield
 

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from .drift import drift, measure_drift
+from .fidelity import fidelity
 from .head_profile import HeadProfile, Number, check_target
+from .loss import LossSearch
+from .mass import measure_mass
 from .prompt import Prompt, as_prompts, fingerprint
 from .watching import check_model, kv_shape
 
-METHODS = ("drift",)
-Report = Callable[[str, int, int], object]
+METHODS = ("drift", "loss", "mass")
+# Name of a stage, steps done, and steps in all where that is known.
+Report = Callable[[str, int, int | None], object]
+Table = Float[np.ndarray, "heads windows"]
 
 
 def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
@@ -29,6 +38,8 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     windows: Sequence[int] = (128, 256, 512, 1024),
     sink: int = 4,
     method: str = "drift",
+    held_out: Any = None,
+    seconds: Number | None = None,
     report: Report | None = None,
 ) -> HeadProfile:
     """Measures what restricting each KV head of a model to a window costs.
@@ -42,8 +53,13 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
         bytes_per_token: Or the bytes a token that it may keep. Without any of the three, `plan` of the profile asks.
         windows: Candidate windows of local heads, in tokens.
         sink: First tokens that local heads keep.
-        method: `"drift"`: error of the head's output, one forward pass a prompt.
-        report: Called with the name of a stage, steps done and steps in all.
+        method: `"drift"`: error of the head's output, one forward pass a prompt. `"loss"`: KL divergence of the
+            predictions, found by a search that restricts heads together; hundreds of forward passes. `"mass"`:
+            attention outside of the window, the paper's criterion.
+        held_out: Prompts like `inputs`, of any lengths, on which the plan for the budget is confirmed. By default
+            every fourth of four or more inputs is held out; they have no part in the profile.
+        seconds: Time for the search of `"loss"`, about; less time makes a rougher profile.
+        report: Called with the name of a stage, steps done and steps in all, `None` if unknown.
 
     Raises:
         ValueError: The model cannot be profiled, a prompt is no longer than the widest window, a budget is impossible,
@@ -57,20 +73,62 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     target = {name: value for name, value in bound.items() if value is not None}
     if target:
         check_target(target)
-    prompts = as_prompts(inputs, windows, sink)
-    if len(prompts) < 2:
-        raise ValueError("there is 1 prompt: give two or more, so that the halves of the prompts can be compared")
+    prompts, confirming = _split(as_prompts(inputs, windows, sink), held_out, windows, sink)
+    report = report or (lambda stage, done, total: None)
+    start = time.perf_counter()
     shape, token_bytes = kv_shape(model)
-    start, done = time.perf_counter(), iter(range(1, len(prompts) + 1))
-    sums = measure_drift(model, prompts, windows, sink, lambda: report and report("drift", next(done), len(prompts)))
+    blank = np.zeros((sum(shape), len(windows)))
     profile = HeadProfile(
-        method=method, heads_by_layer=shape, windows=windows, sink=sink, errors=drift(sums),
-        halves=(drift(sums[::2]), drift(sums[1::2])), length=max(map(len, prompts)), token_bytes=token_bytes,
-        target=target, provenance=_provenance(model, prompts) | {"seconds": round(time.perf_counter() - start, 1)},
+        method=method, heads_by_layer=shape, windows=windows, sink=sink, errors=blank, halves=(blank, blank),
+        length=max(map(len, prompts)), token_bytes=token_bytes, target=target,
     )  # fmt: skip
     if target:
-        profile.plan()
+        profile.plan()  # an impossible budget is told before the work
+    profile = _measured(profile, model, prompts, seconds, report)
+    provenance = _provenance(model, prompts)
+    if target:
+        provenance["overlap"] = round(profile.overlap(), 4)
+        if confirming:
+            report("held out", 0, None)
+        provenance["held_out"] = fidelity(model, profile.plan(), confirming)
+    return replace(profile, provenance=provenance | {"seconds": round(time.perf_counter() - start, 1)})
+
+
+def _measured(
+    profile: HeadProfile, model: PreTrainedModel, prompts: Sequence[Prompt], seconds: Number | None, report: Report
+) -> HeadProfile:
+    """The profile with its errors, by its method."""
+    steps = count(1)
+    tick = lambda: report(profile.method, next(steps), len(prompts))  # noqa: E731
+    windows, sink = profile.windows, profile.sink
+    if profile.method == "drift":
+        sums = measure_drift(model, prompts, windows, sink, tick)
+        return replace(profile, errors=drift(sums), halves=(drift(sums[::2]), drift(sums[1::2])))
+    if profile.method == "mass":
+        mass = measure_mass(model, prompts, windows, sink, tick)
+        return replace(profile, errors=mass.mean(0), halves=(mass[::2].mean(0), mass[1::2].mean(0)))
+    search = LossSearch(model, prompts, windows, sink, lambda passes: report("loss", passes, None))
+    errors, halves = search.run(seconds)
+    profile = replace(profile, errors=errors, halves=halves)
+    if profile.target:
+        profile = replace(profile, errors=search.refined(profile.errors, profile.plan(), seconds))
     return profile
+
+
+def _split(
+    prompts: list[Prompt], held_out: Any, windows: Sequence[int], sink: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to measure, and others to confirm a plan on."""
+    if held_out is not None:
+        confirming = as_prompts(held_out, windows, sink)
+    elif len(prompts) >= 4:
+        confirming = prompts[3::4]
+        prompts = [prompt for i, prompt in enumerate(prompts) if i % 4 != 3]
+    else:
+        confirming = []
+    if len(prompts) < 2:
+        raise ValueError("there is 1 prompt: give two or more, so that the halves of the prompts can be compared")
+    return prompts, confirming
 
 
 def _windows(windows: Sequence[int]) -> tuple[int, ...]:
@@ -82,16 +140,17 @@ def _windows(windows: Sequence[int]) -> tuple[int, ...]:
 def _provenance(model: PreTrainedModel, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What was measured, with what."""
     config = model.config
-    kinds = sorted({prompt.kind for prompt in prompts})
-    lengths = sorted({len(prompt) for prompt in prompts})
     return {
         "model": config.name_or_path or type(model).__name__,
         "revision": getattr(config, "_commit_hash", None),
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "calibration": {
-            "hash": fingerprint(prompts), "prompts": len(prompts), "lengths": lengths, "kinds": kinds,
+            "hash": fingerprint(prompts),
+            "prompts": len(prompts),
+            "lengths": sorted({len(prompt) for prompt in prompts}),
+            "kinds": sorted({prompt.kind for prompt in prompts}),
             "scored": sum(len(prompt.targets) for prompt in prompts),
         },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }  # fmt: skip
+    }

@@ -45,6 +45,12 @@ class Prompt:
         return torch.nonzero(self.scored[1:])[:, 0] + 1
 
 
+def evenly(targets: Int[Tensor, " targets"], most: int) -> Int[Tensor, " taken"]:
+    """At most so many of the targets, at equal distances, the last among them."""
+    step = max(1, -(-len(targets) // most))
+    return targets.flip(0)[::step].flip(0)
+
+
 def as_prompts(inputs: Any, windows: Sequence[int], sink: int) -> list[Prompt]:
     """Makes prompts of what a caller has: prompts, sequences of token ids, or a tensor with a prompt a row.
 

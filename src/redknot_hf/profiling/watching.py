@@ -90,6 +90,11 @@ def attention_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return sorted(found, key=lambda pair: pair[1].layer_idx)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that hold the attention layers, in order: from stream to stream."""
+    return [model.get_submodule(name.rpartition(".")[0]) for name, _ in attention_layers(model)]
+
+
 def kv_shape(model: PreTrainedModel) -> tuple[tuple[int, ...], int]:
     """KV heads of each layer, and bytes of one token's key and value in one head."""
     plan = HeadPlan.uniform(model.config, HeadSpec())

@@ -1,0 +1,157 @@
+"""Data sets whose rows hold ready prompts, in the columns that kvpress gave them.
+
+Their columns are `context`, `question`, `answer_prefix`, `answer` (or `answers`), `task`, `max_new_tokens` and, for
+classification, `all_classes`: RULER (Hsieh et al. 2024), LongBench and LongBench-E (Bai et al. 2023), LongBench-v2
+(Bai et al. 2024) and InfiniteBench (Zhang et al. 2024). The prompts are the data sets' own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+
+from evals.task import Example
+from evals.tasks.hub import Row, read
+from evals.tasks.length import cut_middle, prompt_tokens, tokens
+from evals.tasks.ruler import METRICS as RULER_METRICS
+from evals.tasks.vocabulary import listed
+
+RULER, LONGBENCH = "simonjegou/ruler", "Xnhyacinth/LongBench"
+LONGBENCH_V2, INFINITEBENCH = "Xnhyacinth/LongBench-v2", "MaxJeblick/InfiniteBench"
+RULER_LENGTHS = (4096, 8192, 16384)
+
+# LongBench's other three (multifieldqa_zh, dureader, vcsum) are judged on words that a Chinese segmenter finds.
+LONGBENCH_METRICS = {
+    "narrativeqa": "squad_f1",
+    "qasper": "squad_f1",
+    "multifieldqa_en": "squad_f1",
+    "hotpotqa": "squad_f1",
+    "2wikimqa": "squad_f1",
+    "musique": "squad_f1",
+    "gov_report": "rouge_l",
+    "qmsum": "rouge_l",
+    "multi_news": "rouge_l",
+    "trec": "classification",
+    "triviaqa": "squad_f1",
+    "samsum": "rouge_l",
+    "lsht": "classification",
+    "passage_count": "count",
+    "passage_retrieval_en": "retrieval",
+    "passage_retrieval_zh": "retrieval",
+    "lcc": "code_similarity",
+    "repobench-p": "code_similarity",
+}
+LONGBENCH_E = listed(
+    "qasper,multifieldqa_en,hotpotqa,2wikimqa,gov_report,multi_news,trec,triviaqa,samsum,passage_count,"
+    "passage_retrieval_en,lcc,repobench-p"
+)
+# Tasks with examples in their context go on with another one after the answer's line.
+ONE_LINE = {"trec", "triviaqa", "samsum", "lsht"}
+INFINITEBENCH_METRICS = {
+    "passkey": "first_number",
+    "number_string": "first_number",
+    "kv_retrieval": "string_match_part",
+    "longbook_qa_eng": "squad_f1",
+    "longbook_choice_eng": "choice",
+    "longbook_sum_eng": "rouge_l",
+    "longbook_qa_chn": "character_f1",
+    "longdialogue_qa_eng": "string_match_part",
+    "math_find": "first_number",
+    "math_calc": "leading_numbers",
+    "code_run": "last_number",
+    "code_debug": "choice",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Prompts as a data set has them.
+
+    Attributes:
+        name: As on the command line.
+        metric: Name of a module in `evals/metrics`.
+        data_set: Id on the Hub.
+        config: Which of its configurations; of RULER the length decides.
+        source: A folder with the data set's files.
+        cut: Whether contexts that are too long lose their middle; if not, their questions are left out.
+    """
+
+    name: str
+    metric: str
+    data_set: str
+    config: str | None
+    source: str | None
+    cut: bool = True
+
+    def examples(self, tokenizer: Any, length: int, count: int, seed: int) -> Iterator[Example]:
+        """See `Task.examples`. Questions about one context follow each other."""
+        config = self.config or self._ruler_length(length)
+        task = self.name.split("/")[1] if self.data_set == RULER else None
+        rows = read(self.data_set, config, "test", self.source, task)
+        order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+        drawn = (self._example(tokenizer, length, rows[place], f"{self.name}-{config}-{place}") for place in order)
+        chosen = list(islice((example for example in drawn if example is not None), count))
+        if len(chosen) < count:
+            raise ValueError(
+                f"{self.name} has {len(chosen)} questions (of {len(rows)}) that fit {length} tokens, count is {count}"
+            )
+        together: dict[str, list[Example]] = {}
+        for example in chosen:
+            together.setdefault(example.context, []).append(example)
+        yield from chain.from_iterable(together.values())
+
+    def _ruler_length(self, length: int) -> str:
+        known = [known for known in RULER_LENGTHS if known <= length]
+        if not known:
+            raise ValueError(f"{self.name} has prompts of {RULER_LENGTHS} tokens, length is {length}")
+        return str(known[-1])
+
+    def _example(self, tokenizer: Any, length: int, row: Row, name: str) -> Example | None:
+        """Return the row's example, or nothing if it is too long and may not be cut."""
+        answers = row["answers"] if "answers" in row else row["answer"]
+        prefix = row["answer_prefix"] or ""
+        question = f"{row['question']}\n" if prefix else row["question"]  # as kvpress joins the two
+        context = row["context"]
+        if self.cut:
+            room = length - tokens(tokenizer, question + prefix)
+            context = cut_middle(tokenizer, context, room, special=True)
+        example = Example(
+            id=name,
+            context=context,
+            question=question,
+            answers=(answers,) if isinstance(answers, str) else tuple(answers),
+            max_new_tokens=int(row["max_new_tokens"]),
+            answer_prefix=prefix,
+            stop="\n" if row["task"].removesuffix("_e") in ONE_LINE else None,
+            kind=self._kind(row),
+            choices=tuple(row.get("all_classes") or ()),
+        )
+        return example if prompt_tokens(tokenizer, example) <= length else None
+
+    def _kind(self, row: Row) -> str:
+        """Return what LongBench-E and -v2 report apart: how long the context is, in words or as a class."""
+        match row.get("length"):
+            case int(words) if self.name.startswith("longbench_e/"):
+                return "0-4k" if words < 4000 else "4-8k" if words < 8000 else "8k+"
+            case str(label):
+                return label
+            case _:
+                return ""
+
+
+TASKS: dict[str, tuple[str, str, str | None, bool]] = {
+    **{f"ruler_hub/{task}": (metric, RULER, None, False) for task, metric in RULER_METRICS.items()},
+    **{f"longbench/{task}": (metric, LONGBENCH, task, True) for task, metric in LONGBENCH_METRICS.items()},
+    **{f"longbench_e/{task}": (LONGBENCH_METRICS[task], LONGBENCH, f"{task}_e", True) for task in LONGBENCH_E},
+    "longbench_v2": ("choice", LONGBENCH_V2, "0shot", True),
+    **{f"infinitebench/{task}": (metric, INFINITEBENCH, task, True) for task, metric in INFINITEBENCH_METRICS.items()},
+}
+NAMES = tuple(TASKS)
+
+
+def load(name: str, source: str | None) -> Rendered:
+    """Return the task of this name; a source is a folder with the data set's files."""
+    metric, data_set, config, cut = TASKS[name]
+    return Rendered(name, metric, data_set, config, source, cut)

@@ -1,0 +1,111 @@
+"""How far a plan moves what a model predicts: KL divergence from the unrestricted model, on prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from redknot_hf.plan import HeadPlan, HeadSpec
+
+from .prompt import Prompt, evenly
+from .watching import blocks, restricted, watching
+
+_MOST = 256  # scored tokens of a prompt, evenly taken; each holds a distribution over the vocabulary
+
+
+class Divergence:
+    """Measures plans against the model without any, whose predictions it keeps.
+
+    Args:
+        model: The model.
+        prompts: What to predict; of each, up to 256 scored tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
+        self.model = model
+        self.prompts = prompts
+        self.measured = 0
+        self.settled: tuple[HeadPlan, list[list[Any]]] | None = None
+        dense = HeadPlan.uniform(model.config, HeadSpec())
+        self.dense = [self._predict(dense, prompt) for prompt in prompts]
+
+    def __call__(self, plan: HeadPlan, chosen: Sequence[int] | None = None) -> Float[np.ndarray, " prompts"]:
+        """Mean KL(dense || plan) over the scored tokens of each prompt, in nats.
+
+        Args:
+            plan: Rule of every KV head.
+            chosen: Which of the prompts; by default all.
+
+        Raises:
+            ValueError: A prediction is not finite.
+        """
+        chosen = range(len(self.prompts)) if chosen is None else chosen
+        found = []
+        for i in chosen:
+            with self._from_where_it_differs(plan, i):
+                dense, mine = self.dense[i], self._predict(plan, self.prompts[i])
+            found.append(float((dense.exp() * (dense - mine)).sum(-1).mean()))
+        return np.maximum(found, 0.0)  # rounding
+
+    def settle(self, plan: HeadPlan, chosen: Sequence[int] | None = None) -> None:
+        """Keeps the streams between the layers under a plan, so that plans like it need only the layers that differ.
+
+        They take as much memory as the hidden states of all layers, for each chosen prompt.
+        """
+        self.settled = None
+        kept: list[list[Any]] = [[] for _ in self.prompts]
+        for i in range(len(self.prompts)) if chosen is None else chosen:
+            hooks = [
+                block.register_forward_hook(lambda module, args, output, found=kept[i]: found.append(output))
+                for block in blocks(self.model)
+            ]
+            try:
+                self._predict(plan, self.prompts[i])
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        self.settled = plan, kept
+
+    def agreement(self, plan: HeadPlan) -> float:
+        """Share of the scored tokens for which plan and dense model hold the same token the likeliest."""
+        same = [
+            dense.argmax(-1) == self._predict(plan, prompt).argmax(-1)
+            for dense, prompt in zip(self.dense, self.prompts, strict=True)
+        ]
+        return float(torch.cat(same).float().mean())
+
+    @contextmanager
+    def _from_where_it_differs(self, plan: HeadPlan, prompt: int) -> Iterator[None]:
+        """Lets the layers below the first that differs hand on what was kept, for the duration."""
+        settled, kept = self.settled or (plan, [[]] * len(self.prompts))
+        same = next((i for i, (a, b) in enumerate(zip(plan, settled, strict=True)) if a != b), len(plan))
+        skipped = blocks(self.model)[:same] if kept[prompt] else []
+        for block in skipped:
+            block.forward = lambda *args, found=kept[prompt][same - 1], **kwargs: found
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
+
+    @torch.no_grad()
+    def _predict(self, plan: HeadPlan, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:
+        """Log-probabilities at the queries that predict scored tokens."""
+        rows = (evenly(prompt.targets, _MOST) - 1).to(self.model.device)
+        with watching(self.model, restricted(plan)):
+            out = self.model(prompt.ids[None].to(self.model.device), use_cache=False, logits_to_keep=rows)
+        self.measured += 1
+        found = out.logits[0].float().log_softmax(-1)
+        if not bool(torch.isfinite(found).all()):
+            raise ValueError(
+                f"the loss is not finite on a prompt of {len(prompt)} tokens: the model computes NaN or infinity in "
+                f"{self.model.dtype}; load it in another dtype"
+            )
+        return found

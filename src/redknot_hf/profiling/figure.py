@@ -1,0 +1,52 @@
+"""A profile as a picture: a heat map of errors, and the heads that a plan makes global."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from redknot_hf.plan import HeadPlan
+
+from .head_profile import HeadProfile
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
+    """Draws the errors by layer and KV head, a panel for each window, on a scale of powers of ten.
+
+    Args:
+        profile: What to draw.
+        plan: Its global heads get a frame.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ImportError("a heat map needs matplotlib: pip install 'redknot-hf[plot]'") from e
+    layers, heads = len(profile.heads_by_layer), max(profile.heads_by_layer)
+    width = 1.2 + 0.22 * heads
+    figure = Figure((1.2 + width * len(profile.windows), 1.2 + 0.2 * layers), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(profile.windows), sharey=True))
+    positive = profile.errors[profile.errors > 0]
+    norm = LogNorm(np.quantile(positive, 0.02), positive.max()) if np.ptp(positive) > 0 else None
+    image = None
+    for panel, window in zip(panels, profile.windows, strict=True):
+        rows = [np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in profile.table(window)]
+        image = panel.imshow(np.stack(rows), norm=norm, cmap="magma_r", aspect="auto", interpolation="none")
+        panel.set(title=f"window {window}", xlabel="KV head")
+        for layer, specs in enumerate(plan or ()):
+            for head, spec in enumerate(specs):
+                if spec.is_global:
+                    x, y = np.array([0, 1, 1, 0, 0]) + head - 0.5, np.array([0, 0, 1, 1, 0]) + layer - 0.5
+                    panel.plot(x, y, color="tab:cyan", linewidth=1.2, clip_on=False)
+    panels[0].set_ylabel("layer")
+    units = {"drift": "drift of the residual stream", "loss": "KL, nats a token", "mass": "attention mass"}
+    if image is not None:
+        figure.colorbar(image, ax=list(panels), label=units.get(profile.method, profile.method))
+    return figure

@@ -1,0 +1,139 @@
+"""Computing the segments of texts: a prefill of which every head's part is read out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from redknot_kernels import UNBOUNDED
+from torch import Tensor
+
+from .cache import RedKnotCache
+from .layer import RECORDED, RedKnotLayer
+from .plan import HeadPlan
+from .segment import KeptLayer, Segment, empty
+from .splice import read
+
+Keep = Literal["plan", "full"]
+# Tokens of one forward pass.
+CHUNK = 2048
+
+
+@torch.no_grad()
+def record(
+    model: Any,
+    plan: HeadPlan,
+    texts: Sequence[Sequence[int]],
+    prefix: Sequence[int] = (),
+    *,
+    keep: Keep = "plan",
+    addresses: Sequence[str],
+    page_size: int = 64,
+    impl: str | None = None,
+) -> list[Segment]:
+    """Prefills texts in one batch, each behind the same prefix, and keeps what later use can need.
+
+    Args:
+        model: Runs with `attn_implementation="redknot"`.
+        plan: What heads see and keep.
+        texts: Token ids, at least one a text; lengths may differ.
+        prefix: Tokens that all of them stand behind; they are run once, and not kept.
+        keep: `"plan"` keeps of a local head its first `sink` tokens and its last `window`; `"full"` keeps all tokens
+            of all heads, computed under the plan.
+        addresses: Name of each segment.
+        page_size, impl: Of the cache that the texts go through.
+    """
+    cache = RedKnotCache(model.config, plan, page_size=page_size, impl=impl)
+    forward(model, cache, [list(prefix)])
+    if keep == "full":
+        cache.activate_past_recording()  # so that a chunk can be read before rings lose it
+    if len(prefix):
+        cache.batch_repeat_interleave(len(texts))
+    segments: list[Segment] = []
+    done = 0
+    for size in _chunks(plan, max(map(len, texts)), page_size, bool(len(prefix)), keep):
+        forward(model, cache, [list(text[done : done + size]) for text in texts])
+        segments = segments or _empty(cache, texts, prefix, keep, addresses)
+        for b, segment in enumerate(segments):
+            if done < segment.tokens:
+                _collect(cache, b, segment, done, min(done + size, segment.tokens))
+        done += size
+    return segments
+
+
+def forward(model: Any, cache: RedKnotCache, texts: Sequence[Sequence[int]]) -> None:
+    """Runs the next tokens of every sequence; where texts differ in length, the shorter ones are padded behind.
+
+    Padding counts as slots: `settle_slots` makes them plain again.
+    """
+    for start in range(0, max(map(len, texts)), CHUNK):
+        ids, real = _padded([text[start : start + CHUNK] for text in texts])
+        slots, lengths = cache.get_seq_length(), _lengths(cache, len(texts))
+        places = (lengths[:, None] + real.cumsum(1) - 1).clamp(min=0)
+        flags = torch.cat([torch.arange(slots) >= slots - lengths[:, None], real], 1)
+        mask = None if flags.all() else flags.to(model.device)
+        model(
+            input_ids=ids.to(model.device), attention_mask=mask, position_ids=places.to(model.device),
+            past_key_values=cache, logits_to_keep=1,
+        )  # fmt: skip
+
+
+def row_layers(cache: RedKnotCache) -> Iterator[tuple[int, RedKnotLayer]]:
+    """The layers that hold keys, with their index."""
+    return ((i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, RedKnotLayer))
+
+
+def _padded(texts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
+    """Ids, and which of them are no padding behind a text."""
+    longest = max(map(len, texts))
+    ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], dtype=torch.long)
+    return ids, torch.arange(longest) < torch.tensor([len(text) for text in texts])[:, None]
+
+
+def _lengths(cache: RedKnotCache, batch: int) -> Int[Tensor, " batch"]:
+    rows = next(layer.rows for _, layer in row_layers(cache))
+    return torch.zeros(batch, dtype=torch.long) if rows is None else torch.from_numpy(rows.lengths)
+
+
+def _chunks(plan: HeadPlan, longest: int, page_size: int, behind: bool, keep: Keep) -> Iterator[int]:
+    """Sizes of the steps in which texts are read, so that each can be read out before rings lose it."""
+    sinks = max(spec.sink for layer in plan for spec in layer) if behind else 0
+    done = 0
+    while done < longest:
+        size = RECORDED if keep == "full" else page_size if done < sinks else CHUNK
+        yield size
+        done += size
+
+
+def _empty(
+    cache: RedKnotCache, texts: Sequence[Sequence[int]], prefix: Sequence[int], keep: Keep, addresses: Sequence[str]
+) -> list[Segment]:
+    found: dict[int, KeptLayer] = {}
+    for i, layer in row_layers(cache):
+        rows, pool = layer.storage()
+        window, sink = rows.rules.window, rows.rules.sink
+        if keep == "full":
+            window, sink = (UNBOUNDED,) * len(window), (0,) * len(sink)
+        found[i] = KeptLayer(window, sink, pool.keys.shape[-1], pool.values.shape[-1])
+    layers = tuple(found.get(i) for i in range(len(cache.layers)))
+    like = next(layer for _, layer in row_layers(cache)).storage()[1].keys
+    return [
+        empty(address, tuple(text), tuple(prefix), layers, like)
+        for address, text in zip(addresses, texts, strict=True)
+    ]
+
+
+def _collect(cache: RedKnotCache, sequence: int, segment: Segment, done: int, end: int) -> None:
+    """Reads what a step from token `done` to `end` has brought out of the rows, into the segment."""
+    for i, layer in row_layers(cache):
+        kept = segment.layers[i]
+        assert kept is not None
+        heads, tokens = kept.packed(segment.tokens)
+        new = np.flatnonzero((tokens >= done) & (tokens < end))
+        read_out = read(layer, sequence, heads[new], len(segment.prefix) + tokens[new])
+        place = torch.from_numpy(new).to(segment.data.device)
+        for target, source in zip((segment.keys(i), segment.values(i)), read_out, strict=True):
+            target.index_copy_(0, place, source.to(target.device))

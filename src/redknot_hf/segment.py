@@ -1,0 +1,148 @@
+"""Stored keys and values of one span of text: for every head, the tokens that a later context can need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from redknot_kernels import UNBOUNDED
+from torch import Tensor
+
+Packed = Int[np.ndarray, " kept"]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLayer:
+    """What a segment keeps of one layer, one entry a KV head.
+
+    A head keeps all tokens, or the first `sink` (they are the sinks of a context that begins with this segment) and
+    the last `window` (queries behind the segment see them).
+
+    Attributes:
+        window: Last tokens kept; `UNBOUNDED` keeps all.
+        sink: First tokens kept beside them.
+        key_dim, value_dim: Elements of a key and of a value.
+    """
+
+    window: tuple[int, ...]
+    sink: tuple[int, ...]
+    key_dim: int
+    value_dim: int
+
+    def packed(self, tokens: int) -> tuple[Packed, Packed]:
+        """Head and token of each key kept of a segment of `tokens`, in the order of storage: head by head."""
+        return _packed(self.window, self.sink, tokens)
+
+    def tails(self, tokens: int) -> Int[np.ndarray, " heads"]:
+        """For each head, the token from which on it keeps all that follow."""
+        window, sink = np.array(self.window), np.array(self.sink)
+        return np.where(sink + window >= tokens, 0, tokens - window)
+
+    def kept(self, tokens: int) -> int:
+        """Keys kept of a segment of `tokens`, all heads together."""
+        return len(self.packed(tokens)[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Keys and values of a span of text, as computed behind `prefix` at the positions from `len(prefix)` on.
+
+    Attributes:
+        address: What the content is: a hash over model, plan, tokens and prefix.
+        ids: The tokens.
+        prefix: Tokens they were read behind, which are not stored with them.
+        layers: What is kept of each layer; `None` for a layer that has no keys of its own.
+        data: All keys, layer by layer, then all values; one run of memory, so that one copy moves it.
+    """
+
+    address: str
+    ids: tuple[int, ...]
+    prefix: tuple[int, ...]
+    layers: tuple[KeptLayer | None, ...]
+    data: Float[Tensor, " elements"]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the text."""
+        return len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.data.nbytes
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that all tokens of all heads would take."""
+        token = sum(len(x.window) * (x.key_dim + x.value_dim) for x in self.layers if x is not None)
+        return self.tokens * token * self.data.element_size()
+
+    def keys(self, layer: int) -> Float[Tensor, "kept key_dim"]:
+        """The keys of a layer, packed; a view."""
+        return self._view(layer, 0)
+
+    def values(self, layer: int) -> Float[Tensor, "kept value_dim"]:
+        """The values of a layer, packed; a view."""
+        return self._view(layer, 1)
+
+    def with_data(self, data: Float[Tensor, " elements"]) -> Segment:
+        """The same segment, held elsewhere."""
+        return replace(self, data=data)
+
+    def __repr__(self) -> str:
+        behind = f" behind {len(self.prefix)}" if self.prefix else ""
+        share = f", {self.nbytes / self.dense_nbytes:.0%} of dense" if self.dense_nbytes else ""
+        return (
+            f"Segment({self.address[:8]}, {self.tokens:,} tokens{behind}, {self.nbytes / 2**20:.1f} MiB{share}, "
+            f"{self.data.dtype}, {self.data.device})"
+        )
+
+    def _view(self, layer: int, part: int) -> Tensor:
+        kept = self.layers[layer]
+        if kept is None:
+            raise ValueError(f"layer {layer} has no keys of its own, so the segment holds none of it")
+        start, shape = places(self.layers, self.tokens)[0][part][layer]
+        return self.data[start : start + shape[0] * shape[1]].view(shape)
+
+
+Place = tuple[int, tuple[int, int]]
+
+
+@lru_cache(maxsize=1024)
+def places(layers: tuple[KeptLayer | None, ...], tokens: int) -> tuple[tuple[tuple[Place, ...], ...], int]:
+    """Where in its data a segment of `tokens` has each layer's keys, and values, and how many elements in all."""
+    counts = [0 if x is None else x.kept(tokens) for x in layers]
+    dims = [[0 if x is None else getattr(x, name) for x in layers] for name in ("key_dim", "value_dim")]
+    shapes = [[*zip(counts, part, strict=True)] for part in dims]
+    sizes = [n * dim for part in shapes for n, dim in part]
+    starts = [0, *accumulate(sizes)]
+    half = len(layers)
+    found = tuple(tuple(zip(starts[i : i + half], shapes[i // half], strict=True)) for i in (0, half)) if half else ()
+    return found, starts[-1]
+
+
+def empty(
+    address: str,
+    ids: tuple[int, ...],
+    prefix: tuple[int, ...],
+    layers: tuple[KeptLayer | None, ...],
+    like: Float[Tensor, "..."],
+) -> Segment:
+    """A segment whose keys and values are yet to be written, on the device and of the dtype of `like`."""
+    _, elements = places(layers, len(ids))
+    with torch.inference_mode(False):  # so that what was made in inference mode can be written outside of it
+        return Segment(address, ids, prefix, layers, like.new_zeros(elements))
+
+
+@lru_cache(maxsize=1024)
+def _packed(window: tuple[int, ...], sink: tuple[int, ...], tokens: int) -> tuple[Packed, Packed]:
+    places_of = []
+    for w, s in zip(window, sink, strict=True):
+        whole = w >= UNBOUNDED or s + w >= tokens
+        places_of.append(np.arange(tokens) if whole else np.r_[np.arange(s), np.arange(tokens - w, tokens)])
+    heads = np.repeat(np.arange(len(window)), [len(p) for p in places_of])
+    return heads, np.concatenate(places_of) if places_of else np.zeros(0, np.int64)

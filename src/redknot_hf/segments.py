@@ -1,0 +1,282 @@
+"""The store of segments: texts are prefilled once, and their keys and values are had again from memory or disk."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from .identity import model_identity, segment_address, weights_state
+from .plan import HeadPlan
+from .recording import Keep, record
+from .reuse_gate import Verdict, gate
+from .segment import Segment
+from .segment_file import SegmentFileError, SegmentFolder
+from .tiers import Counts, Held, Tiers
+
+GIB = 2**30
+# Tokens, padding included, that are prefilled in one batch.
+_BATCH_TOKENS = 8192
+
+Ids = Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class SegmentRef:
+    """A text in a store. It stays good when the segment leaves the store's memory: the store computes it anew.
+
+    Attributes:
+        address: Hash over model, plan, tokens and prefix.
+        ids, prefix: The tokens, and those that they were read behind.
+        store: Where the segment is.
+    """
+
+    address: str
+    ids: tuple[int, ...] = field(compare=False)
+    prefix: tuple[int, ...] = field(compare=False)
+    store: SegmentStore = field(compare=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        behind = f" behind {len(self.prefix)}" if self.prefix else ""
+        return f"SegmentRef({self.address[:8]}, {len(self):,} tokens{behind})"
+
+
+class SegmentStore:
+    """Keys and values of texts, for one model and plan.
+
+    `add` prefills a text once; `redknot_hf.assemble` builds caches of what was added. Segments lie on the device, in
+    pinned memory of the host, and in files; the one that was not used for longest makes room. What has left memory and
+    is in no file is computed anew when it is asked for. Any thread may use a store; forward passes take turns.
+
+    Source: RedKnot, arXiv 2606.06256 (position-independent reuse); the per-head part of it is ours.
+
+    Args:
+        model: A causal LM with `attn_implementation="redknot"`.
+        plan: What every KV head sees and keeps.
+        device_bytes, host_bytes: Most bytes in the memory of the device and of the host; `None` is no bound.
+        path: A folder, or a URL that fsspec knows, which every segment is written to as well. Other processes may use
+            the same.
+        keep: `"plan"` keeps what the plan lets a later context need; `"full"` all tokens of all heads, for `refresh`.
+        identity: Name of the model and its weights, where hashing them is not wanted or not possible.
+        page_size, impl: Of the caches that texts are prefilled with.
+
+    Raises:
+        ValueError: The plan does not fit the model, the model cannot be served, or an argument is off.
+    """
+
+    def __init__(  # noqa: PLR0913 - all but two have defaults
+        self,
+        model: Any,
+        plan: HeadPlan,
+        *,
+        device_bytes: int | None = GIB,
+        host_bytes: int | None = 8 * GIB,
+        path: str | os.PathLike[str] | None = None,
+        keep: str = "plan",
+        identity: str | None = None,
+        page_size: int = 64,
+        impl: str | None = None,
+    ) -> None:
+        if keep not in get_args(Keep):
+            raise ValueError(f"keep={keep!r}: choose one of {get_args(Keep)}")
+        plan.check(model.config)
+        self.model, self.plan = model, plan
+        self.keep: Keep = keep  # pyright: ignore[reportAttributeAccessIssue]
+        self.page_size, self.impl = page_size, impl
+        self._name = identity
+        self.identity, self._weights = self._identity(), weights_state(model)
+        self.folder = None if path is None else SegmentFolder(path, self.identity)
+        self._on_disk: set[str] = set()
+        self.tiers = Tiers(torch.device(model.device), device_bytes, host_bytes, self._on_disk.__contains__)
+        self._computing = threading.Lock()
+        self._verdict: Verdict | None = None
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="redknot-segments")
+
+    def add(self, ids: Ids, prefix: Ids | SegmentRef | None = None) -> SegmentRef:
+        """Prefills a text, unless the store has it, and keeps its keys and values.
+
+        Args:
+            ids: Its tokens.
+            prefix: What it is read behind and not stored with it: `<bos>`, a system prompt. Without one, the first
+                tokens of the text take the role that the first tokens of a prompt have for the model (attention
+                sinks), and keep it wherever they are reused.
+
+        Raises:
+            ValueError: There are no tokens, or the model's weights have changed since the store was made.
+        """
+        return self.add_all([ids], prefix)[0]
+
+    def add_all(self, texts: Sequence[Ids], prefix: Ids | SegmentRef | None = None) -> list[SegmentRef]:
+        """Adds several texts behind one prefix, in batches of texts of like length; as `add`."""
+        refs = [self.ref(text, prefix) for text in texts]
+        self.check_weights()
+        with self._computing:
+            absent = {ref.address: ref for ref in refs if not self._has(ref.address)}
+            for batch in _batches(sorted(absent.values(), key=len)):
+                self.tiers.count("computed", len(batch))
+                self._compute(batch)
+        return refs
+
+    def ref(self, ids: Ids, prefix: Ids | SegmentRef | None = None) -> SegmentRef:
+        """Names a text without computing anything; what is not in the store then is when it is first used."""
+        behind = (*prefix.prefix, *prefix.ids) if isinstance(prefix, SegmentRef) else _tokens(prefix)
+        tokens = _tokens(ids)
+        if not tokens:
+            raise ValueError("the text has no tokens: leave it out")
+        return SegmentRef(segment_address(self.identity, self.plan, self.keep, tokens, behind), tokens, behind, self)
+
+    def get(self, ref: SegmentRef) -> Segment:
+        """The stored keys and values of a text, on the device; computed anew if the store has lost them."""
+        held = self.tiers.take(ref.address) or self._read(ref) or self._again(ref)
+        return held.here()
+
+    def fetch(self, ref: SegmentRef) -> Callable[[], Segment]:
+        """Starts to bring a text's keys and values to the device, and returns what waits for them."""
+        held = self.tiers.take(ref.address)
+        if held is not None:
+            return held.here
+        if self.folder is None:
+            return lambda: self._again(ref).here()
+        reading = self._readers.submit(self._read, ref)
+        return lambda: (reading.result() or self._again(ref)).here()
+
+    def drop(self, ref: SegmentRef) -> None:
+        """Forgets a text, in memory and on disk."""
+        self.tiers.drop(ref.address)
+        self._on_disk.discard(ref.address)
+        if self.folder is not None:
+            self.folder.remove(ref.address)
+
+    def check_weights(self) -> None:
+        """Raises if what is stored is no longer the model's.
+
+        Raises:
+            ValueError: The weights, or which adapters are on, have changed since the store was made.
+        """
+        state = weights_state(self.model)
+        if state == self._weights:
+            return
+        if self._identity() != self.identity:
+            raise ValueError(
+                "the model's weights, its dtype or its adapters have changed since the store was made: what is stored "
+                "is another model's. Make a new SegmentStore; the old one's files stay good for the old model."
+            )
+        self._weights = state
+
+    def verdict(self) -> Verdict:
+        """Whether the model's segments can be reused; found out once, by the first who asks."""
+        with self._computing:
+            if self._verdict is None:
+                self._verdict = gate(self.model, self.plan, page_size=self.page_size, impl=self.impl)
+            return self._verdict
+
+    @property
+    def counts(self) -> Counts:
+        """What the store has done so far."""
+        return self.tiers.counts
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held in memory, by tier."""
+        return self.tiers.nbytes
+
+    def __contains__(self, ref: SegmentRef) -> bool:
+        return self._has(ref.address)
+
+    def __repr__(self) -> str:
+        held = ", ".join(f"{n / 2**20:.1f} MiB on {name}" for name, n in self.nbytes.items())
+        files = "" if self.folder is None else f", files in {self.folder.url}"
+        texts = len(self.tiers)
+        return f"SegmentStore({texts} text{'s' * (texts != 1)}, {held}{files}; {self.counts})"
+
+    def _identity(self) -> str:
+        return model_identity(self.model) if self._name is None else self._name
+
+    def _has(self, address: str) -> bool:
+        if address in self.tiers or address in self._on_disk:
+            return True
+        if self.folder is not None and address in self.folder:
+            self._on_disk.add(address)
+            return True
+        return False
+
+    def _again(self, ref: SegmentRef) -> Held:
+        """Computes what is in no place any more, unless another thread just has."""
+        with self._computing:
+            held = self.tiers.take(ref.address)
+            if held is None:
+                self.check_weights()
+                self.tiers.count("recomputed")
+                (held,) = self._compute([ref])
+        return held
+
+    def _compute(self, refs: Sequence[SegmentRef]) -> list[Held]:
+        segments = record(
+            self.model, self.plan, [ref.ids for ref in refs], refs[0].prefix, keep=self.keep,
+            addresses=[ref.address for ref in refs], page_size=self.page_size, impl=self.impl,
+        )  # fmt: skip
+        return [self._keep(segment) for segment in segments]
+
+    def _keep(self, segment: Segment) -> Held:
+        held = Held(segment)
+        if self.folder is not None:
+            try:
+                self.folder.write(self.tiers.host_copy(held))
+                self._on_disk.add(segment.address)
+            except OSError as e:
+                self.tiers.count("failed_writes")
+                _warn(f"segment {segment.address[:8]} is kept in memory only: {e}")
+        return self.tiers.put(segment)
+
+    def _read(self, ref: SegmentRef) -> Held | None:
+        """Brings a text from its file to the device; `None` if there is no good file."""
+        if self.folder is None:
+            return None
+        try:
+            segment = self.folder.read(ref.address, self.tiers.buffer)
+        except FileNotFoundError:
+            self._on_disk.discard(ref.address)
+            return None
+        except (SegmentFileError, OSError) as e:
+            self.tiers.count("damaged")
+            self._on_disk.discard(ref.address)
+            _warn(f"a stored segment is computed anew: {e}")
+            return None
+        self._on_disk.add(ref.address)
+        return self.tiers.read_in(segment)
+
+
+def _tokens(ids: Ids | None) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    if isinstance(ids, Tensor):
+        if ids.ndim != 1:
+            raise ValueError(f"a text of shape {tuple(ids.shape)}: give the ids of one text, [tokens]")
+        ids = ids.tolist()
+    return tuple(map(int, ids))
+
+
+def _batches(refs: Sequence[SegmentRef]) -> Iterator[list[SegmentRef]]:
+    """Texts in order of length, so many together that a batch has at most so many tokens with padding."""
+    batch: list[SegmentRef] = []
+    for ref in refs:
+        if batch and (len(batch) + 1) * len(ref) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(ref)
+    if batch:
+        yield batch
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

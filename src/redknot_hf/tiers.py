@@ -1,0 +1,260 @@
+"""Where segments lie: on the device, in pinned memory of the host, and what leaves first when there is no room."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .segment import Segment
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A segment that some stream may still be copying.
+
+    Attributes:
+        segment: Its data may be used after `here`.
+        ready: Recorded behind the copy; `None` if there is nothing to wait for.
+    """
+
+    segment: Segment
+    ready: Any = None
+
+    def here(self) -> Segment:
+        """The segment, usable by what the current stream does from now on; the host does not wait."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.segment.data.device)
+            stream.wait_event(self.ready)
+            self.segment.data.record_stream(stream)
+        return self.segment
+
+
+class Tier:
+    """Segments in one place, at most so many bytes of them; the one that was not used for longest leaves first."""
+
+    def __init__(self, name: str, most: int | None) -> None:
+        self.name = name
+        self.most = most
+        self.nbytes = 0
+        self._held: OrderedDict[str, Held] = OrderedDict()
+
+    def take(self, address: str) -> Held | None:
+        """The segment, marked as used now; `None` if it is not here."""
+        held = self._held.get(address)
+        if held is not None:
+            self._held.move_to_end(address)
+        return held
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether a segment of so many bytes can be here at all."""
+        return self.most is None or nbytes <= self.most
+
+    def put(self, held: Held) -> list[Held]:
+        """Takes a segment that fits; returns those that had to leave for it."""
+        self.drop(held.segment.address)
+        self._held[held.segment.address] = held
+        self.nbytes += held.segment.nbytes
+        gone = []
+        while self.most is not None and self.nbytes > self.most:
+            address = next(iter(self._held))
+            gone.append(self._held[address])
+            self.drop(address)
+        return gone
+
+    def drop(self, address: str) -> None:
+        """Lets a segment go, if it is here."""
+        held = self._held.pop(address, None)
+        if held is not None:
+            self.nbytes -= held.segment.nbytes
+
+    def __contains__(self, address: str) -> bool:
+        return address in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+
+@dataclass
+class Counts:
+    """What a store has done so far.
+
+    Attributes:
+        hits: Segments found, by tier.
+        computed: Segments prefilled, and prefilled again because they were lost.
+        moved: Bytes copied, by `(from, to)`.
+        evicted: Segments that left a tier for others, by tier.
+        lost: Segments of which the last copy left.
+        damaged: Files that were refused.
+        failed_writes: Files that could not be written.
+    """
+
+    hits: Counter[str] = field(default_factory=Counter)
+    computed: int = 0
+    recomputed: int = 0
+    moved: Counter[tuple[str, str]] = field(default_factory=Counter)
+    evicted: Counter[str] = field(default_factory=Counter)
+    lost: int = 0
+    damaged: int = 0
+    failed_writes: int = 0
+
+    def __str__(self) -> str:
+        hits = ", ".join(f"{n} from {name}" for name, n in self.hits.items()) or "none"
+        moved = ", ".join(f"{n / 2**20:.1f} MiB {a} to {b}" for (a, b), n in self.moved.items()) or "nothing"
+        again = f", {self.recomputed} again" if self.recomputed else ""
+        return f"{self.computed} computed{again}, hits {hits}, moved {moved}"
+
+
+class Tiers:
+    """Segments in the memory of a device and of its host.
+
+    A segment that is used comes to the device and stays until others need its room; then it is copied to the host, and
+    from there it leaves for good. On CUDA copies run on a stream of their own, through pinned memory, and nobody waits
+    for them but who uses the segment. Any thread may call any method.
+
+    Args:
+        device: Where segments are used.
+        device_bytes, host_bytes: Most bytes in each; `None` is no bound.
+        backed: Tells whether a segment can be had again when it has left both (it is on disk).
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        device_bytes: int | None,
+        host_bytes: int | None,
+        backed: Callable[[str], bool],
+    ) -> None:
+        self.device = device
+        self.on_device, self.on_host = Tier("device", device_bytes), Tier("host", host_bytes)
+        self.counts = Counts()
+        self._backed = backed
+        self._lock = threading.RLock()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def put(self, segment: Segment) -> Held:
+        """Takes a segment from the device, where it was computed, or from the host; returns it on the device."""
+        with self._lock:
+            held = Held(segment)
+            if segment.data.device != self.device:
+                self._to_host(held)
+                held = self._fetched(held)
+            if not self.on_device.fits(segment.nbytes):
+                self._to_host(held)
+                return held
+            for gone in self.on_device.put(held):
+                self.counts.evicted["device"] += 1
+                self._to_host(gone)
+            return held
+
+    def take(self, address: str) -> Held | None:
+        """A segment that is in memory, on the device or on its way there; `None` if there is none."""
+        with self._lock:
+            if held := self.on_device.take(address):
+                self.counts.hits["device"] += 1
+                return held
+            if held := self.on_host.take(address):
+                self.counts.hits["host"] += 1
+                fetched = self._fetched(held)
+                if self.on_device.fits(fetched.segment.nbytes):
+                    for gone in self.on_device.put(fetched):
+                        self.counts.evicted["device"] += 1
+                        self._to_host(gone)
+                return fetched
+            return None
+
+    def count(self, name: str, by: int = 1) -> None:
+        """Adds to one of the counts."""
+        with self._lock:
+            setattr(self.counts, name, getattr(self.counts, name) + by)
+
+    def read_in(self, segment: Segment) -> Held:
+        """Takes a segment that was read from a file into the host's memory; returns it on the device."""
+        with self._lock:
+            self.counts.hits["disk"] += 1
+            self.counts.moved["disk", "host"] += segment.nbytes
+            return self.put(segment)
+
+    def host_copy(self, held: Held) -> Segment:
+        """The segment in the memory of the host, where files are written from; waits until it is there."""
+        with self._lock:
+            found = self.on_host.take(held.segment.address)
+        found = found or self._copied_out(held)
+        if found.ready is not None:
+            found.ready.synchronize()
+        return found.segment
+
+    def drop(self, address: str) -> None:
+        """Lets a segment go from both."""
+        with self._lock:
+            self.on_device.drop(address)
+            self.on_host.drop(address)
+
+    def __contains__(self, address: str) -> bool:
+        with self._lock:
+            return address in self.on_device or address in self.on_host
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len({*self.on_device, *self.on_host})
+
+    def buffer(self, elements: int, dtype: torch.dtype) -> Float[Tensor, " elements"]:
+        """Memory of the host to read a file into."""
+        return torch.empty(elements, dtype=dtype, pin_memory=self._stream is not None)
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by tier. A segment may be in both; without a GPU the two then share its memory."""
+        with self._lock:
+            return {tier.name: tier.nbytes for tier in (self.on_device, self.on_host)}
+
+    def _to_host(self, held: Held) -> None:
+        """Keeps a segment in the host's memory, if it fits there, when the device lets it go."""
+        segment = held.segment
+        if segment.address in self.on_host:
+            return
+        gone = [held]
+        if self.on_host.fits(segment.nbytes):
+            gone = self.on_host.put(self._copied_out(held))
+            self.counts.evicted["host"] += len(gone)
+        for one in gone:
+            address = one.segment.address
+            if address not in self.on_device and not self._backed(address):
+                self.counts.lost += 1
+
+    def _fetched(self, held: Held) -> Held:
+        """The segment on the device."""
+        self.counts.moved["host", "device"] += held.segment.nbytes
+        if self._stream is None:
+            return Held(held.segment.with_data(held.segment.data.to(self.device)))
+        return self._copied(held, lambda data: data.to(self.device, non_blocking=True))
+
+    def _copied_out(self, held: Held) -> Held:
+        """The segment in the host's memory, pinned where there is CUDA."""
+        self.counts.moved["device", "host"] += held.segment.nbytes
+        if self._stream is None:
+            return Held(held.segment.with_data(held.segment.data.cpu()))
+        pinned = self.buffer(held.segment.data.numel(), held.segment.data.dtype)
+        return self._copied(held, lambda data: pinned.copy_(data, non_blocking=True))
+
+    def _copied(self, held: Held, copy: Callable[[Tensor], Tensor]) -> Held:
+        stream, data = self._stream, held.segment.data
+        assert stream is not None
+        if held.ready is None and data.is_cuda:  # it may still be computed
+            stream.wait_stream(torch.cuda.current_stream(data.device))
+        elif held.ready is not None:
+            stream.wait_event(held.ready)
+        with torch.cuda.stream(stream):
+            moved = copy(data)
+            if data.is_cuda:
+                data.record_stream(stream)
+            return Held(held.segment.with_data(moved), stream.record_event())

@@ -1,0 +1,92 @@
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from redknot_hf import HeadPlan, HeadSpec
+from redknot_hf.cli import app
+from redknot_hf.profiling import HeadProfile
+
+TINY = str(Path(__file__).parents[1] / "evals" / "tiny")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    result = run(
+        *("profile", TINY, "--out", folder / "plan.json", "--budget", 0.4, "--windows", "32,128"),
+        *("--length", 256, "--prompts", 4, "--kinds", "repeats", "--check-length", 384),
+        *("--profile-out", folder / "profile.json", "--figure", folder / "heat.png", "--dtype", "float32"),
+    )
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_profile_writes_a_plan_with_its_provenance(written):
+    folder, output = written
+    plan = HeadPlan.load(folder / "plan.json")
+    assert plan.nbytes(256, 32, 4) <= 0.4 * 32 * 256 * 64 * 4
+    assert plan.provenance["model"] == TINY
+    assert [found["length"] for found in plan.provenance["held_out"]] == [256, 384]
+    assert plan.provenance["calibration"]["prompts"] == 3
+    assert "held out, 384 tokens: KL" in output
+    assert (folder / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_profile_converts_to_plans_for_other_budgets(written, tmp_path):
+    folder, _ = written
+    result = run("plan", "convert", folder / "profile.json", "--out", tmp_path / "plan.json", "--global-ratio", 0.75)
+    assert result.exit_code == 0, result.output
+    assert HeadPlan.load(tmp_path / "plan.json").num_global == 24
+    assert HeadPlan.load(tmp_path / "plan.json") == HeadProfile.load(folder / "profile.json").plan(global_ratio=0.75)
+
+
+def test_duo_attention_scores_convert(tmp_path):
+    (tmp_path / "full_attention_heads.tsv").write_text("0.1\t0.9\n0.7\t0.2\n")
+    (tmp_path / "config.json").write_text(json.dumps({"sink_size": 16, "recent_size": 64}))
+    result = run("plan", "convert", tmp_path, "--out", tmp_path / "plan.json", "--threshold", 0.8)
+    assert result.exit_code == 0, result.output
+    assert HeadPlan.load(tmp_path / "plan.json").num_global == 1
+
+
+def test_show_prints_heads_and_provenance():
+    result = run("plan", "show", f"{TINY}/plan.json")
+    assert result.exit_code == 0
+    assert "8 layers x 4 KV heads, 10 global" in result.output
+    assert "method: trained with this plan" in result.output
+
+
+def test_diff_names_the_heads_that_differ(tmp_path):
+    heads = [list(layer) for layer in HeadPlan.load(f"{TINY}/plan.json")]
+    heads[1][2] = HeadSpec()
+    HeadPlan(heads).save(tmp_path / "other.json")
+    result = run("plan", "diff", f"{TINY}/plan.json", tmp_path / "other.json")
+    assert result.exit_code == 1
+    assert "1 of 32 heads differ; overlap of global heads (Jaccard) 0.91" in result.output
+    assert "4 + 128" in result.output
+    same = run("plan", "diff", f"{TINY}/plan.json", f"{TINY}/plan.json")
+    assert same.exit_code == 0
+    assert "0 of 32 heads differ" in same.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("profile", TINY, "--out", "x.json"), "give a bound"),
+        (
+            ("profile", TINY, "--out", "x.json", "--budget", "0.5", "--kinds", "repeats", "--length", "100"),
+            "100 tokens",
+        ),
+        (("plan", "show", "nowhere.json"), "nowhere.json"),
+        (("plan", "convert", f"{TINY}/plan.json", "--out", "x.json", "--budget", "0.5"), "budget is for profiles"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", "")

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+import torch
+from redknot_kernels import UNBOUNDED
+
+from redknot_hf.segment import KeptLayer, Segment, empty, places
+
+LAYER = KeptLayer((UNBOUNDED, 4, 4, 1), (0, 2, 0, 0), 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (8, [range(8), [0, 1, 4, 5, 6, 7], range(4, 8), [7]]),
+        (6, [range(6), range(6), range(2, 6), [5]]),  # sink and window meet
+        (5, [range(5), range(5), range(1, 5), [4]]),  # and overlap
+        (1, [[0], [0], [0], [0]]),
+    ],
+)
+def test_heads_keep_sinks_and_windows(tokens, expected):
+    heads, kept = LAYER.packed(tokens)
+    for head, wanted in enumerate(expected):
+        np.testing.assert_array_equal(kept[heads == head], list(wanted))
+        tail = LAYER.tails(tokens)[head]
+        assert set(range(tail, tokens)) <= set(wanted)
+        assert tail == 0 or tail - 1 not in wanted
+    assert LAYER.kept(tokens) == sum(map(len, expected))
+
+
+def test_views_tile_the_data():
+    layers = (LAYER, None, KeptLayer((2,), (1,), 4, 4))
+    segment = empty("address", tuple(range(7)), (), layers, torch.zeros(0, dtype=torch.bfloat16))
+    for i in (0, 2):
+        segment.keys(i).fill_(2 * i + 1)
+        segment.values(i).fill_(2 * i + 2)
+    counts = {value: int((segment.data == value).sum()) for value in (0, 1, 2, 5, 6)}
+    n = LAYER.kept(7)
+    assert counts == {0: 0, 1: 3 * n, 2: 5 * n, 5: 12, 6: 12}
+    assert segment.nbytes == 2 * (8 * n + 24) == segment.data.nbytes
+    assert segment.dense_nbytes == 2 * 7 * (4 * 8 + 8)
+    assert "7 tokens" in repr(segment)
+    with pytest.raises(ValueError, match="no keys of its own"):
+        segment.keys(1)
+
+
+def test_a_segment_moves_with_its_data():
+    segment = Segment("a", (1, 2), (), (LAYER,), torch.arange(float(places((LAYER,), 2)[1])))
+    moved = segment.with_data(segment.data + 1)
+    torch.testing.assert_close(moved.keys(0), segment.keys(0) + 1)
+    assert moved.ids == segment.ids
+
+
+def test_bytes_follow_the_plan():
+    """1/8 of the heads global, windows of 256: at most 0.16 of a dense cache at 8K."""
+    layer = KeptLayer((UNBOUNDED, *[256] * 7), (0, *[4] * 7), 128, 128)
+    _, elements = places((layer,) * 32, 8192)
+    assert elements / (32 * 8 * 8192 * 256) <= 0.16
