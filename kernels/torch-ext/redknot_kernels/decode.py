@@ -80,6 +80,8 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
         else:
             out = out if len(out) else found.new_empty(len(found), heads, *found.shape[2:])
             out.index_copy_(1, head_index(part, out.device), found)
+    if query.shape[2] == 1:
+        return out.reshape(len(out), 1, -1, out.shape[-1])
     return out.flatten(1, 2).transpose(1, 2).contiguous()
 
 
@@ -110,7 +112,8 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
     folded, alone = query.flatten(2, 3), chunk >= columns and longest == max(starts) + tokens
     parts = []
     for column in range(0, columns, chunk):
-        rows = table.narrow(2, column, min(chunk, columns - column))
+        count = min(chunk, columns - column)
+        rows = table if count == table.shape[2] else table.narrow(2, column, count)
         k, v = gather(k_pages, rows), gather(v_pages, rows)
         first, end = column * size, column * size + k.shape[2]
         mask = None
