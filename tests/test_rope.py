@@ -9,6 +9,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from redknot_hf.rope import Relocation
 
+pytestmark = pytest.mark.core
+
 POSITIONS = torch.tensor([0, 1, 63, 700, 30_000, 131_000])
 TARGETS = torch.tensor([131_071, 90_001, 63, 20_011, 5, 131_001])
 YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192, "rope_theta": 10_000.0}
@@ -75,6 +77,13 @@ def test_scaled_embeddings(kind):
         assert assert_moves(model, POSITIONS, TARGETS - 1).limit == (131_071 if kind == "dynamic" else None)
 
 
+def test_phi3_switches_tables_at_its_first_length():
+    short = {**LONGROPE, "short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [2.0, 4.0, 8.0, 16.0]}
+    options = {"rope_parameters": {**short, "partial_rotary_factor": 0.5}, "original_max_position_embeddings": 4096}
+    model = make_model("phi3", hidden_size=128, max_position_embeddings=131_072, **options)
+    assert assert_moves(model, POSITIONS[:4], torch.tensor([4095, 17, 3000, 1])).limit == 4096
+
+
 @pytest.mark.parametrize(
     ("model_type", "options", "layout"),
     [
@@ -89,7 +98,9 @@ def test_other_layouts(model_type, options, layout):
 
 
 def test_each_layer_of_gemma3_turns_at_its_own_speed():
-    relocation = assert_moves(make_model("gemma3", max_position_embeddings=131_072))
+    ropes = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": SCALINGS["linear"]}
+    relocation = assert_moves(make_model("gemma3", max_position_embeddings=131_072, rope_parameters=ropes))
+    assert [layer.kind for layer in relocation.layers] == ["default", "default", "linear", "default"]
     first, second, third, fourth = (layer.frequencies for layer in relocation.layers)
     assert torch.equal(first, second)
     assert torch.equal(first, fourth)

@@ -8,6 +8,7 @@ import pytest
 from evals import metrics, tasks
 from evals.tasks.hub import read
 from evals.tasks.length import prompt_tokens
+from evals.tasks.rendered import _apart
 
 FOLDER = Path(__file__).parent / "fixtures" / "hub"
 
@@ -70,12 +71,15 @@ def test_longbench_loses_its_middle(byte_tokenizer):
     whole = examples(byte_tokenizer, "longbench/hotpotqa", 9000, 4)
     for example, cut in zip(whole, examples(byte_tokenizer, "longbench/hotpotqa", 300, 4), strict=True):
         assert cut.question == example.question
-        assert prompt_tokens(byte_tokenizer, cut) >= 297 < prompt_tokens(byte_tokenizer, example)
+        assert prompt_tokens(byte_tokenizer, cut) >= 280 < prompt_tokens(byte_tokenizer, example)
         assert cut.context.startswith("Answer the question based on the given passages.\n\nPassage 1:")
         assert cut.context.endswith(f"It is {example.answers[0]} deep.\n\n")
         assert cut.context not in example.context
+        assert [part.split("\n")[0] for part in example.documents[1:]] == ["Passage 1:", "Passage 2:", "Passage 3:"]
+        assert "".join(example.documents) == example.context
+        assert "".join(cut.documents) in (cut.context, "")
     assert {example.answers for example in whole} == {(f"{i} feet", str(i)) for i in range(4)}
-    assert whole[0].question.count("\n") == 2  # the prefix begins a line
+    assert all(example.question.endswith("?\n") for example in whole)
     with pytest.raises(ValueError, match="no room for the context"):
         next(load("longbench/hotpotqa").examples(byte_tokenizer, 20, 1, seed=0))
 
@@ -112,6 +116,9 @@ def test_infinitebench_reads_a_book_once(byte_tokenizer):
     assert {answer for example in found for answer in example.answers} == {*"ABCD"}
     first = next(load("infinitebench/passkey").examples(byte_tokenizer, 600, 1, seed=0))
     assert (first.question, first.answer_prefix) == ("What is the pass key?", "")
+    assert _apart("Who?", " Ann") == "Who?"
+    assert _apart("Who?\n", "Ann") == "Who?\n"
+    assert _apart("Who?", "Ann") == "Who?\n"
     judge = metrics.load(load("infinitebench/math_find").metric)
     for example in examples(byte_tokenizer, "infinitebench/math_find", 600, 3):
         assert judge.score(f" {example.answers[0]}.", example.answers) == 1

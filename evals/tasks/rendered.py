@@ -5,8 +5,9 @@ classification, `all_classes`: RULER (Hsieh et al. 2024), LongBench and LongBenc
 (Bai et al. 2024) and InfiniteBench (Zhang et al. 2024). The prompts are the data sets' own.
 """
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -49,6 +50,9 @@ LONGBENCH_E = listed(
 )
 # Tasks with examples in their context go on with another one after the answer's line.
 ONE_LINE = {"trec", "triviaqa", "samsum", "lsht"}
+# Tasks whose contexts are passages, which methods may reuse one by one.
+OF_PASSAGES = {"hotpotqa", "2wikimqa", "musique"}
+_PASSAGE = re.compile(r"(?=^Passage \d+:$)", re.MULTILINE)
 INFINITEBENCH_METRICS = {
     "passkey": "first_number",
     "number_string": "first_number",
@@ -67,7 +71,7 @@ INFINITEBENCH_METRICS = {
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Prompts as a data set has them.
+    """Prompts as a data set has them; LongBench's passages are documents.
 
     Attributes:
         name: As on the command line.
@@ -111,24 +115,27 @@ class Rendered:
     def _example(self, tokenizer: Any, length: int, row: Row, name: str) -> Example | None:
         """Return the row's example, or nothing if it is too long and may not be cut."""
         answers = row["answers"] if "answers" in row else row["answer"]
-        prefix = row["answer_prefix"] or ""
-        question = f"{row['question']}\n" if prefix else row["question"]  # as kvpress joins the two
-        context = row["context"]
-        if self.cut:
-            room = length - tokens(tokenizer, question + prefix)
-            context = cut_middle(tokenizer, context, room, special=True)
-        example = Example(
+        task, prefix = row["task"].removesuffix("_e"), row["answer_prefix"] or ""
+        whole = Example(
             id=name,
-            context=context,
-            question=question,
+            context=row["context"],
+            question=_apart(row["question"], prefix),
             answers=(answers,) if isinstance(answers, str) else tuple(answers),
             max_new_tokens=int(row["max_new_tokens"]),
             answer_prefix=prefix,
-            stop="\n" if row["task"].removesuffix("_e") in ONE_LINE else None,
+            stop="\n" if task in ONE_LINE else None,
             kind=self._kind(row),
+            documents=_passages(row["context"]) if task in OF_PASSAGES else (),
             choices=tuple(row.get("all_classes") or ()),
         )
-        return example if prompt_tokens(tokenizer, example) <= length else None
+        example, room = whole, length - tokens(tokenizer, whole.question + prefix)
+        while prompt_tokens(tokenizer, example) > length:
+            if not self.cut:
+                return None
+            context = cut_middle(tokenizer, row["context"], room, special=True)
+            example = replace(whole, context=context, documents=_passages(context) if whole.documents else ())
+            room -= 8  # passages, tokenized apart, have some tokens more than their text in one
+        return example
 
     def _kind(self, row: Row) -> str:
         """Return what LongBench-E and -v2 report apart: how long the context is, in words or as a class."""
@@ -139,6 +146,18 @@ class Rendered:
                 return label
             case _:
                 return ""
+
+
+def _apart(question: str, prefix: str) -> str:
+    """Return the question, with a new line if the answer's prefix would run into it."""
+    runs_in = prefix and question and not question[-1].isspace() and not prefix[0].isspace()
+    return f"{question}\n" if runs_in else question
+
+
+def _passages(context: str) -> tuple[str, ...]:
+    """Return what stands before LongBench's passages, and each passage; what follows the last belongs to it."""
+    parts = _PASSAGE.split(context)
+    return tuple(parts) if len(parts) > 2 else ()
 
 
 TASKS: dict[str, tuple[str, str, str | None, bool]] = {
