@@ -20,12 +20,13 @@ class Example:
         question: What is asked.
         answers: What is right; the metric says whether one of them is wanted or all.
         max_new_tokens: Tokens the model may answer with.
-        answer_prefix: Words that the answer begins with, put into the model's mouth.
+        answer_prefix: Words put into the model's mouth, after which the answer begins; metrics do not see them.
         stop: Text that ends an answer; `None` leaves it to the model's end-of-sequence tokens.
         kind: Part of the task the example belongs to, reported apart ("single document", "two hops").
         documents: The context's parts, in order, for methods that reuse them; joined they are the context. The first
             is what stands before the documents (an instruction, a token that begins the text).
         choices: All answers that are offered, for metrics that must know them.
+        given: Whether `answers[0]` is not to be decoded but given, to measure how likely it is.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Example:
     kind: str = ""
     documents: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    given: bool = False
 
 
 class Task(Protocol):
@@ -45,7 +47,7 @@ class Task(Protocol):
 
     Attributes:
         name: As on the command line.
-        metric: Name of a module in `evals/metrics`, which judges the answers.
+        metric: Name of a module in `evals/metrics`, which judges the answers; "likelihood" where they are given.
     """
 
     @property

@@ -178,7 +178,9 @@ def test_perplexity_goes_on_with_the_text(byte_tokenizer, tmp_path, rng):
     assert task.metric == "likelihood"
     for example in examples:
         (answer,) = example.answers
-        assert example.context + answer in text
+        assert example.context + example.question + answer in text
+        assert example.given
+        assert 8 <= tokens(byte_tokenizer, example.question) <= 12
         assert 495 <= prompt_tokens(byte_tokenizer, example) <= 500
         assert 250 <= tokens(byte_tokenizer, answer) <= 258
         assert example.max_new_tokens == tokens(byte_tokenizer, answer)
@@ -186,6 +188,8 @@ def test_perplexity_goes_on_with_the_text(byte_tokenizer, tmp_path, rng):
     assert list(task.examples(byte_tokenizer, 500, 3, seed=0)) == examples[:3]
     with pytest.raises(ValueError, match=r"text.txt has \d+ tokens, a stretch of 90000"):
         next(task.examples(byte_tokenizer, 90000, 1, seed=0))
+    with pytest.raises(ValueError, match="needs more than 16 tokens, length is 16"):
+        next(task.examples(byte_tokenizer, 16, 1, seed=0))
     with pytest.raises(ValueError, match="give a text file"):
         tasks.load("perplexity")
 

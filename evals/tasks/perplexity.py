@@ -1,4 +1,4 @@
-"""Perplexity of a text: stretches of it, each to be read, and the words that go on."""
+"""Perplexity of a text: stretches of it, each to be read, and how likely the words are that go on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,16 +11,17 @@ from evals.task import Example
 from evals.tasks.length import prompt_tokens, tokens
 
 NAMES = ("perplexity",)
+QUESTION_TOKENS = 8  # the end of a stretch, which is read after the context, as a question is
 
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """Stretches of a text file; the answer is not to be decoded but to be scored (metric "likelihood").
+    """Stretches of a text file; the score of each is one over the perplexity of the words after it.
 
     Attributes:
         name: As on the command line.
         source: The text file, UTF-8.
-        metric: No judge of answers: the measure is the log-likelihood of `answers[0]` after the context.
+        metric: No judge of answers: the measure is the log-likelihood of the answer that is given.
         scored: Tokens that are scored, at most.
     """
 
@@ -31,6 +32,8 @@ class Perplexity:
 
     def examples(self, tokenizer: Any, length: int, count: int, seed: int) -> Iterator[Example]:
         """See `Task.examples`. Stretches begin at random places and may overlap; a larger count only appends."""
+        if length <= 2 * QUESTION_TOKENS:
+            raise ValueError(f"{self.name} needs more than {2 * QUESTION_TOKENS} tokens, length is {length}")
         text = Path(self.source).read_text(encoding="utf-8")
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         starts = [start for start, _ in encoded["offset_mapping"]]
@@ -49,10 +52,15 @@ class Perplexity:
         scored, kept = min(self.scored, length // 2), length
         split = starts[first + length]
         end = starts[first + length + scored] if first + length + scored < len(starts) else len(text)
-        answer = text[split:end]
+        answer, asked = text[split:end], starts[first + length - QUESTION_TOKENS]
         while True:
             example = Example(
-                name, text[starts[first + length - kept] : split], "", (answer,), tokens(tokenizer, answer)
+                id=name,
+                context=text[starts[first + length - kept] : asked],
+                question=text[asked:split],
+                answers=(answer,),
+                max_new_tokens=tokens(tokenizer, answer),
+                given=True,
             )
             if (excess := prompt_tokens(tokenizer, example) - length) <= 0:
                 return example

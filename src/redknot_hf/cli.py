@@ -46,6 +46,8 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
     texts: Annotated[str | None, typer.Option(help="Texts to mix in: a file, or a data set's id on the Hub.")] = None,
     check_length: Annotated[list[int] | None, typer.Option(help="Confirm the plan at this length too.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Time for the search of loss, about.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps of gates.")] = 100,
+    checkpoint: Annotated[Path | None, typer.Option(help="File that the training of gates goes on from.")] = None,
     profile_out: Annotated[Path | None, typer.Option(help="File to write the profile to, for other budgets.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Picture to draw the heat map to.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the model.")] = None,
@@ -74,7 +76,7 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
             found = profile_heads(
                 loaded, held_out[0], budget=budget, global_ratio=global_ratio, bytes_per_token=bytes_per_token,
                 windows=[int(window) for window in windows.split(",")], sink=sink, method=method,
-                held_out=held_out[1], seconds=seconds, report=report,
+                held_out=held_out[1], seconds=seconds, steps=steps, checkpoint=checkpoint, report=report,
             )  # fmt: skip
         plan = found.plan()
         plan.save(out)

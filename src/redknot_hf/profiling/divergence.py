@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -47,12 +47,12 @@ class Divergence:
             ValueError: A prediction is not finite.
         """
         chosen = range(len(self.prompts)) if chosen is None else chosen
-        found = []
-        for i in chosen:
-            with self._from_where_it_differs(plan, i):
-                dense, mine = self.dense[i], self._predict(plan, self.prompts[i])
-            found.append(float((dense.exp() * (dense - mine)).sum(-1).mean()))
-        return np.maximum(found, 0.0)  # rounding
+        return np.array([self._compare(plan, i)[0] for i in chosen])
+
+    def agreement(self, plan: HeadPlan) -> tuple[float, float]:
+        """Mean KL over all prompts, and the share of scored tokens for which plan and dense hold the same likeliest."""
+        found = [self._compare(plan, i) for i in range(len(self.prompts))]
+        return float(np.mean([kl for kl, _ in found])), float(torch.cat([same for _, same in found]).float().mean())
 
     def settle(self, plan: HeadPlan, chosen: Sequence[int] | None = None) -> None:
         """Keeps the streams between the layers under a plan, so that plans like it need only the layers that differ.
@@ -73,13 +73,16 @@ class Divergence:
                     hook.remove()
         self.settled = plan, kept
 
-    def agreement(self, plan: HeadPlan) -> float:
-        """Share of the scored tokens for which plan and dense model hold the same token the likeliest."""
-        same = [
-            dense.argmax(-1) == self._predict(plan, prompt).argmax(-1)
-            for dense, prompt in zip(self.dense, self.prompts, strict=True)
-        ]
-        return float(torch.cat(same).float().mean())
+    def _compare(self, plan: HeadPlan, prompt: int) -> tuple[float, Bool[Tensor, " targets"]]:
+        with self._from_where_it_differs(plan, prompt):
+            dense, mine = self.dense[prompt], self._predict(plan, self.prompts[prompt])
+        kl = float((dense.exp() * (dense - mine)).sum(-1).mean())
+        return max(kl, 0.0), dense.argmax(-1) == mine.argmax(-1)  # rounding may make it negative
+
+    def loss(self, prompt: int) -> Float[Tensor, ""]:
+        """Mean KL of one prompt, differentiable, of the model as it is being watched."""
+        dense, mine = self.dense[prompt], self._forward(self.prompts[prompt])
+        return (dense.exp() * (dense - mine)).sum(-1).mean()
 
     @contextmanager
     def _from_where_it_differs(self, plan: HeadPlan, prompt: int) -> Iterator[None]:
@@ -98,14 +101,17 @@ class Divergence:
     @torch.no_grad()
     def _predict(self, plan: HeadPlan, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:
         """Log-probabilities at the queries that predict scored tokens."""
-        rows = (evenly(prompt.targets, _MOST) - 1).to(self.model.device)
         with watching(self.model, restricted(plan)):
-            out = self.model(prompt.ids[None].to(self.model.device), use_cache=False, logits_to_keep=rows)
-        self.measured += 1
-        found = out.logits[0].float().log_softmax(-1)
+            found = self._forward(prompt)
         if not bool(torch.isfinite(found).all()):
             raise ValueError(
                 f"the loss is not finite on a prompt of {len(prompt)} tokens: the model computes NaN or infinity in "
                 f"{self.model.dtype}; load it in another dtype"
             )
         return found
+
+    def _forward(self, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:
+        rows = (evenly(prompt.targets, _MOST) - 1).to(self.model.device)
+        out = self.model(prompt.ids[None].to(self.model.device), use_cache=False, logits_to_keep=rows)
+        self.measured += 1
+        return out.logits[0].float().log_softmax(-1)

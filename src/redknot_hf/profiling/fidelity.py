@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from redknot_hf.plan import HeadPlan
@@ -31,8 +30,7 @@ def fidelity(model: PreTrainedModel, plan: HeadPlan, prompts: Sequence[Prompt]) 
     found: list[dict[str, Any]] = []
     for length in sorted({len(prompt) for prompt in prompts}):
         some = [prompt for prompt in prompts if len(prompt) == length]
-        divergence = Divergence(model, some)
-        kl, agreement = float(np.mean(divergence(plan))), divergence.agreement(plan)
+        kl, agreement = Divergence(model, some).agreement(plan)
         found.append({"length": length, "prompts": len(some), "kl": round(kl, 6), "agreement": round(agreement, 4)})
         found[-1]["holds"] = agreement >= found[0]["agreement"] - TOLERANCE
     return found

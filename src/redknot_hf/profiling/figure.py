@@ -46,7 +46,12 @@ def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
                     x, y = np.array([0, 1, 1, 0, 0]) + head - 0.5, np.array([0, 0, 1, 1, 0]) + layer - 0.5
                     panel.plot(x, y, color="tab:cyan", linewidth=1.2, clip_on=False)
     panels[0].set_ylabel("layer")
-    units = {"drift": "drift of the residual stream", "loss": "KL, nats a token", "mass": "attention mass"}
+    units = {
+        "drift": "drift of the residual stream",
+        "loss": "KL, nats a token",
+        "mass": "attention mass",
+        "gates": "gate",
+    }
     if image is not None:
         figure.colorbar(image, ax=list(panels), label=units.get(profile.method, profile.method))
     return figure

@@ -14,15 +14,19 @@ import transformers
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
+from redknot_hf.plan import HeadSpec
+from redknot_hf.plan_formats import AnyPath
+
 from .drift import drift, measure_drift
 from .fidelity import fidelity
+from .gates import train_gates
 from .head_profile import HeadProfile, Number, check_target
 from .loss import LossSearch
 from .mass import measure_mass
 from .prompt import Prompt, as_prompts, fingerprint
 from .watching import check_model, kv_shape
 
-METHODS = ("drift", "loss", "mass")
+METHODS = ("drift", "loss", "mass", "gates")
 # Name of a stage, steps done, and steps in all where that is known.
 Report = Callable[[str, int, int | None], object]
 Table = Float[np.ndarray, "heads windows"]
@@ -40,6 +44,8 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     method: str = "drift",
     held_out: Any = None,
     seconds: Number | None = None,
+    steps: int = 100,
+    checkpoint: AnyPath | None = None,
     report: Report | None = None,
 ) -> HeadProfile:
     """Measures what restricting each KV head of a model to a window costs.
@@ -55,10 +61,13 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
         sink: First tokens that local heads keep.
         method: `"drift"`: error of the head's output, one forward pass a prompt. `"loss"`: KL divergence of the
             predictions, found by a search that restricts heads together; hundreds of forward passes. `"mass"`:
-            attention outside of the window, the paper's criterion.
+            attention outside of the window, the paper's criterion. `"gates"`: gates between full and windowed output,
+            trained by distillation; one window.
         held_out: Prompts like `inputs`, of any lengths, on which the plan for the budget is confirmed. By default
             every fourth of four or more inputs is held out; they have no part in the profile.
-        seconds: Time for the search of `"loss"`, about; less time makes a rougher profile.
+        seconds: Time for the search of `"loss"` or the training of `"gates"`, about; less makes a rougher profile.
+        steps: Training steps of `"gates"`, of one prompt each, for each half of the prompts.
+        checkpoint: File that the training of `"gates"` is kept in, and goes on from.
         report: Called with the name of a stage, steps done and steps in all, `None` if unknown.
 
     Raises:
@@ -69,6 +78,8 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose one of {METHODS}")
     windows = _windows(windows)
+    if method == "gates" and len(windows) > 1:
+        raise ValueError(f"windows={windows}: gates are trained for one window, such as windows=(256,)")
     bound = {"budget": budget, "global_ratio": global_ratio, "bytes_per_token": bytes_per_token}
     target = {name: value for name, value in bound.items() if value is not None}
     if target:
@@ -84,7 +95,14 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     )  # fmt: skip
     if target:
         profile.plan()  # an impossible budget is told before the work
-    profile = _measured(profile, model, prompts, seconds, report)
+    if method == "gates":
+        ticks, tick = count(1), lambda: report("gates", next(ticks), 2 * steps)
+        spec = HeadSpec(max(windows), sink)
+        gates = train_gates(model, prompts, spec, steps, tick, seconds=seconds, path=checkpoint)
+        first, second = (half[:, None] for half in gates)
+        profile = replace(profile, errors=(first + second) / 2, halves=(first, second))
+    else:
+        profile = _measured(profile, model, prompts, seconds, report)
     provenance = _provenance(model, prompts)
     if target:
         provenance["overlap"] = round(profile.overlap(), 4)

@@ -1,0 +1,181 @@
+"""Methods: what each holds, and what none may pretend."""
+
+import importlib.util
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import VOCABULARY, make_model
+from transformers import DynamicCache
+
+from evals.answering import Question
+from evals.measuring import Asked, measure
+from evals.method import Context, Method, dense, read
+from evals.methods import Setting, kvpress, load, load_all
+from evals.methods.dense import quantised, static
+from evals.methods.redknot import RedKnot, all_global, kept_share, misplaced, redknot, streaming, wrong_heads
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+
+LENGTH, NEW = 150, 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("llama")
+
+
+@pytest.fixture(scope="module")
+def plan(model):
+    return HeadPlan.with_global(model.config, [(0, 1), (1, 0), (2, 3), (3, 3)], HeadSpec(window=16, sink=2))
+
+
+def asked(lengths=(LENGTH,), rows=(0, 0, 0), seed=0) -> Asked:
+    """Questions of unequal length about random contexts."""
+    generator = torch.Generator().manual_seed(seed)
+    contexts = tuple(torch.randint(1, VOCABULARY, (n,), generator=generator) for n in lengths)
+    questions = tuple(
+        Question(torch.randint(1, VOCABULARY, (3 + i,), generator=generator), NEW, lambda ids: ids[-1] == 0)
+        for i in range(len(rows))
+    )
+    return Asked(Context(contexts, ((),) * len(contexts), 3 + len(rows) + NEW), questions, tuple(rows))
+
+
+def answers(records):
+    return [record["answer_ids"] for record in records]
+
+
+def test_all_global_and_static_are_exactly_dense(model):
+    reference, held = measure(model, dense(), asked(), 1)
+    for method in (all_global(model.config), static()):
+        records, _ = measure(model, method, asked(), 1, held)
+        assert answers(records) == answers(reference)
+        assert all(record["audited"] for record in records)
+        assert max(abs(kl) for record in records for kl in record["fidelity"]["kl"]) < 1e-6
+        assert all(record["fidelity"]["first_divergence"] is None for record in records)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda model, plan: dense(), lambda model, plan: redknot(plan)], ids=["dense", "redknot"]
+)
+def test_batches_answer_as_single_questions_do(model, plan, make):
+    several = asked((LENGTH, 90, 131), (0, 0, 1, 2, 2))
+    _, held = measure(model, dense(), several, 1)
+    together, _ = measure(model, make(model, plan), several, 2, held)
+    for i, row in enumerate(several.rows):
+        context = Context((several.context.rows[row],), ((),), several.context.room)
+        alone, _ = measure(model, make(model, plan), Asked(context, several.questions[i : i + 1], (0,)), 1, [held[i]])
+        assert together[i]["answer_ids"] == alone[0]["answer_ids"]
+        assert together[i]["fidelity"]["nll"] == pytest.approx(alone[0]["fidelity"]["nll"], rel=1e-4)
+        assert together[i]["audited"]
+
+
+def test_a_plan_costs_fidelity_and_saves_bytes(model, plan):
+    records, held = measure(model, dense(), asked(), 1)
+    ours, _ = measure(model, redknot(plan), asked(), 1, held)
+    assert answers(ours) != answers(records)
+    assert max(kl for record in ours for kl in record["fidelity"]["kl"]) > 1e-3
+    assert all(record["audited"] for record in ours)
+    dense_bytes = 2 * 4 * 4 * LENGTH * 16 * 4  # keys and values, layers, heads, tokens, elements, bytes
+    assert records[0]["cost"]["resident_bytes"] == dense_bytes
+    assert ours[0]["cost"]["resident_bytes"] == read(model, RedKnotCache(model.config, plan), asked().context).nbytes  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class Liar(RedKnot):
+    """Holds another plan than it says."""
+
+    def prepare(self, model, context):
+        return read(model, RedKnotCache(model.config, misplaced(self.plan)), context)
+
+
+def test_a_shuffled_plan_is_caught(model, plan):
+    with pytest.raises(ValueError, match="another plan"):
+        measure(model, Liar("liar", "redknot", plan=plan), asked(), 1)
+
+
+class FirstDense(DynamicCache):
+    """Shows everything in the first step after a fork, and only the last tokens later: two ways for one answer."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == 0:
+            self.steps = getattr(self, "steps", -1) + 1  # the first is the context
+        if self.steps > 1:
+            values = values.clone()
+            values[:, :, : LENGTH - 8] = 0
+        return keys, values
+
+
+@dataclass(frozen=True)
+class TwoWays(Method):
+    def prepare(self, model, context):
+        return read(model, FirstDense(config=model.config), context)
+
+
+def test_another_path_for_the_first_token_is_caught(model):
+    records, _ = measure(model, TwoWays("two ways"), asked(), 1)
+    assert not any(record["audited"] for record in records)
+    assert min(record["audit_gap"] for record in records) > 0.1
+
+
+def test_misplaced_plan_keeps_as_much_in_the_wrong_heads(plan):
+    wrong = misplaced(plan)
+    assert wrong.num_global == plan.num_global
+    assert not any(
+        a.is_global and b.is_global for x, y in zip(plan, wrong, strict=True) for a, b in zip(x, y, strict=True)
+    )
+    assert wrong == misplaced(plan)
+    assert wrong != misplaced(plan, seed=1)
+    assert kept_share(wrong, 1000) == kept_share(plan, 1000) == (4 + 12 * 0.018) / 16
+    assert wrong_heads(plan).identity["plan"] != redknot(plan).identity["plan"]
+
+
+def test_streaming_takes_the_plans_share(model, plan):
+    method = load("streaming", Setting(model.config, 1000, plan))
+    assert isinstance(method, RedKnot)
+    assert method.plan is not None
+    assert kept_share(method.plan, 1000) == pytest.approx(kept_share(plan, 1000), abs=1e-3)
+    assert load("streaming:window=9,sink=1", Setting(model.config, 1000)) == streaming(model.config, 9, 1)
+
+
+def test_what_is_missing_is_named(model, plan, monkeypatch):
+    setting = Setting(model.config, 100)
+    with pytest.raises(ValueError, match="choose one of dense, static"):
+        load("nothing", setting)
+    with pytest.raises(ValueError, match="--plan"):
+        load("redknot", setting)
+    with pytest.raises(ValueError, match="name=value"):
+        load("streaming:9", setting)
+    with pytest.raises(ValueError, match="unexpected keyword"):
+        load("streaming:size=9", setting)
+    with pytest.raises(ValueError, match="twice"):
+        load_all(["dense", "dense"], setting, [])
+    monkeypatch.setattr(kvpress, "PYTHON", SimpleNamespace(exists=lambda: False))
+    with pytest.raises(FileNotFoundError, match=r"make \.venv-kvpress"):
+        load("adakv-snapkv", Setting(model.config, 100, plan))
+    with pytest.raises(ValueError, match="choose one of quanto, hqq"):
+        quantised("other")
+
+
+def test_quantised_cache_or_what_it_needs(model):
+    if importlib.util.find_spec("hqq") is None:
+        with pytest.raises(ImportError, match=r"redknot-hf\[quantised\]"):
+            quantised("hqq")
+    try:
+        method = quantised()
+    except ImportError as e:
+        assert "quantised" in str(e)  # noqa: PT017 - the other way is tested below
+        return
+    reference, held = measure(model, dense(), asked(), 1)
+    records, _ = measure(model, method, asked(), 1, held)
+    assert all(record["audited"] for record in records)
+    assert records[0]["cost"]["resident_bytes"] < 0.4 * reference[0]["cost"]["resident_bytes"]
+    assert 0 < max(kl for record in records for kl in record["fidelity"]["kl"]) < 1
+
+
+def test_several_plans_go_by_their_names(model, plan, tmp_path):
+    other = HeadPlan.uniform(model.config, HeadSpec())
+    plans = [(tmp_path / "a.json", plan), (tmp_path / "b.json", other)]
+    methods = load_all(["dense", "redknot"], Setting(model.config, 100, plan), plans)
+    assert [method.name for method in methods] == ["dense", "redknot, a", "redknot, b"]

@@ -1,0 +1,74 @@
+"""The scripts that measure profiles, at a size that takes seconds."""
+
+import json
+
+import pytest
+import torch
+
+from evals import profile_cost, profiling
+from redknot_hf.profiling import HeadProfile
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profiling")
+    arguments = ["--models", "bundled", "--methods", "drift", "--length", "320", "--long", "480", "--answers", "3"]
+    arguments += ["--calibration", "9", "--frontier-answers", "3", "--device", "cpu"]
+    arguments += ["--out", str(folder / "rows.jsonl"), "--profiles", str(folder), "--figures", str(folder / "figures")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiling, "RATIOS", (0.25, 1.0))
+        patch.setattr(profiling, "RANDOM", ("random 0",))
+        profiling.main(arguments)
+        first = (folder / "rows.jsonl").read_text()
+        profiling.main(arguments)  # nothing is left to measure
+    assert (folder / "rows.jsonl").read_text() == first
+    return folder, [json.loads(line) for line in first.splitlines()]
+
+
+def test_every_stage_writes_its_lines(measured):
+    _, rows = measured
+    assert [row["stage"] for row in rows] == ["profile", *["length"] * 4, *["frontier"] * 4]
+    (profile,) = (row for row in rows if row["stage"] == "profile")
+    assert 0 <= profile["recall"] <= 1
+    assert [found["length"] for found in profile["held_out"]] == [320, 480]
+    assert all("torch" in row["hardware"] for row in rows)
+
+
+def test_all_global_is_dense_and_less_keeps_less(measured):
+    _, rows = measured
+    frontier = [row for row in rows if row["stage"] == "frontier"]
+    for row in frontier:
+        if row["ratio"] == 1:
+            assert row["accuracy"] == row["dense_accuracy"]
+            assert row["kl"] < 1e-5
+            assert row["kept"] == 1
+        else:
+            assert row["kl"] > 1e-5
+            assert row["kept"] < 0.6
+
+
+def test_figures_are_drawn(measured):
+    folder, _ = measured
+    assert (folder / "figures" / "profiling_frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert HeadProfile.load(folder / "bundled_drift.json").plan().num_global == 10
+
+
+def test_a_method_below_random_is_told():
+    row = {"ratio": 0.5, "accuracy": 0.4}
+    rows = [
+        {**row, "what": "mass"},
+        {**row, "what": "random 0", "accuracy": 0.5},
+        {**row, "what": "drift", "accuracy": 0.6},
+    ]
+    assert profiling.worse(rows) == "\nmass is below random at 50%"
+    assert profiling.worse(rows[1:]) == ""
+
+
+def test_cost_of_a_toy(tmp_path):
+    arguments = ["--shape", "toy", "--length", "96", "--windows", "8", "16", "--prompts", "4", "--scored", "8"]
+    arguments += ["--methods", "drift", "mass", "loss", "gates", "--loss-seconds", "0.5", "--out"]
+    profile_cost.main([*arguments, str(tmp_path / "cost.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "cost.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["drift", "mass", "loss", "gates"]
+    assert all(row["seconds"] > 0 and row["heads"] == 8 and row["length"] == 96 for row in rows)
+    assert all((row["peak_bytes"] > 0) == torch.cuda.is_available() for row in rows)
