@@ -210,8 +210,8 @@ _FIDELITY: tuple[Column, ...] = (
     ("top-10 %", lambda row: _with_interval(row.top10)),
     ("KL mean", lambda row: _with_interval(row.kl, ".2g")),
     ("KL p99", lambda row: f"{row.kl_p99:.2g}"),
-    ("perplexity to dense", lambda row: _with_interval(row.perplexity_difference, "+.2g")),
-    ("diverges at token", lambda row: _number(row.diverges_at, ".0f")),
+    ("perplexity +", lambda row: _with_interval(row.perplexity_difference, "+.2g")),
+    ("diverges at", lambda row: _number(row.diverges_at, ".0f")),
 )
 _COST: tuple[Column, ...] = (
     ("method", lambda row: row.name),
@@ -228,7 +228,8 @@ _READING = (
     "since questions about one context are no independent witnesses. Where no pair differs, the interval is what so "
     "many equal pairs leave possible.",
     "Same answer, top-1, top-10, KL and perplexity hold a method against the dense cache on the same tokens, given "
-    "the dense answer. KL(dense || method) is in nats a token.",
+    "the dense answer. KL(dense || method) is in nats a token; perplexity + is what the method adds; diverges at is "
+    "the median place of the first other token, counted from 0, where there is one.",
     "Every answer is decoded from the cache whose bytes and times are shown, first token included. It is then "
     "checked in one step from another fork of that cache; a method whose answers fail this is marked void.",
     "Peak is the most memory taken while the context was read: of the allocator on a GPU, of the process on a CPU, "

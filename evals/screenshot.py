@@ -11,7 +11,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SIZES = {"desktop": (1280, 3600), "phone": (390, 6400)}
+from PIL import Image, ImageChops
+
+SIZES = {"desktop": (1280, 6000), "phone": (390, 12000)}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -44,8 +46,18 @@ def screenshots(page: Path, out: Path, browser: str | None = None) -> list[Path]
                 target = _framed(page, width, height, Path(profile)) if size == "phone" else page.resolve().as_uri()
                 command += [f"--window-size={max(width, 520)},{height}", target]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
+            _trim(picture, width)
             pictures.append(picture)
     return pictures
+
+
+def _trim(picture: Path, width: int) -> None:
+    """Cut off what is beside the page, and the empty end."""
+    with Image.open(picture) as found:
+        image = found.convert("RGB").crop((0, 0, width, found.height))
+    ground = Image.new("RGB", image.size, image.getpixel((0, image.height - 1)))
+    box = ImageChops.difference(image, ground).getbbox()
+    image.crop((0, 0, width, min(image.height, (box[3] if box else image.height) + 40))).save(picture)
 
 
 def _framed(page: Path, width: int, height: int, folder: Path) -> str:
