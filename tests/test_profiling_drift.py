@@ -50,7 +50,7 @@ def test_drift_is_the_change_of_the_stream(family):
         others = [(i, h) for i in range(shape[0]) for h in range(shape[1]) if (i, h) != (layer, head)]
         plan = HeadPlan.with_global(model.config, others, HeadSpec(window, 1))
         change = streams(model, prompt, plan)[layer] - whole[layer]
-        found = (change[:-1].pow(2).sum() / whole[layer][:-1].pow(2).sum()).sqrt()
+        found = (change[:-1].pow(2).sum(-1) / whole[layer][:-1].pow(2).sum(-1)).mean().sqrt()
         assert float(found) == pytest.approx(foretold[layer, head, column], rel=1e-3 if linear else 0.5, abs=1e-6)
 
 

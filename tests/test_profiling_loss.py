@@ -66,11 +66,3 @@ def test_no_time_makes_a_rougher_profile(model):
     assert profile.plan(global_ratio=0.5).num_global == 4
     assert steps == sorted(steps)
     assert "held_out" not in profile.provenance  # no budget, no plan
-
-
-def test_mass_is_the_share_of_attention_outside(model):
-    near = profile_heads(model, prompts(), windows=(4, 12, 30), method="mass")
-    assert (near.errors >= 0).all()
-    assert (near.errors <= 2).all()
-    assert (near.errors[:, 0] >= near.errors[:, 2]).all()
-    assert near.errors.std() > 0

@@ -165,6 +165,20 @@ def test_a_reserved_cache_can_be_assembled(llama, documents):
         assemble(llama, documents, boundary=0, max_cache_len=100)
 
 
+def test_kernels_of_triton_assemble_the_same_also_where_steps_are_captured():
+    model = make_model("llama", num_hidden_layers=1)
+    store = SegmentStore(model, HeadPlan([[HeadSpec(), HeadSpec(3, 2), HeadSpec(17, 4), HeadSpec(1, 0)]]))
+    first, *others = [store.add(BOS), *store.add_all(texts((30, 20)), BOS)]
+    options = {"boundary": 2, "page_size": 16, "max_cache_len": 60}
+    found = []
+    for impl in ("torch", "triton"):
+        cache = assemble(model, [first, *others[::-1]], impl=impl, **options)
+        assert cache.is_compileable == (impl == "triton")
+        found.append(next_logits(model, cache, QUESTION[:1]))
+        assert cache.get_seq_length() == 53
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 def test_the_same_segment_twice_and_in_any_order(llama, store, documents):
     refs = [documents[1], documents[0], documents[1], documents[4], documents[4]]
     for boundary in ("all", 0):

@@ -24,7 +24,8 @@ MADE = [name for name in tasks.names() if name.split("/")[0] in ("ruler", "needl
 def test_names_are_unique_and_load():
     assert len(set(tasks.names())) == len(tasks.names())
     for name in tasks.names():
-        assert tasks.load(name, source="tests" if name == "perplexity" else None).name == name
+        if name != "perplexity":
+            assert tasks.load(name).name == name
     with pytest.raises(ValueError, match=r"'ruler/vtt': choose one of ruler/niah_single_1, .*, ruler/qa_2$"):
         tasks.load("ruler/vtt")
     with pytest.raises(ValueError, match=r"'squad': choose one of tiny/all, "):
@@ -188,6 +189,10 @@ def test_perplexity_goes_on_with_the_text(byte_tokenizer, tmp_path, rng):
     assert list(task.examples(byte_tokenizer, 500, 3, seed=0)) == examples[:3]
     with pytest.raises(ValueError, match=r"text.txt has \d+ tokens, a stretch of 90000"):
         next(task.examples(byte_tokenizer, 90000, 1, seed=0))
+    name = task.name
+    assert re.fullmatch(r"perplexity of text\.txt [0-9a-f]{8}", name)
+    (tmp_path / "text.txt").write_text(text.upper())
+    assert tasks.load("perplexity", str(tmp_path / "text.txt")).name != name
     with pytest.raises(ValueError, match="needs more than 16 tokens, length is 16"):
         next(task.examples(byte_tokenizer, 16, 1, seed=0))
     with pytest.raises(ValueError, match="give a text file"):

@@ -1,9 +1,11 @@
 """Tasks, each a small file: its examples, its prompt and the metric that judges it."""
 
+from pathlib import Path
 from typing import Protocol
 
 from evals.task import Task
 from evals.tasks import babilong, key_value, multihop, needle, perplexity, rendered, ruler, tiny
+from evals.tasks.sourced import Sourced
 
 
 class Family(Protocol):
@@ -31,13 +33,14 @@ def load(name: str, source: str | None = None) -> Task:
     Args:
         name: One of `names()`.
         source: A local file or folder to read in place of what the task reads by itself (a data set of the Hub,
-            bundled passages), in the same format.
+            bundled passages), in the same format. It becomes part of the task's name.
 
     Raises:
         ValueError: There is no such task, or it reads no source.
     """
     for family in FAMILIES:
         if name in family.NAMES:
-            return family.load(name, source)
+            task = family.load(name, source)
+            return task if source is None else Sourced(task, Path(source).resolve())
     near = [known for known in names() if known.split("/")[0] == name.split("/")[0]] or names()
     raise ValueError(f"no task is called {name!r}: choose one of {', '.join(near)}")

@@ -8,6 +8,7 @@ from .attention import redknot_attention
 from .cache import RedKnotCache
 from .captured_decoding import captured_decoding
 from .plan import HeadPlan, HeadSpec
+from .refresh import refresh
 from .reuse import AssembledCache, assemble, prompt
 from .segments import SegmentRef, SegmentStore
 
@@ -22,4 +23,5 @@ __all__ = [
     "captured_decoding",
     "prompt",
     "redknot_attention",
+    "refresh",
 ]

@@ -172,7 +172,8 @@ def _show(plan: HeadPlan) -> None:
         if name != "held_out":
             console.print(f"{name}: {entry}", markup=False, highlight=False)
     for found in plan.provenance.get("held_out", ()):
-        at = f"held out, {found['length']} tokens: KL {found['kl']:.4f}, same likeliest token {found['agreement']:.1%}"
+        at = f"held out, {found['length']} tokens: KL {found['kl']:.4f}, right {found['accuracy']:.1%}"
+        at += f" (dense {found['dense_accuracy']:.1%})"
         console.print(at + ("" if found["holds"] else "  [red]the plan does not hold at this length[/red]"))
 
 

@@ -57,14 +57,16 @@ class AssembledCache(RedKnotCache):
 
     Attributes:
         reused: For each sequence of the batch, its segments in order. Tokens that the cache got since do not count.
+        refreshed_tokens: Tokens that `refresh` chose and computed anew.
     """
 
     reused: tuple[tuple[Reused, ...], ...] = ()
+    refreshed_tokens: int = 0
 
     @property
     def recomputed_tokens(self) -> int:
         """Tokens that went through the model, over all sequences; a lead that sequences share counts for each."""
-        return sum(part.boundary for sequence in self.reused for part in sequence)
+        return self.refreshed_tokens + sum(part.boundary for sequence in self.reused for part in sequence)
 
     @property
     def reused_tokens(self) -> int:
@@ -109,14 +111,14 @@ def assemble(
         ValueError: There are no segments, they come from several stores or another model, the model's keys cannot be
             moved, or an argument is off.
     """
-    batch = _as_batch(segments)
-    store = _store(batch, model)
+    batch = as_batch(segments)
+    store = store_of(batch, model)
     store.check_weights()
     cache = AssembledCache(model.config, store.plan, page_size=page_size, max_cache_len=max_cache_len, impl=impl)
-    cache.reused = tuple(_schedule(sequence, boundary) for sequence in batch)
+    cache.reused = tuple(schedule(sequence, boundary) for sequence in batch)
     columns = list(zip_longest(*cache.reused))
     spliced = any(_is_spliced(part) for column in columns for part in column)
-    relocation = _relocation(store, force) if spliced else None
+    relocation = relocation_of(store, force) if spliced else None
     lead = len(list(takewhile(lambda column: len(set(column)) == 1, columns))) if len(batch) > 1 else len(columns)
     columns = [column if i >= lead else column[:1] for i, column in enumerate(columns)]
     waiting = _fetched_ahead(store, [part for column in columns for part in column if _is_spliced(part)])
@@ -145,7 +147,7 @@ def prompt(
     Raises:
         ValueError: There is not one suffix for each sequence.
     """
-    batch = _as_batch(segments)
+    batch = as_batch(segments)
     ends: list[list[int]] = [list(suffixes)] if suffixes and isinstance(suffixes[0], int) else [*map(list, suffixes)]  # pyright: ignore
     if len(ends) != len(batch):
         raise ValueError(f"{len(ends)} suffixes for {len(batch)} sequences: give one for each")
@@ -162,7 +164,8 @@ def _left_padded(texts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tok
     return torch.tensor(ids, dtype=torch.long), torch.tensor(real, dtype=torch.long)
 
 
-def _as_batch(segments: Refs) -> list[list[SegmentRef]]:
+def as_batch(segments: Refs) -> list[list[SegmentRef]]:
+    """One list of segments a sequence, of which at least one has some."""
     single = all(isinstance(one, SegmentRef) for one in segments)
     batch: list[list[SegmentRef]] = [list(one) for one in ([segments] if single else segments)]  # pyright: ignore
     if not any(batch):
@@ -170,7 +173,8 @@ def _as_batch(segments: Refs) -> list[list[SegmentRef]]:
     return batch
 
 
-def _store(batch: Sequence[Sequence[SegmentRef]], model: Any) -> SegmentStore:
+def store_of(batch: Sequence[Sequence[SegmentRef]], model: Any) -> SegmentStore:
+    """The one store that all segments are in, which must be the model's."""
     stores = {id(ref.store): ref.store for sequence in batch for ref in sequence}
     if len(stores) > 1:
         raise ValueError(f"the segments come from {len(stores)} stores: add them all to one")
@@ -180,7 +184,7 @@ def _store(batch: Sequence[Sequence[SegmentRef]], model: Any) -> SegmentStore:
     return store
 
 
-def _relocation(store: SegmentStore, force: bool) -> Relocation | None:
+def relocation_of(store: SegmentStore, force: bool) -> Relocation | None:
     """How keys move, if the model may be reused."""
     verdict = store.verdict()
     if not verdict.passed and not force:
@@ -190,7 +194,7 @@ def _relocation(store: SegmentStore, force: bool) -> Relocation | None:
     return verdict.relocation
 
 
-def _schedule(sequence: Sequence[SegmentRef], boundary: Boundary) -> tuple[Reused, ...]:
+def schedule(sequence: Sequence[SegmentRef], boundary: Boundary) -> tuple[Reused, ...]:
     """Where each segment will stand, and how much of it is recomputed there."""
     if isinstance(boundary, Sequence) and not isinstance(boundary, str) and len(boundary) != len(sequence):
         raise ValueError(f"boundary has {len(boundary)} entries for {len(sequence)} segments: give one for each")
@@ -257,19 +261,20 @@ def _add(
         if part.moved:
             if relocation is None:
                 raise ValueError(f"{model.config.model_type}: its keys cannot be moved, and {part.ref} must be")
-            there = torch.arange(len(part.ref))
-            rotations = relocation.rotations(there + len(part.ref.prefix), there + part.start, segment.data.device)
+            with record_function("redknot: angles"):
+                there = torch.arange(len(part.ref)) + len(part.ref.prefix)
+                rotations = relocation.rotations(there, there - there[0] + part.start, segment.data.device)
         with record_function("redknot: splice"):
             for i, layer in row_layers(cache):
                 if not layer.is_initialized:
-                    _initialize(layer, i, model, segment, len(column))
+                    initialize(layer, i, model, segment, len(column))
                 layer.reserve(totals)
                 splice(layer, i, sequence, segment, part.boundary, rotations[i])
     for _, layer in row_layers(cache):
         settle_slots(layer)
 
 
-def _initialize(layer: RedKnotLayer, index: int, model: Any, segment: Segment, batch: int) -> None:
+def initialize(layer: RedKnotLayer, index: int, model: Any, segment: Segment, batch: int) -> None:
     """Gives a layer its shape before any forward pass has."""
     kept = segment.layers[index]
     assert kept is not None

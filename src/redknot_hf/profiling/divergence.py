@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -47,12 +47,17 @@ class Divergence:
             ValueError: A prediction is not finite.
         """
         chosen = range(len(self.prompts)) if chosen is None else chosen
-        return np.array([self._compare(plan, i)[0] for i in chosen])
+        return np.array([self._compare(plan, i)["kl"] for i in chosen])
 
-    def agreement(self, plan: HeadPlan) -> tuple[float, float]:
-        """Mean KL over all prompts, and the share of scored tokens for which plan and dense hold the same likeliest."""
+    def compare(self, plan: HeadPlan) -> dict[str, float]:
+        """Means over the scored tokens of all prompts, each prompt counting alike.
+
+        Returns:
+            `kl`; `agreement`, how often the likeliest token stays; `accuracy` and `dense_accuracy`, how often it is
+            that of the prompt.
+        """
         found = [self._compare(plan, i) for i in range(len(self.prompts))]
-        return float(np.mean([kl for kl, _ in found])), float(torch.cat([same for _, same in found]).float().mean())
+        return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
 
     def settle(self, plan: HeadPlan, chosen: Sequence[int] | None = None) -> None:
         """Keeps the streams between the layers under a plan, so that plans like it need only the layers that differ.
@@ -73,11 +78,15 @@ class Divergence:
                     hook.remove()
         self.settled = plan, kept
 
-    def _compare(self, plan: HeadPlan, prompt: int) -> tuple[float, Bool[Tensor, " targets"]]:
+    def _compare(self, plan: HeadPlan, prompt: int) -> dict[str, float]:
         with self._from_where_it_differs(plan, prompt):
             dense, mine = self.dense[prompt], self._predict(plan, self.prompts[prompt])
+        expected = self.prompts[prompt].ids[evenly(self.prompts[prompt].targets, _MOST)].to(mine.device)
+        likeliest, was = mine.argmax(-1), dense.argmax(-1)
+        same = {"agreement": likeliest == was, "accuracy": likeliest == expected, "dense_accuracy": was == expected}
         kl = float((dense.exp() * (dense - mine)).sum(-1).mean())
-        return max(kl, 0.0), dense.argmax(-1) == mine.argmax(-1)  # rounding may make it negative
+        # Rounding may make it negative.
+        return {"kl": max(kl, 0.0)} | {name: float(flags.float().mean()) for name, flags in same.items()}
 
     def loss(self, prompt: int) -> Float[Tensor, ""]:
         """Mean KL of one prompt, differentiable, of the model as it is being watched."""

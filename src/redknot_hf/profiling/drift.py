@@ -23,12 +23,12 @@ _ROWS = 1024  # queries whose errors are held at once, each as wide as the model
 def measure_drift(
     model: PreTrainedModel, prompts: Sequence[Prompt], windows: Sequence[int], sink: int, tick: Callable[[], object]
 ) -> Float[np.ndarray, "prompts heads windows 2"]:
-    """Measures each prompt: squared errors of every head at every window, and the squared stream they fall into.
+    """Measures each prompt: squared relative errors of every head at every window, summed, and their number.
 
     The error is that of the head's contribution to the residual stream, after `o_proj`, when its attention keeps to
-    `sink` and window; the stream is what the attention's output has been added to. Both are summed over the queries
-    that predict the prompt's scored tokens. One forward pass serves all heads and windows, and every layer sees the
-    stream of the unrestricted model.
+    `sink` and window. It is relative to the stream that the attention's output has been added to, query by query, as
+    what reads the stream norms it. The queries are those that predict the prompt's scored tokens. One forward pass
+    serves all heads and windows, and every layer sees the stream of the unrestricted model.
 
     Args:
         tick: Called after each prompt.
@@ -47,9 +47,9 @@ def measure_drift(
 
 
 def drift(sums: Float[np.ndarray, "prompts heads windows 2"]) -> Float[np.ndarray, "heads windows"]:
-    """The drift over some prompts: root of squared errors over squared stream."""
-    error, stream = np.moveaxis(sums.sum(0), -1, 0)
-    return np.sqrt(error / stream)
+    """The drift over some prompts: root of the mean squared relative error."""
+    errors, number = np.moveaxis(sums.sum(0), -1, 0)
+    return np.sqrt(errors / number)
 
 
 class _Meter:
@@ -114,9 +114,9 @@ class _Meter:
         layer: Any = attention.layer_idx
         squares = [_squares(x[0, self.rows]) for x in (stream, stream.float() - before.float(), output)]
         held, added, projected = squares
-        errors = self.errors.pop(layer) * (added / projected.clamp(min=torch.finfo(torch.float32).tiny))
-        sums = errors.double().sum(-1).T
-        self.sums[layer] = torch.stack([sums, held.double().sum().expand_as(sums)], -1)
+        scale = added / projected.clamp(min=torch.finfo(torch.float32).tiny)
+        sums = (self.errors.pop(layer) * scale / held).double().sum(-1).T
+        self.sums[layer] = torch.stack([sums, torch.full_like(sums, len(self.rows))], -1)
 
     def result(self) -> Float[np.ndarray, "heads windows 2"]:
         """The sums of all heads, layer by layer."""

@@ -12,7 +12,7 @@ from redknot_hf.plan import HeadPlan
 from .divergence import Divergence
 from .prompt import Prompt
 
-# A plan holds at another length if the likeliest token changes at most this much more often there.
+# A plan holds at a length if at most this share of the scored tokens more is predicted wrong there than by the model.
 TOLERANCE = 0.01
 
 
@@ -21,8 +21,8 @@ def fidelity(model: PreTrainedModel, plan: HeadPlan, prompts: Sequence[Prompt]) 
 
     Returns:
         For each length, ascending: `length`, `prompts`, `kl` (nats a scored token), `agreement` (share of scored
-        tokens whose likeliest token stays) and `holds`: the agreement is at most a hundredth below that of the
-        shortest prompts.
+        tokens whose likeliest token stays), `accuracy` and `dense_accuracy` (share whose likeliest token is right),
+        and `holds`: the accuracy is at most a hundredth below the dense one.
 
     Raises:
         ValueError: A prediction is not finite.
@@ -30,7 +30,7 @@ def fidelity(model: PreTrainedModel, plan: HeadPlan, prompts: Sequence[Prompt]) 
     found: list[dict[str, Any]] = []
     for length in sorted({len(prompt) for prompt in prompts}):
         some = [prompt for prompt in prompts if len(prompt) == length]
-        kl, agreement = Divergence(model, some).agreement(plan)
-        found.append({"length": length, "prompts": len(some), "kl": round(kl, 6), "agreement": round(agreement, 4)})
-        found[-1]["holds"] = agreement >= found[0]["agreement"] - TOLERANCE
+        means = Divergence(model, some).compare(plan)
+        row = {"length": length, "prompts": len(some), **{name: round(mean, 5) for name, mean in means.items()}}
+        found.append(row | {"holds": means["accuracy"] >= means["dense_accuracy"] - TOLERANCE})
     return found

@@ -34,7 +34,7 @@ def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
     figure = Figure((1.2 + width * len(profile.windows), 1.2 + 0.2 * layers), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(profile.windows), sharey=True))
     positive = profile.errors[profile.errors > 0]
-    norm = LogNorm(np.quantile(positive, 0.02), positive.max()) if np.ptp(positive) > 0 else None
+    norm = LogNorm(np.quantile(positive, 0.02), positive.max()) if len(set(positive)) > 1 else None
     image = None
     for panel, window in zip(panels, profile.windows, strict=True):
         rows = [np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in profile.table(window)]

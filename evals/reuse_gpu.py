@@ -1,0 +1,210 @@
+"""Time to the first token of a prompt of stored documents: Llama-3.1-8B's shape with random weights, one device.
+
+    python -m evals.reuse_gpu --out evals/results/reuse_gpu.jsonl
+
+The prompt is `--segments` documents of `--tokens` tokens behind one token, and `--suffix` new tokens. Timed is what
+happens from the prompt's arrival to the logits of its next token, with all documents in the device's memory, in the
+host's (pinned), or in files (which the operating system may hold in memory); against reading everything with
+transformers' DynamicCache and SDPA, with and without the first document cached, and with RedKnotCache. Methods take
+turns and medians count. One more run of each is profiled: what its stages take on the host, and the kernels and copies
+they start on the device (overlapping, so the sum exceeds the time). `--out` appends JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import DynamicCache, PreTrainedModel
+
+from evals.speed_gpu import Bench
+from redknot_hf import RedKnotCache, SegmentRef, SegmentStore, assemble
+
+Run = Callable[[], Any]
+STAGES = ("fetch", "angles", "splice", "boundary", "suffix")
+PLACES = {
+    "device": {"device_bytes": None, "host_bytes": 0},
+    "host": {"device_bytes": 0, "host_bytes": None},
+    "disk": {"device_bytes": 0, "host_bytes": 0},
+}
+
+
+class Prompt:
+    """Documents, a suffix, and ways to read them.
+
+    Args:
+        model: Runs with `"redknot"` or `"sdpa"`.
+        bench: Makes caches, and knows the plan.
+        segments, tokens, suffix: How many documents, of how many tokens, and how many new ones follow.
+    """
+
+    def __init__(self, bench: Bench, segments: int, tokens: int, suffix: int) -> None:
+        self.bench, self.model = bench, bench.model
+        self.plan = bench.plans["1/8 global"]
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda n: torch.randint(2, self.model.config.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
+        self.bos, self.documents, self.suffix = [1], [draw(tokens) for _ in range(segments)], draw(suffix)
+        self.first: Any = None
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.bos, *(token for document in self.documents for token in document), *self.suffix]
+
+    def read(self, cache: Any, ids: Sequence[int]) -> Any:
+        """Runs tokens through the model; returns the logits behind the last, and the cache keeps them."""
+        with record_function("redknot: suffix"), torch.inference_mode():
+            tensor = torch.tensor([ids], device=self.bench.device)
+            return self.model(input_ids=tensor, past_key_values=cache, logits_to_keep=1).logits
+
+    def dense(self) -> Any:
+        self.model.set_attn_implementation("sdpa")
+        return self.read(DynamicCache(config=self.model.config), self.ids)
+
+    def dense_with_first(self) -> Any:
+        """As a prefix cache does it: the first document's keys and values are there."""
+        self.model.set_attn_implementation("sdpa")
+        known = [*self.bos, *self.documents[0]]
+        if self.first is None:
+            self.first = DynamicCache(config=self.model.config)
+            self.read(self.first, known)
+        fork = copy(self.first)  # layers replace their tensors and do not write to them, so forks may share them
+        fork.layers = [copy(layer) for layer in self.first.layers]
+        return self.read(fork, self.ids[len(known) :])
+
+    def whole(self) -> Any:
+        self.model.set_attn_implementation("redknot")
+        return self.read(RedKnotCache(self.model.config, self.plan), self.ids)
+
+    def reuse(self, refs: list[SegmentRef], boundary: Any) -> Any:
+        self.model.set_attn_implementation("redknot")
+        return self.read(assemble(self.model, refs, boundary=boundary), self.suffix)
+
+    def stored(self, place: str, folder: Path) -> list[SegmentRef]:
+        """The documents in a store that holds them in one place."""
+        self.model.set_attn_implementation("redknot")
+        path = folder if place == "disk" else None
+        store = SegmentStore(self.model, self.plan, identity="random", path=path, **PLACES[place])
+        store.verdict()
+        # One by one: a batch needs more memory.
+        return [store.add(self.bos), *(store.add(document, self.bos) for document in self.documents)]
+
+
+def methods(prompt: Prompt, boundaries: Sequence[float], places: Sequence[str], folder: Path) -> dict[str, Run]:
+    """All methods by name; documents are stored on the way."""
+    found: dict[str, Run] = {
+        "dense": prompt.dense,
+        "dense, first document cached": prompt.dense_with_first,
+        "redknot, nothing stored": prompt.whole,
+    }
+    for place in places:
+        refs = prompt.stored(place, folder)
+        for boundary in boundaries:
+            found[f"reuse from {place}, boundary {boundary:.0%}"] = lambda r=refs, b=boundary: prompt.reuse(r, b)
+    return found
+
+
+def measure(bench: Bench, runs: dict[str, Run], repeats: int) -> dict[str, dict[str, Any]]:
+    """Median seconds of each method, of turns after the first, and what its stages take."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in track(range(repeats + 1), description="turns"):
+        for name, run in runs.items():
+            bench.wait()
+            start = time.perf_counter()
+            run()
+            bench.wait()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {
+        name: {"first_token_s": statistics.median(times[name]), "all_s": times[name], **stages(bench, run)}
+        for name, run in runs.items()
+    }
+
+
+def stages(bench: Bench, run: Run) -> dict[str, Any]:
+    """Milliseconds of each stage on the host and on the device, and of copies from host to device."""
+    on_device = [ProfilerActivity.CUDA] if bench.device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *on_device], acc_events=True) as profiled:
+        run()
+        bench.wait()
+    host, device, copies = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0), 0.0
+    for event in profiled.key_averages():
+        name = event.key.removeprefix("redknot: ")
+        if name in host:
+            host[name] += event.cpu_time_total / 1e3
+            device[name] = max(device[name], event.device_time_total / 1e3)
+        elif "Memcpy HtoD" in event.key:
+            copies += event.device_time_total / 1e3
+    return {"host_ms": host, "device_ms": device, "copies_to_device_ms": copies}
+
+
+def table(found: dict[str, dict[str, Any]]) -> Table:
+    """The results, for people."""
+    made = Table("method", title="time to the first token")
+    for name in ("seconds", "dense / it", *(f"{stage}, host ms" for stage in STAGES), "copies, ms"):
+        made.add_column(name, justify="right")
+    dense = found["dense"]["first_token_s"]
+    for name, one in found.items():
+        seconds = one["first_token_s"]
+        made.add_row(
+            name, f"{seconds:.3f}", f"{dense / seconds:.2f}", *(f"{one['host_ms'][s]:.1f}" for s in STAGES),
+            f"{one['copies_to_device_ms']:.1f}",
+        )  # fmt: skip
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints, and appends to a file."""
+    args = _parse(argv)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    length = 1 + args.segments * args.tokens + args.suffix
+    bench = Bench(args.shape, length, device)
+    assert isinstance(bench.model, PreTrainedModel)
+    prompt = Prompt(bench, args.segments, args.tokens, args.suffix)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        found = measure(bench, methods(prompt, args.boundaries, args.places, Path(folder)), args.repeats)
+    Console(width=180).print(table(found))
+    about = {
+        "shape": args.shape, "segments": args.segments, "tokens": args.tokens, "suffix": args.suffix,
+        "plan": "1/8 global, window 256, sink 4", "dtype": str(bench.model.dtype), "repeats": args.repeats,
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    if args.out:
+        with args.out.open("a") as file:
+            file.writelines(json.dumps({"method": name, **one, **about}) + "\n" for name, one in found.items())
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="8b", choices=("8b", "toy"), help="default: %(default)s")
+    parser.add_argument("--segments", type=int, default=8, help="documents (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a document (default: %(default)s)")
+    parser.add_argument("--suffix", type=int, default=128, help="new tokens (default: %(default)s)")
+    parser.add_argument("--boundaries", type=float, nargs="*", default=[0.0, 0.05, 0.1, 0.2], help="shares recomputed")
+    parser.add_argument("--places", nargs="*", default=list(PLACES), choices=list(PLACES), help="default: all")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where files are written, on the disk to be measured")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="file to append the records to, JSON lines")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

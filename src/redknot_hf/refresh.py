@@ -1,0 +1,278 @@
+"""Recomputing the tokens of reused segments that matter most, wherever they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from redknot_kernels import HeadRules, Rotation, add_sink_logit, attend, rotate
+from torch import Tensor
+from transformers import AttentionInterface, Cache, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
+
+from .layer import RedKnotLayer
+from .recording import row_layers
+from .reuse import AssembledCache, Refs, Reused, as_batch, initialize, relocation_of, schedule, store_of
+from .segment import KeptLayer, Segment
+from .splice import settle_slots, splice
+
+By = Literal["deviation", "attention"]
+_NAME = "redknot_refresh"
+# Queries that are attended at once under an explicit mask, and the last ones whose attention chooses tokens.
+_QUERIES, _LAST = 256, 64
+
+Heads = Float[Tensor, "1 heads tokens dim"]
+
+
+@torch.no_grad()
+def refresh(  # noqa: PLR0913 - all but two have defaults
+    model: Any,
+    segments: Refs,
+    *,
+    share: float | int = 0.15,
+    by: str = "deviation",
+    depth: int = 1,
+    page_size: int = 64,
+    max_cache_len: int | None = None,
+    impl: str | None = None,
+    force: bool = False,
+) -> AssembledCache:
+    """Builds the cache of a context out of stored segments and recomputes the tokens that need it most.
+
+    All tokens run through the first layers, which then are right. What they show at the next one chooses tokens, and
+    these run through all layers while every key of the context, stored or new, is at hand. It is an alternative to
+    the boundary of `assemble`, at the price of storing all tokens of all heads and of running the first layers whole.
+
+    Source: CacheBlend, arXiv 2405.16444, section 4 (deviation of keys and values); heavy hitters, H2O,
+    arXiv 2306.14048 (attention received).
+
+    Args:
+        model: The model of the store; its attention implementation is changed for the time of the call.
+        segments: Of one sequence, from a store with `keep="full"`.
+        share: How much of what is not right as stored is recomputed, 0 to 1.
+        by: `"deviation"`: tokens whose keys and values at layer `depth` are farthest from the stored ones;
+            `"attention"`: tokens that the last ones of the context look at most there.
+        depth: Layers that all tokens run through, at least 1.
+        page_size, max_cache_len, impl, force: As for `assemble`.
+
+    Raises:
+        ValueError: As `assemble`; the store keeps less than all, there are several sequences, or an argument is off.
+    """
+    batch = as_batch(segments)
+    store = store_of(batch, model)
+    store.check_weights()
+    _check(store.keep, len(batch), share, by, depth, model.config.get_text_config(decoder=True).num_hidden_layers)
+    relocation = relocation_of(store, force)
+    cache = AssembledCache(model.config, store.plan, page_size=page_size, max_cache_len=max_cache_len, impl=impl)
+    parts = schedule(batch[0], 0)
+    context = _Context(model, cache)
+    for part in parts:
+        segment = store.get(part.ref)
+        there = torch.arange(len(part.ref))
+        turns: Sequence[Rotation | None] = [None] * len(segment.layers)
+        if part.moved:
+            if relocation is None:
+                raise ValueError(f"{model.config.model_type}: its keys cannot be moved, and {part.ref} must be")
+            turns = relocation.rotations(there + len(part.ref.prefix), there + part.start, segment.data.device)
+        context.add(segment, turns)
+    context.join()
+    chosen = torch.zeros(0, dtype=torch.long)
+    if share:
+        chosen = _chosen(model, context, parts, share, by, depth)
+        with _attending(model):
+            context.run(model, chosen)
+    context.put(cache)
+    cache.reused, cache.refreshed_tokens = (parts,), len(chosen)
+    return cache
+
+
+class _Enough(Exception):  # noqa: N818 - no error: a pass has shown what it was made for
+    """Ends a forward pass."""
+
+
+class _Context(Cache):
+    """Keys and values of a whole context, which a step of some of its tokens overwrites in place.
+
+    Attributes:
+        keys, values: Of each layer, `[1, heads, tokens, dim]`.
+        positions: Tokens of the step under way.
+        look: Called at layer `depth`, with the layer's queries, keys and values of the step; then the pass ends.
+    """
+
+    def __init__(self, model: Any, cache: AssembledCache) -> None:
+        super().__init__(layers=DynamicCache(config=model.config).layers)
+        self.model, self.cache = model, cache
+        self.ids: list[int] = []
+        self.kept: tuple[KeptLayer | None, ...] = ()
+        self.dtype = model.dtype
+        self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i, _ in row_layers(cache)}
+        self.keys: dict[int, Heads] = {}
+        self.values: dict[int, Heads] = {}
+        self.positions: Int[Tensor, " step"] = torch.zeros(0, dtype=torch.long)
+        self.depth, self.look = -1, None
+
+    def add(self, segment: Segment, turns: Sequence[Rotation | None]) -> None:
+        """Continues the context by a segment."""
+        for i, layer in row_layers(self.cache):
+            if not layer.is_initialized:
+                initialize(layer, i, self.model, segment, 1)
+            heads = layer.storage()[0].rules.heads
+            keys, values = (x.view(1, heads, segment.tokens, -1) for x in (segment.keys(i), segment.values(i)))
+            turn = turns[i]
+            self._parts[i].append((keys if turn is None else rotate(keys, turn), values))
+        self.ids += segment.ids
+        self.kept = segment.layers
+
+    def join(self) -> None:
+        """Makes one run of the segments; it may be written to from here on."""
+        for i, parts in self._parts.items():
+            device = self.rows_layer(i).device
+            self.keys[i], self.values[i] = (torch.cat(half, 2).to(device) for half in zip(*parts, strict=True))
+        self._parts = {}
+
+    def rows_layer(self, index: int) -> RedKnotLayer:
+        """The layer of the cache in the making."""
+        layer = self.cache.layers[index]
+        assert isinstance(layer, RedKnotLayer)
+        return layer
+
+    def run(self, model: Any, positions: Int[Tensor, " step"], depth: int = -1, look: Callable | None = None) -> None:
+        """Runs some of the context's tokens through the model, through all layers or until one has been looked at."""
+        self.positions, self.depth, self.look = positions, depth, look
+        ids = torch.tensor(self.ids)[positions].to(model.device)
+        try:
+            model(
+                input_ids=ids[None], position_ids=positions[None].to(model.device), past_key_values=self,
+                logits_to_keep=1,
+            )  # fmt: skip
+        except _Enough:
+            return
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands the step's keys and values on; the attention function puts them in place."""
+        key_states.redknot_refresh = (self, layer_idx)  # pyright: ignore[reportAttributeAccessIssue]
+        return key_states, value_states
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> Float[Tensor, "1 step query_heads value_dim"]:
+        """Attends the step's tokens over all that stands before them, as each head's rule says."""
+        if layer == self.depth and self.look is not None:
+            self.look(layer, query, key, value, options["scale"])
+            raise _Enough
+        where = self.positions.to(key.device)
+        self.keys[layer].index_copy_(2, where, key.to(self.keys[layer].dtype))
+        self.values[layer].index_copy_(2, where, value)
+        holder = self.rows_layer(layer)
+        rules = holder.storage()[0].rules
+        if len(where) == len(self.ids) > holder.page_size:
+            return holder.kernels.prefill(query, self.keys[layer], self.values[layer], None, rules, **options)
+        return _attended(query, self.keys[layer], self.values[layer], where, rules, options)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def put(self, cache: AssembledCache) -> None:
+        """Lets the cache take what its heads keep."""
+        flat = [x.flatten() for half in (self.keys, self.values) for x in half.values()]
+        home = flat[0].device
+        whole = Segment("context", tuple(self.ids), (), self.kept, torch.cat([x.to(home) for x in flat]))
+        for i, layer in row_layers(cache):
+            splice(layer, i, 0, whole)
+            settle_slots(layer)
+
+
+def _chosen(
+    model: Any, context: _Context, parts: Sequence[Reused], share: float | int, by: str, depth: int
+) -> Int[Tensor, " chosen"]:
+    """Positions to recompute; runs all tokens through the first `depth` layers."""
+    found: list[Float[Tensor, " tokens"]] = []
+
+    def deviation(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        new_and_old = ((key, context.keys[layer]), (value, context.values[layer]))
+        found.append(sum((a.float() - b.float()).square().sum((0, 1, 3)) for a, b in new_and_old))  # pyright: ignore
+
+    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        last = torch.arange(len(context.ids), device=key.device)[-_LAST:]
+        heads = key.shape[1]
+        scores = query[:, :, -_LAST:].unflatten(1, (heads, -1)).float() @ key.unsqueeze(2).float().mT * scale
+        seen = last[:, None] >= torch.arange(key.shape[2], device=key.device)
+        found.append(scores.masked_fill(~seen, -torch.inf).softmax(-1).sum((0, 1, 2, 3)))
+
+    everything = torch.arange(len(context.ids))
+    with _attending(model):
+        context.run(model, everything, depth, deviation if by == "deviation" else attention)
+    (score,) = (x.cpu() for x in found)
+    fixed = torch.cat([torch.full((len(p.ref),), p.ref.prefix == _before(parts, p)) for p in parts])
+    count = round(share * int((~fixed).sum()))
+    return score.masked_fill(fixed, -torch.inf).topk(count).indices.sort().values
+
+
+def _before(parts: Sequence[Reused], part: Reused) -> tuple[int, ...]:
+    return tuple(token for other in parts if other.start < part.start for token in other.ref.ids)
+
+
+def _attended(
+    query: Float[Tensor, "1 query_heads step dim"],
+    keys: Float[Tensor, "1 heads tokens dim"],
+    values: Float[Tensor, "1 heads tokens value_dim"],
+    positions: Int[Tensor, " step"],
+    rules: HeadRules,
+    options: dict[str, Any],
+) -> Float[Tensor, "1 step query_heads value_dim"]:
+    """Attention of some tokens of a text, under the rules."""
+    places, group = torch.arange(keys.shape[2], device=keys.device)[None], query.shape[1] // keys.shape[1]
+    out = []
+    for some, where in zip(query.split(_QUERIES, 2), positions.split(_QUERIES), strict=True):
+        seen = rules.visible(where[None], places).repeat_interleave(group, 0)[None]
+        part, lse = attend(some, keys, values, scale=options["scale"], mask=seen, softcap=options["softcap"])
+        out.append(add_sink_logit(part, lse, options["s_aux"]).transpose(1, 2))
+    return torch.cat(out, 1)
+
+
+@contextmanager
+def _attending(model: Any) -> Iterator[None]:
+    """The model attends by way of `_Context`."""
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, _no_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: Any = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    context, layer = key.redknot_refresh  # pyright: ignore[reportAttributeAccessIssue]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = {"scale": scale, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
+    return context.attend(layer, query, key, value, options), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Which tokens see which is for the rules and the positions to say."""
+
+
+def _check(keep: str, batch: int, share: float | int, by: str, depth: int, layers: int) -> None:
+    if keep != "full":
+        raise ValueError("the store keeps what the plan says, and a token may be refreshed only if all are kept: "
+                         "make it SegmentStore(..., keep='full')")  # fmt: skip
+    if batch > 1:
+        raise ValueError(f"refresh serves one sequence at a time and got {batch}: call it for each")
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share}: give a share from 0 to 1")
+    if by not in get_args(By):
+        raise ValueError(f"by={by!r}: choose one of {get_args(By)}")
+    if not 1 <= depth < layers:
+        raise ValueError(f"depth={depth}: give a number of layers from 1 to {layers - 1}")

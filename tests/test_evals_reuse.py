@@ -1,0 +1,29 @@
+import json
+
+from evals import reuse
+
+METHODS = ["naive", "deviation 15 %", "prefix cache only", "boundary all"]
+
+
+def test_the_evaluation_tells_methods_apart(tmp_path, capsys):
+    out, figure = tmp_path / "reuse.jsonl", tmp_path / "reuse.png"
+    size = ["--contexts", "1", "--dependent", "1", "--documents", "4", "--tokens", "64", "--questions", "6"]
+    reuse.main([*size, "--device", "cpu", "--methods", *METHODS, "--out", str(out), "--figure", str(figure)])
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["method"] for r in records] == ["dense", reuse.WHOLE, *METHODS] * 2
+    assert figure.stat().st_size > 10_000
+    for record in records:
+        assert record["questions"] == 6
+        low, high = record["accuracy"][1:]
+        assert low <= record["accuracy"][0] <= high
+    dependent = {r["method"]: r for r in records if r["part"] == "dependent facts"}
+    assert dependent["boundary all"]["kl"][0] < 1e-5
+    assert dependent["prefix cache only"]["kl"][0] < 1e-5 < dependent["naive"]["kl"][0]
+    assert dependent["naive"]["recomputed"] == 0
+    assert 0.6 < dependent["prefix cache only"]["recomputed"] < dependent["boundary all"]["recomputed"] == 1
+    assert "read whole" in capsys.readouterr().out
+
+
+def test_intervals_are_over_contexts():
+    middle, low, high = reuse._interval([0, 0, 1, 1, 2, 2], reuse.np.array([1.0, 1, 0, 0, 1, 1]))
+    assert (round(middle, 4), low, high) == (0.6667, 0.0, 1.0)
