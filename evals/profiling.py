@@ -153,7 +153,7 @@ class Run:
             judge = None
             for method, plan in self.plans(self.ratio):
                 row = {"model": self.name, "stage": "length", "what": method, "length": length}
-                if key(row) not in self.done:
+                if method not in RANDOM and key(row) not in self.done:
                     judge = judge or Judge(self.name, self.model, length, self.args.answers)
                     self.write("length", method, {"length": length, "ratio": self.ratio, **judge(plan)})
 
