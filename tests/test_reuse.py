@@ -1,6 +1,7 @@
 """Assembled caches are held against a pass over the whole text, and against naive reuse computed by hand."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -165,6 +166,20 @@ def test_a_reserved_cache_can_be_assembled(llama, documents):
         assemble(llama, documents, boundary=0, max_cache_len=100)
 
 
+def test_kernels_of_triton_assemble_the_same_also_where_steps_are_captured():
+    model = make_model("llama", num_hidden_layers=1)
+    store = SegmentStore(model, HeadPlan([[HeadSpec(), HeadSpec(3, 2), HeadSpec(17, 4), HeadSpec(1, 0)]]))
+    first, *others = [store.add(BOS), *store.add_all(texts((30, 20)), BOS)]
+    options = {"boundary": 2, "page_size": 16, "max_cache_len": 60}
+    found = []
+    for impl in ("torch", "triton"):
+        cache = assemble(model, [first, *others[::-1]], impl=impl, **options)
+        assert cache.is_compileable == (impl == "triton")
+        found.append(next_logits(model, cache, QUESTION[:1]))
+        assert cache.get_seq_length() == 53
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 def test_the_same_segment_twice_and_in_any_order(llama, store, documents):
     refs = [documents[1], documents[0], documents[1], documents[4], documents[4]]
     for boundary in ("all", 0):
@@ -208,4 +223,9 @@ def test_what_cannot_be_assembled_is_refused(llama, store, documents):
 def test_an_assembled_cache_is_a_plain_one(llama, documents):
     cache = assemble(llama, documents[:2], boundary=2)
     assert isinstance(cache, RedKnotCache)
+    other = pickle.loads(pickle.dumps(cache))
+    torch.testing.assert_close(next_logits(llama, other), next_logits(llama, copy.deepcopy(cache)))
+    assert other.reused == cache.reused
+    with pytest.raises(ValueError, match="another process"):
+        assemble(llama, [part.ref for part in other.reused[0]])
     assert cache.reused_tokens == len(BOS) + LENGTHS[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.method import Method
-from evals.methods import dense, kvpress, redknot
+from evals.methods import dense, kvpress, redknot, reuse
 from evals.methods.kvpress import Press
 from redknot_hf import HeadPlan
 
@@ -69,6 +69,8 @@ METHODS: dict[str, Callable[..., Method | Press]] = {
     "all-global": lambda setting: redknot.all_global(setting.config),
     "wrong-heads": lambda setting, **options: redknot.wrong_heads(setting.needed_plan(), **options),
     "streaming": _streaming,
+    "reuse": lambda setting, **options: reuse.reuse(setting.needed_plan(), **options),
+    "refresh": lambda setting, **options: reuse.refreshed(setting.needed_plan(), **options),
     "adakv-expected-attention": _press("adakv-expected-attention"),
     "adakv-snapkv": _press("adakv-snapkv"),
 }

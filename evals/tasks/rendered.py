@@ -8,7 +8,7 @@ classification, `all_classes`: RULER (Hsieh et al. 2024), LongBench and LongBenc
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -95,8 +95,9 @@ class Rendered:
         task = self.name.split("/")[1] if self.data_set == RULER else None
         rows = read(self.data_set, config, "test", self.source, task)
         order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-        drawn = (self._example(tokenizer, length, rows[place], f"{self.name}-{config}-{place}") for place in order)
-        chosen = list(islice((example for example in drawn if example is not None), count))
+        drawn = (self._example(rows[place], f"{self.name}-{config}-{place}") for place in order)
+        fitting = (example for example in drawn if self.cut or prompt_tokens(tokenizer, example) <= length)
+        chosen = list(islice(fitting, count))
         if len(chosen) < count:
             raise ValueError(
                 f"{self.name} has {len(chosen)} questions (of {len(rows)}) that fit {length} tokens, count is {count}"
@@ -104,7 +105,8 @@ class Rendered:
         together: dict[str, list[Example]] = {}
         for example in chosen:
             together.setdefault(example.context, []).append(example)
-        yield from chain.from_iterable(together.values())
+        for same in together.values():
+            yield from _fitted(tokenizer, same, length)
 
     def _ruler_length(self, length: int) -> str:
         known = [known for known in RULER_LENGTHS if known <= length]
@@ -112,11 +114,10 @@ class Rendered:
             raise ValueError(f"{self.name} has prompts of {RULER_LENGTHS} tokens, length is {length}")
         return str(known[-1])
 
-    def _example(self, tokenizer: Any, length: int, row: Row, name: str) -> Example | None:
-        """Return the row's example, or nothing if it is too long and may not be cut."""
+    def _example(self, row: Row, name: str) -> Example:
         answers = row["answers"] if "answers" in row else row["answer"]
         task, prefix = row["task"].removesuffix("_e"), row["answer_prefix"] or ""
-        whole = Example(
+        return Example(
             id=name,
             context=row["context"],
             question=_apart(row["question"], prefix),
@@ -128,14 +129,6 @@ class Rendered:
             documents=_passages(row["context"]) if task in OF_PASSAGES else (),
             choices=tuple(row.get("all_classes") or ()),
         )
-        example, room = whole, length - tokens(tokenizer, whole.question + prefix)
-        while prompt_tokens(tokenizer, example) > length:
-            if not self.cut:
-                return None
-            context = cut_middle(tokenizer, row["context"], room, special=True)
-            example = replace(whole, context=context, documents=_passages(context) if whole.documents else ())
-            room -= 8  # passages, tokenized apart, have some tokens more than their text in one
-        return example
 
     def _kind(self, row: Row) -> str:
         """Return what LongBench-E and -v2 report apart: how long the context is, in words or as a class."""
@@ -146,6 +139,19 @@ class Rendered:
                 return label
             case _:
                 return ""
+
+
+def _fitted(tokenizer: Any, same: list[Example], length: int) -> list[Example]:
+    """Return examples of one context, which loses its middle until the longest of their prompts fits."""
+    asked = [tokens(tokenizer, example.question + example.answer_prefix) for example in same]
+    longest, room = asked.index(max(asked)), length - max(asked)
+    fitted = same
+    while prompt_tokens(tokenizer, fitted[longest]) > length:
+        context = cut_middle(tokenizer, same[0].context, room, special=True)
+        documents = _passages(context) if same[0].documents else ()
+        fitted = [replace(example, context=context, documents=documents) for example in same]
+        room -= 8  # passages, tokenized apart, have some tokens more than their text in one
+    return fitted
 
 
 def _apart(question: str, prefix: str) -> str:

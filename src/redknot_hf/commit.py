@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -81,4 +82,9 @@ def runs(step: Step, real: Real | None) -> list[Run]:
 
 def _counts(step: Step, real: Real | None) -> np.ndarray:
     rows, _ = step.layer.storage()
-    return np.full(rows.batch, step.tokens) if real is None else real.sum(1).cpu().numpy()
+    return _all_real(rows.batch, step.tokens) if real is None else real.sum(1).cpu().numpy()
+
+
+@lru_cache(maxsize=256)
+def _all_real(batch: int, tokens: int) -> np.ndarray:
+    return np.full(batch, tokens)

@@ -99,7 +99,7 @@ class PaddingMask(torch.Tensor):
                 real = flags[:, start : start + tokens].clone()  # kept longer than the mask, which is the caller's
                 real = None if bool(real.all()) else real
             memo = self._seen = ((start, tokens), real)
-        if self.whole and (lengths != start).any():
+        if self.whole and lengths.tolist() != [start] * len(lengths):
             _check_past(np.full_like(lengths, start), start, lengths)
         return memo[1]
 

@@ -179,6 +179,10 @@ def store_of(batch: Sequence[Sequence[SegmentRef]], model: Any) -> SegmentStore:
     if len(stores) > 1:
         raise ValueError(f"the segments come from {len(stores)} stores: add them all to one")
     (store,) = stores.values()
+    if store is None:
+        raise ValueError(
+            "the segments come from another process: name them anew, store.ref(segment.ids, segment.prefix)"
+        )
     if store.model is not model:
         raise ValueError("the segments belong to another model: add the texts to a SegmentStore of this one")
     return store
@@ -285,9 +289,10 @@ def initialize(layer: RedKnotLayer, index: int, model: Any, segment: Segment, ba
 
 def _device_of_layer(model: Any, index: int) -> torch.device:
     """Where the layer runs: that of its attention's weights, or of the hook that brings them."""
+    if not hasattr(model, "hf_device_map"):
+        return model.device
     for module in model.modules():
         if getattr(module, "layer_idx", None) == index and (weights := next(module.parameters(), None)) is not None:
-            hook = getattr(module, "_hf_hook", None)
-            device = getattr(hook, "execution_device", None)
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
             return weights.device if device is None else torch.device(device)
     return model.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -13,6 +13,8 @@ from redknot_kernels import UNBOUNDED
 from torch import Tensor
 
 Packed = Int[np.ndarray, " kept"]
+# First element of a tensor in the data, and its shape.
+Place = tuple[int, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +103,16 @@ class Segment:
             f"{self.data.dtype}, {self.data.device})"
         )
 
+    @cached_property
+    def _places(self) -> tuple[tuple[Place, ...], ...]:
+        return places(self.layers, self.tokens)[0]
+
     def _view(self, layer: int, part: int) -> Tensor:
         kept = self.layers[layer]
         if kept is None:
             raise ValueError(f"layer {layer} has no keys of its own, so the segment holds none of it")
-        start, shape = places(self.layers, self.tokens)[0][part][layer]
+        start, shape = self._places[part][layer]
         return self.data[start : start + shape[0] * shape[1]].view(shape)
-
-
-Place = tuple[int, tuple[int, int]]
 
 
 @lru_cache(maxsize=1024)

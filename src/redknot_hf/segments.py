@@ -35,13 +35,16 @@ class SegmentRef:
     Attributes:
         address: Hash over model, plan, tokens and prefix.
         ids, prefix: The tokens, and those that they were read behind.
-        store: Where the segment is.
+        store: Where the segment is; `None` in another process, where `store.ref(ids, prefix)` names it again.
     """
 
     address: str
     ids: tuple[int, ...] = field(compare=False)
     prefix: tuple[int, ...] = field(compare=False)
-    store: SegmentStore = field(compare=False)
+    store: SegmentStore | None = field(compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SegmentRef, (self.address, self.ids, self.prefix, None)
 
     def __len__(self) -> int:
         return len(self.ids)

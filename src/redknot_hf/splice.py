@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from redknot_kernels import UNBOUNDED, Rotation
+from redknot_kernels import UNBOUNDED, HeadRules, Rotation
 from torch import Tensor
 
 from .history import SlotHistory
@@ -52,16 +55,16 @@ def splice(
     lengths = rows.lengths.copy()
     lengths[sequence] = end
     layer.reserve(lengths)
-    source, heads, tokens, since = _wanted(kept, rows, segment.tokens, first, offset)
+    taken = _taken(kept, rows.rules, segment.tokens, first, offset)
     device = pool.keys.device
-    where = where_held(rows, sequence, heads, offset + tokens)
-    source, target, turn = _on(device, np.stack([source, where, tokens])).unbind()
+    where = taken.places.of(rows, sequence)
+    source, target, turn = _on(device, np.stack([taken.source, where, taken.tokens])).unbind()
     keys, values = (x.to(device, non_blocking=True) for x in (segment.keys(index), segment.values(index)))
     if rotation is not None:
         cos, sin = (x.to(device, non_blocking=True) for x in (rotation.cos, rotation.sin))
         rotation = Rotation(cos, sin, rotation.interleaved)
     layer.kernels.place(pool.keys, pool.values, keys, values, source, target, rotation, turn)
-    rows.splice(sequence, end - int(rows.lengths[sequence]), since)
+    rows.splice(sequence, end - int(rows.lengths[sequence]), taken.since)
 
 
 def settle_slots(layer: RedKnotLayer) -> None:
@@ -76,20 +79,12 @@ def settle_slots(layer: RedKnotLayer) -> None:
     layer.on_device()
 
 
-def where_held(rows: Rows, sequence: int, heads: Packed, positions: Packed) -> Packed:
-    """Index, in the pool seen as one run of tokens, of the token of each head at each position."""
-    sink, ring = np.array(rows.rules.sink)[heads], np.array(rows.rules.ring)[heads]
-    slots = np.where(positions < sink, positions, sink + (positions - sink) % ring)
-    size = rows.rules.page_size
-    return rows.table[sequence, heads, slots // size].astype(np.int64) * size + slots % size
-
-
 def read(
     layer: RedKnotLayer, sequence: int, heads: Packed, positions: Packed
 ) -> tuple[Float[Tensor, "kept key_dim"], Float[Tensor, "kept value_dim"]]:
     """Keys and values of tokens that the rows of one sequence hold."""
     rows, pool = layer.storage()
-    where = _on(pool.keys.device, where_held(rows, sequence, heads, positions))
+    where = _on(pool.keys.device, _places(rows.rules, heads, positions).of(rows, sequence))
     keys, values = (x.view(-1, x.shape[-1]).index_select(0, where) for x in (pool.keys, pool.values))
     return keys, values
 
@@ -106,17 +101,46 @@ def _check(kept: KeptLayer, layer: RedKnotLayer, index: int) -> None:
         )
 
 
-def _wanted(
-    kept: KeptLayer, rows: Rows, length: int, first: int, offset: int
-) -> tuple[Packed, Packed, Packed, Int[np.ndarray, " heads"]]:
-    """Which stored tokens the rows take: their place in storage, heads and tokens; and since where rows hold all."""
+class _Places(NamedTuple):
+    """Where rows keep tokens: head, column of the page table, and slot within the page, of each."""
+
+    heads: Packed
+    columns: Packed
+    slots: Packed
+
+    def of(self, rows: Rows, sequence: int) -> Packed:
+        """Index of each in the pool, seen as one run of tokens."""
+        return rows.table[sequence, self.heads, self.columns].astype(np.int64) * rows.rules.page_size + self.slots
+
+
+class _Taken(NamedTuple):
+    """What rows take of a segment: place in storage, token and place in the rows of each.
+
+    Attributes:
+        since: Position from which on each row holds all tokens.
+    """
+
+    source: Packed
+    tokens: Packed
+    places: _Places
+    since: Int[np.ndarray, " heads"]
+
+
+@lru_cache(maxsize=64)  # many layers have the same rules
+def _taken(kept: KeptLayer, rules: HeadRules, length: int, first: int, offset: int) -> _Taken:
     heads, tokens = kept.packed(length)
-    sink, ring = np.array(rows.rules.sink), np.array(rows.rules.ring)
+    sink, ring = np.array(rules.sink), np.array(rules.ring)
     since = np.maximum(offset + kept.tails(length), offset + length - ring)
     positions = offset + tokens
-    taken = (tokens >= first) & ((positions < sink[heads]) | (positions >= since[heads]))
-    source = np.flatnonzero(taken)
-    return source, heads[source], tokens[source], since
+    source = np.flatnonzero((tokens >= first) & ((positions < sink[heads]) | (positions >= since[heads])))
+    return _Taken(source, tokens[source], _places(rules, heads[source], positions[source]), since)
+
+
+def _places(rules: HeadRules, heads: Packed, positions: Packed) -> _Places:
+    sink, ring = np.array(rules.sink)[heads], np.array(rules.ring)[heads]
+    slots = np.where(positions < sink, positions, sink + (positions - sink) % ring)
+    columns = slots // rules.page_size
+    return _Places(heads, columns, slots - columns * rules.page_size)
 
 
 def _on(device: torch.device, index: Int[np.ndarray, "..."]) -> Int[Tensor, "..."]:

@@ -144,7 +144,9 @@ class Tiers:
     def put(self, segment: Segment) -> Held:
         """Takes a segment from the device, where it was computed, or from the host; returns it on the device."""
         with self._lock:
-            held = Held(segment)
+            # Whoever uses it, on any stream, waits for what is computed on this one.
+            computed = segment.data.is_cuda
+            held = Held(segment, torch.cuda.current_stream(segment.data.device).record_event() if computed else None)
             if segment.data.device != self.device:
                 self._to_host(held)
                 held = self._fetched(held)

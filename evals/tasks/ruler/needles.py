@@ -1,6 +1,6 @@
 """RULER's needles: numbers or UUIDs that belong to words, hidden in noise, in prose or among each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -55,7 +55,7 @@ class Needles:
     def _needle(self, key: str, value: str) -> str:
         return NEEDLE.format(kind=self.value, key=key, value=value)
 
-    def _hay(self, rng: np.random.Generator, size: int, needles: zip) -> list[str]:
+    def _hay(self, rng: np.random.Generator, size: int, needles: Iterable[tuple[str, str]]) -> list[str]:
         match self.hay:
             case "noise":
                 return [NOISE] * size

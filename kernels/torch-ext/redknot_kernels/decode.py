@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 
 from .attend import add_sink_logit, attend, merge
-from .pages import append, gather, head_index, take_heads
+from .pages import append, head_index, take_heads
 from .rules import UNBOUNDED
 
 # Bytes of keys and values gathered at once: they stay in the processor's cache, and under the size from which the
@@ -64,7 +64,7 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
     """
     heads = rules.heads
     grouped = query.view(len(query), heads, -1, *query.shape[2:])
-    out = query.new_empty(0)
+    out = None
     sinks = None if s_aux is None else s_aux.unflatten(0, (heads, -1))
     for part in filter(None, (rules.global_heads, rules.local_heads)):
         rows = take_heads(table, part)
@@ -78,8 +78,11 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
         if len(part) == heads:
             out = found
         else:
-            out = out if len(out) else found.new_empty(len(found), heads, *found.shape[2:])
+            if out is None:
+                out = found.new_empty(len(found), heads, *found.shape[2:])
             out.index_copy_(1, head_index(part, out.device), found)
+    if query.shape[2] == 1:
+        return out.reshape(len(out), 1, -1, out.shape[-1])
     return out.flatten(1, 2).transpose(1, 2).contiguous()
 
 
@@ -110,13 +113,16 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
     folded, alone = query.flatten(2, 3), chunk >= columns and longest == max(starts) + tokens
     parts = []
     for column in range(0, columns, chunk):
-        rows = table.narrow(2, column, min(chunk, columns - column))
-        k, v = gather(k_pages, rows), gather(v_pages, rows)
+        count = min(chunk, columns - column)
+        rows = table if count == table.shape[2] else table.narrow(2, column, count)
+        rows = rows.reshape(-1)
+        k, v = (x.index_select(0, rows).view(batch, heads, count * size, -1) for x in (k_pages, v_pages))
         first, end = column * size, column * size + k.shape[2]
         mask = None
         if rules.global_heads and (level or min(ends) >= end) and min(longest, end) <= min(starts) + 1:
             held = min(longest, end) - first  # every query sees every token here
-            k, v = k.narrow(2, 0, held), v.narrow(2, 0, held)
+            if held < k.shape[2]:
+                k, v = k.narrow(2, 0, held), v.narrow(2, 0, held)
         else:
             mask = (_mask_of_one if tokens == 1 else _mask)(
                 first, end, tuple(ends), tuple(starts), tokens, rules, query.device
