@@ -27,7 +27,7 @@ def measured(tmp_path_factory):
 
 def test_every_stage_writes_its_lines(measured):
     _, rows = measured
-    assert [row["stage"] for row in rows] == ["profile", *["length"] * 4, *["frontier"] * 4]
+    assert [row["stage"] for row in rows] == ["profile", *["length"] * 2, *["frontier"] * 4]
     (profile,) = (row for row in rows if row["stage"] == "profile")
     assert 0 <= profile["recall"] <= 1
     assert [found["length"] for found in profile["held_out"]] == [320, 480]
