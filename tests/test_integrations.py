@@ -38,7 +38,7 @@ def test_pipeline(local):
     plan = random_plan(model.config) if local else HeadPlan.uniform(model.config, HeadSpec())
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     text = "<bos> <doc> the code of the wooden school is 3 0 5 3 . </doc> question : where does the old baker live ?"
-    options = {"do_sample": False, "max_new_tokens": 20, "max_length": None}
+    options = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20, "max_length": None}
     if local:
         with under_plan(model, plan):
             expected = pipe(text, use_cache=False, **options)
