@@ -64,7 +64,7 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
     """
     heads = rules.heads
     grouped = query.view(len(query), heads, -1, *query.shape[2:])
-    out = None
+    out = query.new_empty(0)
     sinks = None if s_aux is None else s_aux.unflatten(0, (heads, -1))
     for part in filter(None, (rules.global_heads, rules.local_heads)):
         rows = take_heads(table, part)
@@ -78,7 +78,7 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
         if len(part) == heads:
             out = found
         else:
-            if out is None:
+            if not len(out):
                 out = found.new_empty(len(found), heads, *found.shape[2:])
             out.index_copy_(1, head_index(part, out.device), found)
     if query.shape[2] == 1:
