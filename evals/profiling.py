@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from evals.tiny.examination import Part, set_exams
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 from redknot_hf.profiling import HeadProfile, Prompt, profile_heads
 
-TINY = Path(__file__).parent / "tiny"
+TINY = Path(os.path.relpath(Path(__file__).parent / "tiny"))  # so profiles name no folder of this machine
 MODELS = {"bundled": TINY, "plain": TINY / "plain"}
 METHODS = ("drift", "loss", "mass", "gates")
 RATIOS = (0.05, 0.1, 0.2, 0.3125, 0.4, 0.5, 0.75, 1.0)
