@@ -3,7 +3,8 @@
     python -m evals.profile_cost --out evals/results/profile_cost.jsonl
 
 Random weights cost what trained ones do: no step of a profile depends on what the heads have learned, but the search
-of `loss`, which stops after `--loss-seconds`. It prints a JSON line a method, and `--out` appends them to a file.
+of `loss`, which ends with the round that `--loss-seconds` interrupts: `passes` says how many forward passes it made.
+It prints a JSON line a method, and `--out` appends them to a file.
 """
 
 from __future__ import annotations
@@ -63,8 +64,11 @@ def measure(model: Any, prompts: list[Prompt], method: str, windows: list[int], 
     start = time.perf_counter()
     with Progress(transient=True) as bar:
         tasks: dict[str, Any] = {}
+        passes = 0
 
         def report(stage: str, done: int, total: int | None) -> None:
+            nonlocal passes
+            passes = max(passes, done)
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done)
@@ -80,7 +84,7 @@ def measure(model: Any, prompts: list[Prompt], method: str, windows: list[int], 
     return {
         "method": method, "seconds": round(taken, 2), "peak_bytes": peak, "peak_over_weights_bytes": peak - before,
         "heads": profile.plan().num_heads, "length": profile.length, "windows": list(profile.windows),
-        "prompts": len(prompts), "given_seconds": seconds if method in ("loss", "gates") else None,
+        "prompts": len(prompts), "passes": passes, "given_seconds": seconds if method in ("loss", "gates") else None,
     }  # fmt: skip
 
 

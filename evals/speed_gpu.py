@@ -2,11 +2,14 @@
 
     python -m evals.speed_gpu --out evals/results/speed_gpu.jsonl
 
-Everything runs through `model.generate`. The time to the first token is that of a first call's; a token's time is the
-median of the intervals at which `generate` hands tokens on, or, of `captured_decoding`, what 128 more tokens take
-longer; its first time is that of 32 tokens. Bytes of the cache are what the device's allocator holds
-more after than before. Reserved caches are compiled by `generate` itself, once for all lengths. The last line is one
-JSON object; `--out` appends it to a file.
+Everything runs through `model.generate`. The time to the first token is that of a prompt whose length was read once
+before; a token's time is the median of the intervals at which `generate` hands tokens on, or, of `captured_decoding`,
+what 128 more tokens take longer; its first time is that of 32 tokens. Bytes of the cache are what the device's
+allocator holds more after than before. Reserved caches are compiled by `generate` itself, once for all lengths. A
+dense batch is the largest that fits, found by trying.
+
+Bars were set on a device that reads 4.35 TB/s; times that reading bounds are also given scaled to this device's rate.
+The last line is one JSON object; `--out` appends it to a file, also when the run is interrupted.
 """
 
 import argparse
@@ -36,6 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 LOCAL = HeadSpec(window=256, sink=4)
+BARS_READ = 4.35e12  # bytes a second of the device on which the bars were set
 CHUNK = 2048  # tokens of each sequence that a batch reads at once
 
 
@@ -111,6 +115,8 @@ class Bench:
         rows, cache, before, kv_bytes = [], None, 0, 0
         for length in lengths:
             ids = self.ids(1, length)
+            if not reserved:  # kernels are compiled, and planned for this length
+                self.run(self.cache(method), ids, 2)
             if cache is None or not reserved:
                 cache = None
                 self.collect()
@@ -133,43 +139,85 @@ class Bench:
 
     def captured_row(self, method: str, lengths: list[int]) -> list[dict]:
         """Measures decoding with one graph a token: what more tokens take longer than few."""
-        rows, cache = [], self.cache(method)
+        self.collect()
+        rows, before, cache = [], self.held(), self.cache(method)
+        kv_bytes = self.reserve(cache, self.ids(1, 128)) - before
         for length in lengths:
             ids, seconds = self.ids(1, length), {}
             for new in (32, 32, 160):  # the first compiles
                 cache.reset()
-                self.wait()
-                start = time.perf_counter()
-                self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new,
-                    do_sample=False, custom_generate=captured_decoding,
-                )  # fmt: skip
-                self.wait()
-                seconds[new] = time.perf_counter() - start
+                self.reset_peak()
+                seconds[new] = self.captured(cache, ids, new)[0]
             row = {"method": method, "batch": 1, "length": length, "first_s": seconds[32], "peak": self.peak()}
-            rows.append({**row, "token_s": (seconds[160] - seconds[32]) / 128, "kv_bytes": cache.nbytes})
+            rows.append({**row, "token_s": (seconds[160] - seconds[32]) / 128, "kv_bytes": kv_bytes})
             print(_line(rows[-1]), flush=True)
         self.forget(cache)
         return rows
 
-    def batch_row(self, method: str, batch: int, length: int, new: int) -> list[dict]:
-        """Measures decoding of a batch at one length; ours has read every sequence, the dense cache is filled."""
+    def captured(self, cache: Any, ids: torch.Tensor, new: int) -> tuple[float, torch.Tensor]:
+        """Seconds that new tokens take by `captured_decoding`, and all tokens."""
+        self.wait()
+        start = time.perf_counter()
+        ids = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new, do_sample=False,
+            custom_generate=captured_decoding,
+        )  # fmt: skip
+        self.wait()
+        return time.perf_counter() - start, ids
+
+    def batch_row(self, method: str, batch: int, length: int) -> list[dict]:
+        """Measures decoding of a batch whose every sequence has been read, captured."""
         self.collect()
         ids, before, start = self.ids(batch, length), self.held(), time.perf_counter()
         cache = self.cache(method, length + 256)
-        kv_bytes = self.reserve(cache, ids) - before
-        if method == "static":
-            fill(cache, length - 1)
-        else:
+        try:
+            kv_bytes = self.reserve(cache, ids) - before
+            self.reset_peak()
             with torch.no_grad():
                 for chunk in ids[:, :-1].split(CHUNK, 1):
                     self.model(chunk, past_key_values=cache, logits_to_keep=1)
-        self.wait()
-        row = {"method": method, "batch": batch, "length": length, "read_s": time.perf_counter() - start}
-        row |= {**self.run(cache, ids, new), "kv_bytes": kv_bytes}
-        print(_line(row) + f", {batch / row['token_s']:.0f} tokens/s", flush=True)
-        self.forget(cache)
-        return [row]
+            self.wait()
+            row = {"method": method, "batch": batch, "length": length, "first_s": time.perf_counter() - start}
+            _, ids = self.captured(cache, ids, 16)  # compiles
+            short, ids = self.captured(cache, ids, 16)
+            long, ids = self.captured(cache, ids, 80)
+            row |= {"token_s": (long - short) / 64, "peak": self.peak(), "kv_bytes": kv_bytes}
+        finally:
+            self.forget(cache)
+        return [with_rate(row)]
+
+    def largest_row(self, method: str, length: int, new: int) -> list[dict]:
+        """Measures decoding of the largest dense batch that fits; the cache is filled, no prompt is read."""
+        self.collect()
+        config = self.model.config
+        token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.model.dtype.itemsize
+        room = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else 2 * token * (length + 256)
+        for batch in range(room // (token * (length + 256)), 0, -1):
+            row = self.dense_row(method, batch, length, new)
+            if row:
+                return [with_rate(row)]
+            self.collect()
+            print(f"{method:22} {batch:3} x {length:6}: does not fit", flush=True)
+        return []
+
+    def dense_row(self, method: str, batch: int, length: int, new: int) -> dict | None:
+        """Decoding of a dense batch; `None` if there is no room for it."""
+        before, cache = self.held(), self.cache(method, length + 256)
+        try:
+            ids = self.ids(batch, length)
+            if method == "static":
+                self.reserve(cache, ids)
+                fill(cache, length - 1)
+            else:
+                fill_growing(cache, self.model, batch, length - 1)
+            kv_bytes = self.held() - before
+            row = {"method": method, "batch": batch, "length": length, **self.run(cache, ids, new)}
+        except torch.OutOfMemoryError:
+            return None
+        else:
+            return {**row, "kv_bytes": kv_bytes}
+        finally:
+            self.forget(cache)
 
     def ids(self, batch: int, length: int) -> torch.Tensor:
         """Random tokens."""
@@ -219,6 +267,58 @@ def fill(cache: StaticCache, tokens: int) -> None:
         layer.cumulative_length.fill_(tokens)
 
 
+def fill_growing(cache: DynamicCache, model: Any, batch: int, tokens: int) -> None:
+    """The same for a dense cache that grows."""
+    config = model.config
+    for layer in range(config.num_hidden_layers):
+        shape = batch, config.num_key_value_heads, tokens, config.head_dim
+        keys, values = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+        cache.update(keys, values, layer)
+
+
+def with_rate(row: dict) -> dict:
+    """Adds tokens a second, and prints the row."""
+    row = {**row, "tokens_per_s": row["batch"] / row["token_s"]}
+    print(f"{_line(row)}, {row['tokens_per_s']:.0f} tokens/s", flush=True)
+    return row
+
+
+def bars(rows: list[dict], read: float) -> list[dict]:
+    """What a whole model is to reach, as far as it was measured, and what it does."""
+    by_name = {(row["method"], row["batch"], row["length"]): row for row in rows}
+    rates = {row["method"]: row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
+    mine = rates.pop("1/8 global, captured", None)
+
+    def of(method: str, length: int, what: str, unit: float) -> float | None:
+        row = by_name.get((method, 1, length))
+        return row[what] / unit if row else None
+
+    table: list[tuple[str, float | None, float, bool]] = []  # what, found, at most, whether reading bounds it
+    for length, first_s in ((32768, 1.0), (131072, 5.5)):
+        dense, eager = (of(method, length, "token_s", 1) for method in ("dynamic", "1/8 global"))
+        captured = of("1/8 global, captured", length, "token_s", 1e-3)
+        table += [
+            (f"1/8 global, captured, {length}: ms a token", captured, 6.0, True),
+            (f"1/8 global, {length}: s to the first token", of("1/8 global", length, "first_s", 1), first_s, False),
+            (f"1/8 global, {length}: eager token / DynamicCache's", dense and eager and eager / dense, 1.0, False),
+        ]  # fmt: skip
+    table += [
+        ("1/8 global, 131072: GiB of keys and values", of("1/8 global", 131072, "kv_bytes", 2**30), 2.2, False),
+        ("all global, captured, 131072: ms a token", of("all global, captured", 131072, "token_s", 1e-3), 9.0, True),
+        ("largest dense batch's tokens/s / ours", max(rates.values()) / mine if mine and rates else None, 0.25, False),
+    ]
+    return [
+        _judged(text, value, bar, BARS_READ / read if scales else 1) for text, value, bar, scales in table if value
+    ]
+
+
+def _judged(text: str, found: float, bar: float, factor: float) -> dict:
+    scaled = float(f"{bar * factor:.3g}")
+    one = {"bar": text, "at_most": bar, "scaled": scaled, "found": float(f"{found:.3g}"), "met": found <= scaled}
+    print(f"{'met   ' if one['met'] else 'MISSED'} {text}: {one['found']} (at most {bar}, here {scaled})")
+    return one
+
+
 def _none_is_done(ids: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
@@ -251,7 +351,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[32768, 131072])
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--batch", type=int, default=32, help="sequences of the batch rows; 0 leaves them out")
-    parser.add_argument("--dense-batch", type=int, default=12, help="the largest dense batch that fits")
     parser.add_argument("--batch-length", type=int, default=32768)
     parser.add_argument("--tokens", type=int, default=24, help="decoded tokens a run")
     parser.add_argument("--out", type=Path, help="file to append the JSON line to")
@@ -260,35 +359,47 @@ def main(argv: list[str] | None = None) -> None:
     read = reading_rate(device)
     bench = Bench(args.shape, max(args.lengths), device)
     bench.run(bench.cache("dynamic"), torch.ones(1, 300, dtype=torch.long, device=device), 8)
-    rows: list[dict] = []
     measures: list[Callable[[], list[dict]]] = [
         lambda m=m: bench.row(m, args.lengths, args.tokens) for m in args.methods
     ]
-    for method, batch in (("1/8 global, reserved", args.batch), ("static", args.dense_batch)):
-        if batch:
-            measures.append(lambda m=method, b=batch: bench.batch_row(m, b, args.batch_length, args.tokens))
-    for measure in measures:
-        try:
-            rows += measure()
-        except torch.OutOfMemoryError as error:
-            print(f"  out of memory: {str(error).splitlines()[0]}")
-            bench.collect()
-    hardware = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__,
-        "transformers": transformers.__version__, "read_bytes_per_s": read,
-        "weights_bytes": sum(p.nbytes for p in bench.model.parameters()),
-    }  # fmt: skip
-    line = json.dumps({"benchmark": "speed_gpu", "shape": args.shape, "hardware": hardware, "rows": rows})
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write(line + "\n")
-    print(line)
+    if args.batch:
+        # Ours first: what it leaves behind is the least.
+        measures[3:3] = [
+            lambda: bench.batch_row("1/8 global, captured", args.batch, args.batch_length),
+            lambda: bench.largest_row("dynamic", args.batch_length, args.tokens),
+            lambda: bench.largest_row("static", args.batch_length, args.tokens),
+        ]
+    rows: list[dict] = []
+    try:
+        for measure in measures:
+            rows += _unless_full(bench, measure)
+    finally:
+        hardware = {
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__,
+            "transformers": transformers.__version__, "read_bytes_per_s": read,
+            "weights_bytes": sum(p.nbytes for p in bench.model.parameters()),
+        }  # fmt: skip
+        found = {"benchmark": "speed_gpu", "shape": args.shape, "hardware": hardware, "rows": rows}
+        line = json.dumps({**found, "bars": bars(rows, read)})
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with args.out.open("a") as file:
+                file.write(line + "\n")
+        print(line)
+
+
+def _unless_full(bench: Bench, measure: Callable[[], list[dict]]) -> list[dict]:
+    try:
+        return measure()
+    except torch.OutOfMemoryError as error:
+        print(f"  out of memory: {str(error).splitlines()[0]}")
+    bench.collect()  # outside of the handler, which holds the frames
+    return []
 
 
 METHODS = [
-    *("dynamic", "1/8 global", "all global", "1/8 global, reserved", "1/8 global, captured"),
-    *("all global, captured", "static"),
+    *("dynamic", "1/8 global", "1/8 global, captured", "all global, captured", "static"),
+    *("all global", "1/8 global, reserved"),
 ]
 
 

@@ -120,3 +120,22 @@ def test_the_allocator_reports_what_the_cache_says(impl):
     cache.prefetch()
     with torch.no_grad():
         model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two accelerators")
+@pytest.mark.parametrize("reserved", [None, 256])
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "gpt_oss"])
+def test_a_model_over_two_devices_decodes_the_tokens_of_one(family, reserved, tmp_path):
+    model = make_model(family)
+    model.save_pretrained(tmp_path)
+    ids, mask = prompts()
+    plan = random_plan(model.config, seed=5)
+    options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, "disable_compile": True}
+    expected = model.cuda().generate(ids, past_key_values=RedKnotCache(model.config, plan, impl="torch"), **options)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    places |= {f"model.layers.{i}": int(i >= 2) for i in range(4)}
+    split = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, attn_implementation="redknot")
+    cache = RedKnotCache(split.config, plan, page_size=16, impl="triton", max_cache_len=reserved)
+    assert torch.equal(split.generate(ids, past_key_values=cache, **options), expected)
+    pools = [layer.pool.keys.device.index for layer in cache.layers if layer.pool is not None]
+    assert set(pools) == {0, 1}

@@ -3,7 +3,8 @@
     python kernels/benchmarks/attention.py --impl triton --out evals/results/attention_gpu.jsonl
 
 Shapes are those of Llama-3.1-8B: 32 query and 8 KV heads of 128. Decoding reads every kept key and value once, so its
-floor is bytes over the read bandwidth, which is measured first. Times are medians; the last line is one JSON object.
+floor is bytes over the read bandwidth, which is measured first. Times are medians. At the end bars are judged, and on
+a GPU the kernels behind the shortest prefill and the longest decode are listed. The last line is one JSON object.
 """
 
 import argparse
@@ -11,12 +12,14 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from redknot_kernels import UNBOUNDED, HeadRules, implementation
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 HEADS, GROUP, DIM = 8, 4, 128
 PAGE = 64
@@ -82,31 +85,32 @@ def sets(nbytes: int, device: torch.device) -> int:
 def decode_row(kernels, timer: Timer, plan: str, batch: int, length: int, dtype: torch.dtype) -> dict:
     """One step of decoding, at the end of rows of `length` tokens: append, attend and count."""
     rules = HeadRules.make(*zip(*PLANS[plan], strict=True), page_size=PAGE)
-    held = [min(-(-length // PAGE), most) for most in rules.max_pages]
-    kept = sum(min(length, w + s) for w, s in PLANS[plan])
-    nbytes = 2 * batch * kept * DIM * torch.finfo(dtype).bits // 8
-    make = lambda *shape: torch.randn(*shape, dtype=dtype, device=timer.device)  # noqa: E731
-
-    def step():
-        ids = torch.randperm(batch * sum(held), device=timer.device).int()
-        table = torch.zeros(batch, HEADS, max(held), dtype=torch.int32, device=timer.device)
-        for b, part in enumerate(ids.split(sum(held))):
-            for h, pages in enumerate(part.split(held)):
-                table[b, h, : len(pages)] = pages
-        pages = make(len(ids), PAGE, DIM), make(len(ids), PAGE, DIM)
-        query, *new = make(batch, HEADS * GROUP, 1, DIM), make(batch, HEADS, 1, DIM), make(batch, HEADS, 1, DIM)
-        counts = torch.full((batch + 1,), length - 1, dtype=torch.int32, device=timer.device)
-
-        def run():
-            counts.fill_(length - 1)  # every call takes the last place
-            kernels.step(query, *pages, *new, table, counts, None, rules, scale=DIM**-0.5)
-
-        return run
-
+    nbytes = 2 * batch * sum(min(length, w + s) for w, s in PLANS[plan]) * DIM * torch.finfo(dtype).bits // 8
+    steps = [decode_step(kernels, timer, rules, batch, length, dtype) for _ in range(sets(nbytes, timer.device))]
     fill = torch.zeros(batch + 1, dtype=torch.int32, device=timer.device)
-    steps = [step() for _ in range(sets(nbytes, timer.device))]
     seconds = timer.captured(steps) - timer.captured([lambda: fill.fill_(0)])
     return {"s": seconds, "nbytes": nbytes}
+
+
+def decode_step(kernels, timer: Timer, rules: HeadRules, batch: int, length: int, dtype: torch.dtype) -> Callable:
+    """A step on rows of its own, with shuffled pages; it can be called any number of times."""
+    held = [min(-(-length // PAGE), most) for most in rules.max_pages]
+    make = lambda *shape: torch.randn(*shape, dtype=dtype, device=timer.device)  # noqa: E731
+
+    ids = torch.randperm(batch * sum(held), device=timer.device).int()
+    table = torch.zeros(batch, HEADS, max(held), dtype=torch.int32, device=timer.device)
+    for b, part in enumerate(ids.split(sum(held))):
+        for h, pages in enumerate(part.split(held)):
+            table[b, h, : len(pages)] = pages
+    pages = make(len(ids), PAGE, DIM), make(len(ids), PAGE, DIM)
+    query, *new = make(batch, HEADS * GROUP, 1, DIM), make(batch, HEADS, 1, DIM), make(batch, HEADS, 1, DIM)
+    counts = torch.full((batch + 1,), length - 1, dtype=torch.int32, device=timer.device)
+
+    def run():
+        counts.fill_(length - 1)  # every call takes the last place
+        kernels.step(query, *pages, *new, table, counts, None, rules, scale=DIM**-0.5)
+
+    return run
 
 
 def dense_row(timer: Timer, batch: int, length: int, tokens: int, dtype: torch.dtype) -> dict[str, float]:
@@ -135,11 +139,87 @@ def dense_row(timer: Timer, batch: int, length: int, tokens: int, dtype: torch.d
 
 def prefill_row(kernels, timer: Timer, plan: str, length: int, dtype: torch.dtype) -> dict:
     """Prefill of one sequence without a past."""
+    return {"s": timer.captured([prefill_run(kernels, timer, plan, length, dtype)], 1)}
+
+
+def prefill_run(kernels, timer: Timer, plan: str, length: int, dtype: torch.dtype) -> Callable:
+    """Prefill of random tokens, laid out as a model's projections are."""
     rules = HeadRules.make(*zip(*PLANS[plan], strict=True), page_size=PAGE)
     make = lambda heads: torch.randn(1, length, heads, DIM, dtype=dtype, device=timer.device).transpose(1, 2)  # noqa: E731
     query, key, value = make(HEADS * GROUP), make(HEADS), make(HEADS)
-    run = lambda: kernels.prefill(query, key, value, None, rules, scale=DIM**-0.5)  # noqa: E731
-    return {"s": timer.captured([run], 1)}
+    return lambda: kernels.prefill(query, key, value, None, rules, scale=DIM**-0.5)
+
+
+def doubling_rows(kernels, timer: Timer, longest: int, dtype: torch.dtype) -> list[dict]:
+    """Prefill of local heads alone, at lengths that double: what each takes times the one before."""
+    rows: list[dict] = []
+    for length in (longest >> i for i in reversed(range(5))):
+        row = {"length": length, **prefill_row(kernels, timer, "all local", length, dtype)}
+        rows.append({**row, "ratio": row["s"] / rows[-1]["s"] if rows else None})
+        print(f"prefill all local   1 x {length:6}: {1e3 * row['s']:8.2f} ms, {rows[-1]['ratio'] or 0:.2f}x the last")
+    return rows
+
+
+def kernels_of(run: Callable) -> list[dict]:
+    """The kernels that one call launches on a GPU, with their time."""
+    run()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    found = [e for e in profiled.key_averages() if e.device_time_total > 0]
+    return [{"kernel": e.key[:80], "calls": e.count, "us": round(e.device_time_total, 1)} for e in found]
+
+
+def profiles(kernels, timer: Timer, lengths: list[int], dtype: torch.dtype) -> list[dict]:
+    """What the shortest prefill and the longest decode consist of."""
+    if timer.device.type != "cuda":
+        return []
+    runs: list[tuple[str, str, int, Callable]] = []
+    for plan, heads in PLANS.items():
+        rules = HeadRules.make(*zip(*heads, strict=True), page_size=PAGE)
+        short = prefill_run(kernels, timer, plan, min(lengths), dtype)
+        runs.append(("prefill", plan, min(lengths), short))
+        runs.append(("decode", plan, max(lengths), decode_step(kernels, timer, rules, 1, max(lengths), dtype)))
+    found = [{"what": w, "plan": p, "length": n, "kernels": kernels_of(run)} for w, p, n, run in runs]
+    for one in found:
+        print(f"kernels of {one['what']}, {one['plan']}, {one['length']}:")
+        for kernel in one["kernels"]:
+            print(f"  {kernel['us']:9.1f} us in {kernel['calls']} of {kernel['kernel']}")
+    return found
+
+
+def bars(rows: list[dict], doubling: list[dict], read: float) -> list[dict]:
+    """What the kernels are to reach, and what they do."""
+    found = []
+    for row in rows:
+        where = f"{row['what']}, {row['plan']}, {row['batch']} x {row['length']}"
+        best, decodes, whole = min(row["dense"].values()), row["what"] == "decode", row["plan"] == "all global"
+        add = lambda text, value, met, where=where: found.append(  # noqa: E731
+            {"bar": f"{where}: {text}", "found": float(f"{value:.3g}"), "met": bool(met)}
+        )
+        faster = best / row["s"]
+        if whole:
+            least = 1.0 if decodes else 0.95
+            add(f"best of SDPA / ours >= {least}", faster, faster >= least)
+        if decodes and whole and (row["batch"], row["length"]) in ((1, 131072), (8, 16384)):
+            share = row["nbytes"] / read / row["s"]
+            add("share of the read bandwidth >= 0.85", share, share >= 0.85)
+        if row["plan"] == "1/8 global" and decodes:
+            allowed = 1.25 * row["nbytes"] / read + 5e-6
+            add(f"us <= 1.25 x bytes / bandwidth + 5 us = {1e6 * allowed:.1f}", 1e6 * row["s"], row["s"] <= allowed)
+            if row["length"] <= 4096:
+                add("best of SDPA / ours >= 1", faster, faster >= 1)
+            if (row["batch"], row["length"]) == (1, 131072) and "flash" in row["dense"]:
+                flash = row["dense"]["flash"] / row["s"]
+                add("flash SDPA / ours >= 7", flash, flash >= 7)
+        if row["plan"] == "1/8 global" and not decodes and row["length"] >= 131072:
+            add("best of SDPA / ours >= 5", faster, faster >= 5)
+    for row in doubling[1:]:
+        text = f"prefill, all local, 1 x {row['length']}: times the half's within 15 % of 2"
+        found.append({"bar": text, "found": round(row["ratio"], 3), "met": 1.7 <= row["ratio"] <= 2.3})
+    for one in found:
+        print(f"{'met   ' if one['met'] else 'MISSED'} {one['bar']}: {one['found']}")
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -174,9 +254,12 @@ def main(argv: list[str] | None = None) -> None:
             print(
                 f"prefill {plan:11} 1 x {length:6}: {1e3 * row['s']:8.2f} ms, {best / row['s']:5.2f}x the best of SDPA"
             )
+    doubling = doubling_rows(kernels, timer, max(args.lengths), dtype)
+    extra = {"doubling": doubling, "bars": bars(rows, doubling, read)}
+    extra["profiles"] = profiles(kernels, timer, args.lengths, dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     hardware = {"device": name, "torch": torch.__version__, "read_bytes_per_s": read}
-    line = json.dumps({"benchmark": "attention", "impl": args.impl, "hardware": hardware, "rows": rows})
+    line = json.dumps({"benchmark": "attention", "impl": args.impl, "hardware": hardware, "rows": rows, **extra})
     if args.out:
         with args.out.open("a") as file:
             file.write(line + "\n")

@@ -1,13 +1,26 @@
-"""A few steps of decoding and appending, small enough for a memory checker.
+"""A few steps of decoding and appending under NVIDIA's compute-sanitizer.
 
-compute-sanitizer --tool memcheck python kernels/benchmarks/sanitize.py
+    python kernels/benchmarks/sanitize.py --out evals/results/sanitizer.jsonl
+
+Every tool runs this file once more, with `--steps`, and its summary is one JSON line. Tensors are then allocated one
+by one, so that what lies behind one is not another's.
 """
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from redknot_kernels import UNBOUNDED, HeadRules, implementation
 
+TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
 
-def main() -> None:
+
+def steps() -> None:
     """Runs steps of one and of several tokens on rows of very different length, with shuffled pages."""
     kernels, device = implementation("triton"), torch.device("cuda")
     rules = HeadRules.make((UNBOUNDED, 30), (0, 4), page_size=16)
@@ -28,6 +41,37 @@ def main() -> None:
     kernels.append(k_pages, v_pages, long, long, table, torch.tensor([0, 1, 700, 33], device=device), rules)
     torch.cuda.synchronize()
     print(counts.tolist())
+
+
+def check(tool: str) -> dict:
+    """What one tool says about the steps."""
+    command = ["compute-sanitizer", "--tool", tool, sys.executable, __file__, "--steps"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    summaries = re.findall(r"=+ (\w+ SUMMARY: .*)", done.stdout)
+    clean = not done.returncode and bool(summaries) and "SUMMARY: 0 " in summaries[-1]
+    if not clean:
+        print(done.stdout[-4000:], done.stderr[-4000:], sep="\n")
+    summary = summaries[-1].strip() if summaries else "did not run"
+    return {"tool": tool, "summary": summary, "clean": clean}
+
+
+def main() -> None:
+    """Runs the tools, or the steps for one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--steps", action="store_true", help="run the steps, under no tool")
+    parser.add_argument("--out", type=Path, help="file to append the JSON lines to")
+    args = parser.parse_args()
+    if args.steps:
+        return steps()
+    hardware = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for tool in args.tools:
+        line = json.dumps({"benchmark": "sanitizer", **check(tool), "hardware": hardware})
+        print(line, flush=True)
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(line + "\n")
 
 
 if __name__ == "__main__":
