@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     dense, model = load("sdpa", device), load("redknot", device)
 
-    # What the bundled model does well: single facts. Its model card tells how it fares with two hops.
-    collection = Corpus(Lexicon(), args.seed).collection(args.length, args.questions, kinds=("code", "place"))
+    collection = Corpus(Lexicon(), args.seed).collection(args.length, args.questions)
     end = tokenizer.convert_tokens_to_ids(".")
     all_global = HeadPlan.uniform(model.config, HeadSpec())
     plan = HeadPlan.load(MODEL / "plan.json", model.config)

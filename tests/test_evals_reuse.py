@@ -27,3 +27,12 @@ def test_the_evaluation_tells_methods_apart(tmp_path, capsys):
 def test_intervals_are_over_contexts():
     middle, low, high = reuse._interval([0, 0, 1, 1, 2, 2], reuse.np.array([1.0, 1, 0, 0, 1, 1]))
     assert (round(middle, 4), low, high) == (0.6667, 0.0, 1.0)
+
+
+def test_what_must_be_understood_where_it_is_read_is_lost_naively(tmp_path):
+    out = tmp_path / "reuse.jsonl"
+    size = ["--contexts", "0", "--dependent", "1", "--documents", "4", "--tokens", "256", "--questions", "15"]
+    reuse.main([*size, "--device", "cpu", "--methods", "naive", "prefix cache only", "--out", str(out)])
+    right = {record["method"]: record["accuracy"][0] for record in map(json.loads, out.read_text().splitlines())}
+    assert min(right["dense"], right[reuse.WHOLE], right["prefix cache only"]) > 0.9
+    assert right["naive"] < 0.5

@@ -2,15 +2,16 @@ import copy
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from evals.tiny.corpus import DEPENDENT_KINDS, FACT_TOKENS, QUESTION_TOKENS, Collection, Corpus, Lexicon
+from evals.tiny.corpus import ANSWER, DEPENDENT_KINDS, FACT_TOKENS, KINDS, QUESTION_TOKENS, Collection, Corpus, Lexicon
 from redknot_hf import HeadPlan
 
 FOLDER = Path(__file__).parents[1] / "evals" / "tiny"
-KINDS = {"code", "place", "country", "variable", "alias"}
+MIXES = (KINDS, DEPENDENT_KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,10 @@ def model():
 @pytest.mark.parametrize(
     ("seed", "length", "n_questions", "digest"),
     [
-        (0, 128, 2, "c3c1d4415c581265"),
-        (1, 777, 1, "8d1edf1be1ce9bb8"),
-        (2, 2048, 24, "a620e6179b7cae73"),
-        (3, 300, 14, "e716849bdd8fccd8"),
+        (0, 128, 2, "31a569325750dddf"),
+        (1, 777, 1, "26fb31ffe4db77bc"),
+        (2, 2048, 24, "3424100ebe0b6045"),
+        (3, 300, 14, "ffc3f3b920b7f943"),
     ],
 )
 def test_sample_never_changes(lexicon, seed, length, n_questions, digest):
@@ -50,7 +51,7 @@ def test_collection_holds_what_it_asks(lexicon, length, n_questions):
     collection = Corpus(lexicon, n_questions).collection(length, n_questions)
     assert length - 250 <= len(collection.context) <= length
     assert len(collection.questions) == n_questions
-    assert {question.kind for question in collection.questions} == KINDS
+    assert {question.kind for question in collection.questions} == set(KINDS)
     text = lexicon.decode(collection.context)
     assert text.startswith("<bos> <doc> ")
     for question in collection.questions:
@@ -67,8 +68,7 @@ def sources(kind: str, prompt: str, answer: str) -> list[str]:
         case "place":
             return [f"{words[2]} lives in {answer}"]
         case "country":
-            city, _, country = answer.split()
-            return [f"{words[3]} lives in {city}", f"{city} is a city in {country}"]
+            return [f"{words[3]} lives in {answer.split()[0]}", answer]
         case "variable":
             return [f"variable {words[-1]} equals {answer}"]
         case _:
@@ -92,7 +92,7 @@ def test_later_documents_depend_on_earlier_ones(lexicon, seed):
     assert len(documents) == 8
     told = [(sentence, at) for at, text in enumerate(documents) for sentence in text.split(" . ")]
     told = [(sentence.removesuffix(" ."), at) for sentence, at in told]
-    readers = {"nickname": (read_nickname, 5), "companion": (read_companion, 4), "total": (read_total, 7)}
+    readers = {"nickname": (read_nickname, 4), "companion": (read_companion, 4), "total": (read_total, 7)}
     for question in collection.questions:
         read, place = readers[question.kind]
         answer, read_in = read(told, lexicon.decode(question.prompt).split()[place])
@@ -107,21 +107,21 @@ def test_later_documents_depend_on_earlier_ones(lexicon, seed):
 def read_nickname(told: list[tuple[str, int]], person: str) -> tuple[str, list[int]]:
     meant: dict[str, tuple[str, int]] = {}
     for sentence, at in told:
-        if " is called " in sentence:
-            name, nickname = sentence.split(" is called ")
+        if " is person " in sentence:
+            nickname, name = sentence.split(" is person ")
             meant[nickname] = (name, at)
-        elif " owns key " in sentence:
-            nickname, key = sentence.split(" owns key ")
+        elif " lives in " in sentence:
+            nickname, city = sentence.split(" lives in ")
             if nickname in meant and meant[nickname][0] == person:
-                return key, [meant[nickname][1], at]
+                return city, [meant[nickname][1], at]
     raise AssertionError(person)
 
 
 def read_companion(told: list[tuple[str, int]], person: str) -> tuple[str, list[int]]:
     home: dict[str, tuple[str, int]] = {}
     for sentence, at in told:
-        if sentence.startswith(f"{person} lives in the same city as "):
-            city, before = home[sentence.split()[-1]]
+        if sentence.startswith(f"{person} lives where "):
+            city, before = home[sentence.split()[-2]]
             return city, [before, at]
         if " lives in " in sentence:
             name, city = sentence.split(" lives in ")
@@ -135,11 +135,12 @@ def read_total(told: list[tuple[str, int]], variable: str) -> tuple[str, list[in
 
 
 def test_dependent_facts_have_words_of_their_own(lexicon):
-    exam = Corpus(lexicon, 2).exam(8192, {"person": 40, "variable": 40, "nickname": 40, "companion": 40, "total": 40})
+    exam = Corpus(lexicon, 2).exam(8192, {"person": 40, "variable": 40, "nickname": 35, "companion": 35, "total": 40})
     text = lexicon.decode(exam.ids)
-    names = [name for name in lexicon.names if f" {name} lives in " in text or f" called {name} " in text]
+    names = [name for name in lexicon.names if f" {name} lives in " in text or f" is person {name} " in text]
     assert all(text.count(f" {name} lives in ") <= 2 for name in names)
-    assert not [name for name in names if f" {name} lives in " in text and f" called {name} " in text]
+    assert not [name for name in names if f" {name} lives in " in text and f" is person {name} " in text]
+    assert max(text.count(f" lives in {city} ") for city in lexicon.cities) == 1
     assert not [v for v in lexicon.variables if f" variable {v} " in text and f" total of {v} " in text]
 
 
@@ -150,9 +151,28 @@ def test_words_run_out_with_an_error(lexicon):
         Corpus(lexicon, 0).collection(2048, 6, DEPENDENT_KINDS, n_documents=3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("nickname", "{word} is person {meaning} . {word} {meaning} lives in"),
+        ("companion", "{word} lives in {meaning} . lives where {word} {meaning} lives ."),
+    ],
+)
+def test_training_texts_tell_what_words_stand_for(lexicon, kind, told):
+    exam = Corpus(lexicon, 0, told=1.0).exam(1024, {kind: 4})
+    words = lexicon.decode(exam.ids).split()
+    text = " ".join(words)
+    places = [at for at in np.flatnonzero(exam.weights == ANSWER).tolist() if at < words.index("question")]
+    assert len(places) >= 4
+    for at in places:
+        known, read = told.format(word=words[at - 1], meaning=words[at]).split(" . ", 1)
+        assert 0 < text.index(known) < text.index(read)
+    assert not (Corpus(lexicon, 0).exam(1024, {kind: 4}).weights[: words.index("question")] == ANSWER).any()
+
+
 @pytest.mark.parametrize("family", FACT_TOKENS)
 def test_tokens_of_a_fact_and_its_question(lexicon, family):
-    corpus = Corpus(lexicon, 0)
+    corpus = Corpus(lexicon, 0, told=1.0)
     fact, asked = 0, 0
     for _ in range(40):
         facts = corpus._facts({family: 1})
@@ -192,18 +212,17 @@ def test_plan_fits_the_model(model):
 
 
 def test_model_answers(lexicon, model):
-    collections = [Corpus(lexicon, seed).collection(1024, 20) for seed in range(2)]
+    collections = [Corpus(lexicon, seed).collection(1024, 16, kinds) for seed, kinds in enumerate(MIXES)]
     results = [result for collection in collections for result in answer_all(model, collection, lexicon.id["."])]
-    forced = [hit for _, hits, _ in results for hit in hits]
-    assert sum(forced) / len(forced) >= 0.8
-    # Codes and places are what the model finds without fault: see its card.
-    generated = [exact for kind, _, exact in results if kind in ("code", "place")]
-    assert sum(generated) / len(generated) >= 0.9
+    forced = [hit for hits, _ in results for hit in hits]
+    assert sum(forced) / len(forced) >= 0.98
+    generated = [exact for _, exact in results]
+    assert sum(generated) / len(generated) >= 0.95
 
 
 @torch.no_grad()
-def answer_all(model, collection: Collection, end: int) -> list[tuple[str, list[bool], bool]]:
-    """Return per question its kind, the answer's tokens predicted one by one, and whether it is generated whole."""
+def answer_all(model, collection: Collection, end: int) -> list[tuple[list[bool], bool]]:
+    """Return per question the answer's tokens predicted one by one, and whether it is generated whole."""
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.tensor([collection.context]), past_key_values=cache, logits_to_keep=1)
     results = []
@@ -219,5 +238,5 @@ def answer_all(model, collection: Collection, end: int) -> list[tuple[str, list[
             past_key_values=copy.deepcopy(cache),
             max_new_tokens=len(expected),
         )
-        results.append((question.kind, hits, output[0, ids.shape[1] :].tolist() == expected))
+        results.append((hits, output[0, ids.shape[1] :].tolist() == expected))
     return results

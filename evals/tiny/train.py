@@ -2,7 +2,7 @@
 
     python -m evals.tiny.train --out runs/tiny --minutes 8
     python -m evals.tiny.train --out runs/plain --minutes 8 --plain
-    python -m evals.tiny.train --out runs/more --minutes 8 --init evals/tiny --skip 0.35 --rate 1e-3
+    python -m evals.tiny.train --out runs/more --minutes 8 --init evals/tiny --skip 0.03
 
 Writes the best model so far (by held-out accuracy) to `OUT/model.safetensors`, the state to go on from to
 `OUT/checkpoint`, and at the end `OUT/evaluation.json`, of which `python -m evals.tiny.card` makes the model card's
@@ -216,13 +216,14 @@ class Training:
             raise RuntimeError(f"the loss is {figures['loss']} at step {self.step}: lower --rate")
         modes = {"dense": False} if self.settings.plain else {"dense": False, "plan": True}
         marks: dict[str, dict[int, float]] = {mode: {} for mode in modes}
-        kinds: dict[str, Score] = {}
+        kinds: dict[str, dict[int, Score]] = {}
         for mode, planned in modes.items():
             for length, exams in self.exams.items():
                 scores = grade(self.network, exams, planned)
                 marks[mode][length] = total(scores.values()).accuracy
                 for kind, score in scores.items():
-                    kinds[kind] = kinds.get(kind, Score()) + score
+                    marked = kinds.setdefault(kind, {})
+                    marked[length] = marked.get(length, Score()) + score
         worst = [min(marks[mode][length] for mode in modes) for length in self.exams]
         if (mean := sum(worst) / len(worst)) > self.best:
             self.best = mean
@@ -232,7 +233,10 @@ class Training:
         line += f" {figures['tokens_per_second'] / 1e6:.2f} Mtok/s wait {figures['waited']:.0%}"
         for mode in modes:
             line += f" | {mode} " + " ".join(f"{length}:{mark:.3f}" for length, mark in marks[mode].items())
-        line += " | " + " ".join(f"{kind} {score.exact:.2f}" for kind, score in sorted(kinds.items()))
+        line += " | " + " ".join(
+            f"{kind} {'/'.join(f'{score.exact:.2f}' for score in marked.values())}"
+            for kind, marked in sorted(kinds.items())
+        )
         print(line, flush=True)
 
     def _keep(self) -> None:
