@@ -95,3 +95,31 @@ def test_sharing_is_noticed_and_forgotten():
     fork.cut(np.array([0, 0]))
     pool.refs()
     assert not pool.shared
+
+
+def test_laying_out_keeps_what_is_written_and_adds_empty_pages():
+    pool, rows = make_pool()
+    grow(pool, rows, [20, 20])
+    grow(pool, rows, [40, 40])
+    mark(pool)
+    before = pool.keys[rows.table[:, 0]].clone()
+    assert pool.alone(rows)
+    pool.lay_out(rows, np.array([48, 48]))
+    assert torch.equal(pool.keys[rows.table[:, 0, :5]], before)
+    assert (pool.values[:, 0, 0] == -pool.keys[:, 0, 0]).all()
+    assert pool.pages == 2 * (6 + 1 + 2)
+    assert pool.free == 2
+    assert pool.keys[rows.table[:, 0, 5]].eq(0).all()
+
+
+def test_rows_with_company_are_not_laid_out_anew():
+    pool, rows = make_pool()
+    grow(pool, rows, [20, 5])
+    fork = rows.fork()
+    pool.hold(fork)
+    assert not pool.alone(rows)
+    del fork
+    gc.collect()
+    assert pool.alone(rows)
+    rows.select(np.array([0, 0]))
+    assert not pool.alone(rows), "its pages stand twice in its own table"

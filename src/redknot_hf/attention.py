@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .dense import dense_attention
 from .handle import RedKnotHandle, Run, Step
 from .mask import PaddingMask, describes_new_tokens, real_tokens
 
+_NOTHING = nullcontext()
 # A mask of the caller's own: bool (True is visible), or added to the scores.
 Explicit = Bool[Tensor, "#batch #query_heads tokens slots"] | Float[Tensor, "#batch #query_heads tokens slots"]
 
@@ -61,7 +63,7 @@ def redknot_attention(
 
 def _attend(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
     query = query.to(step.value.dtype)  # under autocast RoPE leaves it wider
-    with torch.no_grad(), _no_autocast(query.device.type):
+    with _plainly(query.device.type):
         if mask is None or _only_padding(mask, step):
             out = _paged(query, step, mask, options)
         else:
@@ -169,10 +171,16 @@ def _read_past(step: Step) -> list[tuple[Any, ...]]:
     return past
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Keeps autocast out of kernels that choose their own precision."""
-    on = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else nullcontext()
+@contextmanager
+def _without_gradients_and_autocast(device_type: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
+
+
+def _plainly(device_type: str) -> AbstractContextManager[None]:
+    """Keeps gradients and autocast out of kernels, which choose their own precision; costs nothing where both are."""
+    needed = torch.is_grad_enabled() or torch.is_autocast_enabled(device_type)
+    return _without_gradients_and_autocast(device_type) if needed else _NOTHING
 
 
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -46,6 +46,13 @@ def write_and_attend(query: Query, step: Step, real: Real | None, options: dict[
     layer.prefetch()
     counts = _counts(step, real)
     layer.reserve(rows.lengths + counts)
+    if real is None and step.tokens == 1 and (views := layer.views()):
+        assert layer.kernels.step_in_views is not None
+        out = layer.kernels.step_in_views(
+            query, step.key, step.value, views, int(rows.lengths[0]), rows.rules, **options
+        )
+        layer.advance(step, counts, real)
+        return out
     on_device = layer.on_device()
     out = layer.kernels.step(
         query, pool.keys, pool.values, step.key, step.value, on_device.table, on_device.counts, real, rows.rules,

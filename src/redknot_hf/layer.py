@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from redknot_kernels import HeadRules, Kernels, implementation
+from redknot_kernels import HeadRules, Kernels, RowView, implementation
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -17,6 +17,7 @@ from .handle import RedKnotHandle, Step
 from .history import SlotHistory
 from .plan import HeadSpec
 from .pool import PagePool
+from .row_views import RowViews
 from .rows import Rows
 from .rules import head_rules, local_specs
 from .widening import widen
@@ -68,6 +69,7 @@ class RedKnotLayer(CacheLayerMixin):
         self.is_initialized = False
         self.history = SlotHistory()
         self.rows_on_device = DeviceRows()
+        self.row_views = RowViews()
 
     @property
     def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -130,7 +132,10 @@ class RedKnotLayer(CacheLayerMixin):
                 "dtype; use a new cache"
             )
         # Under autocast keys come out of RoPE wider than values; both are stored as attention will see them.
-        step = Step(self, key_states.detach().to(self.dtype), value_states.detach(), self.slots)
+        key, value = key_states.to(self.dtype), value_states
+        if torch.is_grad_enabled():
+            key, value = key.detach(), value.detach()
+        step = Step(self, key, value, self.slots)
         return RedKnotHandle.wrap(key_states, step), RedKnotHandle.wrap(value_states, step)
 
     def get_seq_length(self) -> int:
@@ -228,13 +233,21 @@ class RedKnotLayer(CacheLayerMixin):
         allocate = lambda count: pool.allocate(count, spare=rows.unbounded)  # noqa: E731
         if pool.shared:
             pool.copy(*rows.unshare(lengths, pool.refs(), allocate))
-        rows.reserve(lengths, allocate)
+        if pool.alone(rows) and rows.pages_missing(lengths) > pool.free:
+            pool.lay_out(rows, lengths)  # growing copies everything in any case
+        else:
+            rows.reserve(lengths, allocate)
 
     def on_device(self) -> DeviceRows:
         """The rows as kernels read them, up to date."""
         rows, pool = self.storage()
         self.rows_on_device.refresh(rows, self.slots, pool.keys.device)  # another holder may have moved the pool
         return self.rows_on_device
+
+    def views(self) -> tuple[RowView, ...] | None:
+        """The rows as plain tensors, where kernels take them, rows are equally long, and pages lie in runs."""
+        rows, pool = self.storage()
+        return self.row_views.refresh(rows, pool) if self.kernels.step_in_views and rows.level else None
 
     def advance(
         self, step: Step, counts: Int[np.ndarray, " batch"], real: Bool[Tensor, "batch tokens"] | None
@@ -294,7 +307,11 @@ class RedKnotLayer(CacheLayerMixin):
 
     def trim(self) -> None:
         """Gives pages that no row holds back to the device, apart from one for each global row."""
-        if self.pool is not None and self.rows is not None:
+        if self.pool is None or self.rows is None:
+            return
+        if self.pool.alone(self.rows) and self.pool.free > self.rows.unbounded:
+            self.pool.lay_out(self.rows, self.rows.lengths)
+        else:
             self.pool.trim(self.rows.unbounded)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -308,7 +325,7 @@ class RedKnotLayer(CacheLayerMixin):
         self.catch_up()
         other = copy(self)
         other.history = self.history.fork()
-        other.rows_on_device = DeviceRows()
+        other.rows_on_device, other.row_views = DeviceRows(), RowViews()
         if self.pool is not None and self.rows is not None:
             other.rows = self.rows.fork()
             other.pool = self.pool if self.max_cache_len is None else self.pool.clone()

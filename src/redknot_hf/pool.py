@@ -49,6 +49,11 @@ class PagePool:
         return len(self.keys)
 
     @property
+    def free(self) -> int:
+        """Number of pages that nobody holds."""
+        return int((self.refs() == 0).sum())
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the pages occupy."""
         return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
@@ -86,14 +91,23 @@ class PagePool:
                     "sequences need pages of their own. Make the cache without max_cache_len, so that it grows."
                 )
             grown = np.arange(self.pages, self.pages + count - len(free) + spare)
-            self._rebuild(np.arange(self.pages), len(grown))
+            self.grow(self.pages + len(grown))
             free = np.concatenate([free, grown])
         return free[:count]
+
+    def alone(self, rows: Rows) -> bool:
+        """Whether all pages are free or these rows', each listed once, and may be put into another order."""
+        sole = not self.fixed and len(self._holders) == 1 and rows in self._holders
+        return sole and bool(self.refs().max(initial=0) < 2)
+
+    def lay_out(self, rows: Rows, lengths: Int[np.ndarray, " batch"]) -> None:
+        """Gives rows that are alone here runs of pages with room for these lengths; the pool gets the size of that."""
+        self._rebuild(rows.lay_out(lengths))
 
     def grow(self, pages: int) -> None:
         """Adds free pages, up to this number in all."""
         if pages > self.pages:
-            self._rebuild(np.arange(self.pages), pages - self.pages)
+            self._rebuild(np.append(np.arange(self.pages), np.full(pages - self.pages, ABSENT)))
 
     def trim(self, spare: int) -> None:
         """Gives free pages beyond `spare` back to the device, unless the pool is fixed."""
@@ -104,7 +118,7 @@ class PagePool:
         kept = np.concatenate([np.flatnonzero(refs), free[:spare]])
         new = np.full(self.pages, ABSENT, np.int32)
         new[kept] = np.arange(len(kept))
-        self._rebuild(kept, 0)
+        self._rebuild(kept)
         for rows in self._holders:
             rows.renumber(new)
 
@@ -137,20 +151,18 @@ class PagePool:
         vars(self).update(state)
         self._holders = WeakSet()
 
-    def _rebuild(self, kept: Ids, more: int) -> None:
-        """Keeps some pages, in this order, and adds empty ones; keys first, so that only one copy is extra."""
+    def _rebuild(self, source: Ids) -> None:
+        """Makes page i what page `source[i]` was, or empty; keys first, so that only one copy is extra."""
         with torch.inference_mode(False):
-            self.keys = _resized(self.keys, kept, more)
-            self.values = _resized(self.values, kept, more)
+            self.keys = _rebuilt(self.keys, source)
+            self.values = _rebuilt(self.values, source)
 
 
-def _resized(
-    pages: Float[Tensor, "pages page_size dim"], kept: Int[np.ndarray, " kept"], more: int
+def _rebuilt(
+    pages: Float[Tensor, "pages page_size dim"], source: Int[np.ndarray, " new"]
 ) -> Float[Tensor, "new page_size dim"]:
-    out = pages.new_empty(len(kept) + more, *pages.shape[1:])
-    if len(kept) == len(pages):
-        out[: len(kept)] = pages
-    else:
-        torch.index_select(pages, 0, torch.as_tensor(kept, device=pages.device), out=out[: len(kept)])
-    out[len(kept) :] = 0
+    if not len(pages):
+        return pages.new_zeros(len(source), *pages.shape[1:])
+    out = pages.index_select(0, torch.as_tensor(np.maximum(source, 0), device=pages.device))
+    out[torch.as_tensor(source == ABSENT, device=pages.device)] = 0
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import le
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -21,6 +21,22 @@ Ids = Int[np.ndarray, " ids"]
 Allocate = Callable[[int], Ids]
 
 ABSENT = -1
+
+
+class Runs(NamedTuple):
+    """Rows of some heads whose pages follow each other.
+
+    Attributes:
+        heads: Which heads.
+        first: Page at which the first row begins.
+        apart: Number of sequences and of heads, each with the pages from one to the next.
+        columns: Pages of each row.
+    """
+
+    heads: tuple[int, ...]
+    first: int
+    apart: tuple[tuple[int, int], tuple[int, int]]
+    columns: int
 
 
 class Rows:
@@ -48,6 +64,11 @@ class Rows:
         return len(self.lengths)
 
     @property
+    def level(self) -> bool:
+        """Whether all sequences are equally long."""
+        return len(set(self.lengths.tolist())) < 2
+
+    @property
     def unbounded(self) -> int:
         """Number of rows that grow for ever."""
         return self.batch * len(self.rules.global_heads)
@@ -61,6 +82,10 @@ class Rows:
         """Whether every row has the pages to hold sequences of these lengths."""
         return all(map(le, lengths.tolist(), self._room.tolist()))  # for few sequences faster than numpy
 
+    def pages_missing(self, lengths: Int[np.ndarray, " batch"]) -> int:
+        """Pages that the rows lack to hold sequences of these lengths."""
+        return int(np.maximum(self.pages_needed(lengths) - (self.table != ABSENT).sum(2), 0).sum())
+
     def reserve(self, lengths: Int[np.ndarray, " batch"], allocate: Allocate) -> None:
         """Gives every row the pages it needs to hold sequences of these lengths."""
         if self.has_room(lengths):
@@ -70,10 +95,38 @@ class Rows:
         if missing_columns > 0:
             self.table = np.pad(self.table, ((0, 0), (0, 0), (0, missing_columns)), constant_values=ABSENT)
         missing = self._columns_below(needed) & (self.table == ABSENT)
-        self.table[missing] = allocate(int(missing.sum()))
-        self.version += 1
-        size = self.rules.page_size
-        self._room = np.maximum(self._room, -(-lengths // size) * size)
+        pages = allocate(int(missing.sum()))
+        for heads in self._blocks():  # each in the order of its rows, which keeps runs of pages together
+            block, where = self.table[:, heads], missing[:, heads]
+            block[where], pages = np.split(pages, [where.sum()])
+            self.table[:, heads] = block
+        self._reserved(lengths)
+
+    def lay_out(self, lengths: Int[np.ndarray, " batch"]) -> Ids:
+        """Gives every row one run of pages, with room for sequences of these lengths.
+
+        Behind a row that grows for ever one page stays free, which it gets next. Global rows come first and local ones
+        after them, so that each kind can be read as one array where the rows are equally long. The pages must be
+        nobody else's, and none may be listed twice.
+
+        Returns:
+            For each page of the new numbering the old one, `ABSENT` where it is new.
+        """
+        needed = np.maximum(self.pages_needed(lengths), (self.table != ABSENT).sum(2))
+        room = needed + self._is_global()
+        first, taken = np.empty_like(room), 0
+        for heads in self._blocks():
+            ends = taken + room[:, heads].cumsum().reshape(self.batch, -1)
+            first[:, heads], taken = ends - room[:, heads], ends[-1, -1]
+        old = self.table[:, :, : needed.max(initial=0)]
+        columns = np.arange(needed.max(initial=0), dtype=np.int32)
+        self.table = (first[:, :, None] + columns).astype(np.int32)
+        source = np.full(taken, ABSENT, np.int64)
+        held = old != ABSENT
+        source[self.table[:, :, : old.shape[2]][held]] = old[held]
+        self.table[~self._columns_below(needed)] = ABSENT
+        self._reserved(lengths)
+        return source
 
     def unshare(
         self, lengths: Int[np.ndarray, " batch"], refs: Int[np.ndarray, " pool"], allocate: Allocate
@@ -146,6 +199,15 @@ class Rows:
         )
         self.version += 1
 
+    def runs(self) -> tuple[Runs, ...] | None:
+        """Where the rows of each kind lie, if they can be read without a table.
+
+        That is where the pages of every row follow each other, and rows of a kind have as many and stand at equal
+        distances; otherwise `None`.
+        """
+        found = [_runs(tuple(heads), self.table[:, heads]) for heads in self._blocks()]
+        return None if None in found else tuple(filter(None, found))
+
     def renumber(self, new: Int[np.ndarray, " pool"]) -> None:
         """Replaces every page id by `new[id]`."""
         held = self.table != ABSENT
@@ -179,6 +241,16 @@ class Rows:
         )
         return other
 
+    def _reserved(self, lengths: Int[np.ndarray, " batch"]) -> None:
+        size = self.rules.page_size
+        self._room = np.maximum(self._room, -(-lengths // size) * size)
+        self.version += 1
+
+    def _blocks(self) -> list[list[int]]:
+        """The heads that grow for ever, and the others by equal rules."""
+        parts = (self.rules.global_heads, *(heads for _, heads in self.rules.local_groups))
+        return [list(heads) for heads in parts if heads]
+
     def _is_global(self) -> Bool[np.ndarray, " heads"]:
         mask = np.zeros(self.rules.heads, bool)
         mask[list(self.rules.global_heads)] = True
@@ -186,3 +258,23 @@ class Rows:
 
     def _columns_below(self, limit: Int[np.ndarray, "batch heads"]) -> Bool[np.ndarray, "batch heads columns"]:
         return np.arange(self.table.shape[2]) < limit[:, :, None]
+
+
+def _runs(heads: tuple[int, ...], table: Int[np.ndarray, "batch heads columns"]) -> Runs | None:
+    held = (table != ABSENT).sum(2)
+    columns = int(held.max(initial=0))
+    if columns == 0 or (held < columns).any():
+        return None
+    batch, count, _ = table.shape
+    first = int(table[0, 0, 0])
+    sequence, head = (
+        int(table[-1, 0, 0] - first) // max(1, batch - 1),
+        int(table[0, -1, 0] - first) // max(1, count - 1),
+    )
+    starts = first + np.add.outer(np.arange(batch) * sequence, np.arange(count) * head)
+    in_run = np.array_equal(table[:, :, :columns], np.add.outer(starts, np.arange(columns)))
+    return (
+        Runs(heads, first, ((batch, sequence), (count, head)), columns)
+        if in_run and min(sequence, head) >= 0
+        else None
+    )

@@ -6,6 +6,7 @@ from .implementations import NAMES, Kernels, implementation
 from .pages import append, copy_pages, gather, gather_tokens, place, scatter_tokens
 from .prefill import Context, prefill, read_context
 from .rotation import Rotation, rotate
+from .row_views import RowView, step_in_views, view_rows
 from .rules import UNBOUNDED, HeadRules
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "HeadRules",
     "Kernels",
     "Rotation",
+    "RowView",
     "add_sink_logit",
     "append",
     "attend",
@@ -30,4 +32,6 @@ __all__ = [
     "rotate",
     "scatter_tokens",
     "step",
+    "step_in_views",
+    "view_rows",
 ]

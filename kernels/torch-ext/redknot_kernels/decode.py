@@ -124,7 +124,7 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
             if held < k.shape[2]:
                 k, v = k.narrow(2, 0, held), v.narrow(2, 0, held)
         else:
-            mask = (_mask_of_one if tokens == 1 else _mask)(
+            mask = (mask_of_one if tokens == 1 else _mask)(
                 first, end, tuple(ends), tuple(starts), tokens, rules, query.device
             )
             mask = mask.to(query.dtype).unsqueeze(2)  # one for the group, of which all stand at the same positions
@@ -146,4 +146,4 @@ def _mask(first, end, lengths, starts, tokens, rules, device):
 
 
 # In a step of decoding, layers of equal rules ask for the same small mask.
-_mask_of_one = lru_cache(maxsize=16)(_mask)
+mask_of_one = lru_cache(maxsize=16)(_mask)

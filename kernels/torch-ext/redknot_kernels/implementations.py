@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional
 from .decode import decode, step
 from .pages import append, place
 from .prefill import prefill
+from .row_views import step_in_views
 
 NAMES = ("torch", "triton")
 _TRITON_DEVICES = ("cuda", "xpu")
@@ -16,6 +17,7 @@ class Kernels(NamedTuple):
     """One implementation: functions with the arguments of their plain versions.
 
     Attributes:
+        step_in_views: `step` of one token where rows are plain tensors; `None` where pages cost nothing.
         captured: `step` as an operator for `torch.compile` and CUDA graphs; `None` where the host must know lengths.
     """
 
@@ -24,6 +26,7 @@ class Kernels(NamedTuple):
     decode: Callable
     prefill: Callable
     place: Callable
+    step_in_views: Optional[Callable] = None
     captured: Optional[Callable] = None
 
 
@@ -37,7 +40,7 @@ def implementation(name, device=None):
     if name is None:
         name = "triton" if device is not None and device.type in _TRITON_DEVICES else "torch"
     if name == "torch":
-        return Kernels(append, step, decode, prefill, place)
+        return Kernels(append, step, decode, prefill, place, step_in_views=step_in_views)
     if name != "triton":
         raise ValueError(f"impl={name!r}: choose one of {NAMES}, or None to choose by device")
     if find_spec("triton") is None:
@@ -46,5 +49,5 @@ def implementation(name, device=None):
 
     return Kernels(
         triton_pages.append, triton_decode.step, triton_decode.decode, triton_prefill.prefill, triton_pages.place,
-        triton_decode.captured_step,
+        captured=triton_decode.captured_step,
     )  # fmt: skip

@@ -99,6 +99,11 @@ class HeadRules:
         sink, ring = _column(self.sink, positions.device), _column(self.ring, positions.device)
         return torch.where(positions < sink, positions, sink + (positions - sink) % ring)
 
+    def slot(self, position):
+        """Where heads of one rule keep the token at this position, as a plain number."""
+        sink, ring = self.sink[0], self.ring[0]
+        return position if position < sink else sink + (position - sink) % ring
+
     def positions(self, slots, lengths):  # [slots], [batch] -> [batch, heads, slots]
         """The position each slot holds in a row of `lengths` tokens; `UNBOUNDED` where it holds none."""
         sink, ring = _column(self.sink, slots.device), _column(self.ring, slots.device)
