@@ -60,7 +60,7 @@ def _attend_fused_cpu(query, key, value, scale, mask, causal, alone):
     elif mask is not None:
         blind = None if alone else (mask == -torch.inf).all(-1)
         mask = mask.to(query.dtype)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(  # pyright: ignore[reportPrivateImportUsage]
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale
     )
     if blind is not None:  # the kernel says 0 there, which a merge would take for a real sum
