@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -111,14 +111,16 @@ def methods(prompt: Prompt, boundaries: Sequence[float], places: Sequence[str], 
         "redknot, nothing stored": prompt.whole,
     }
     for place in places:
+        start = time.perf_counter()
         refs = prompt.stored(place, folder)
+        print(f"documents stored ({place}) in {time.perf_counter() - start:.1f} s", flush=True)
         for boundary in boundaries:
             found[f"reuse from {place}, boundary {boundary:.0%}"] = lambda r=refs, b=boundary: prompt.reuse(r, b)
     return found
 
 
-def measure(bench: Bench, runs: dict[str, Run], repeats: int) -> dict[str, dict[str, Any]]:
-    """Median seconds of each method, of turns after the first, and what its stages take."""
+def measure(bench: Bench, runs: dict[str, Run], repeats: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Median seconds of each method, of turns after the first, and what its stages take; one by one."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in track(range(repeats + 1), description="turns"):
         for name, run in runs.items():
@@ -128,10 +130,8 @@ def measure(bench: Bench, runs: dict[str, Run], repeats: int) -> dict[str, dict[
             bench.wait()
             if turn:
                 times[name].append(time.perf_counter() - start)
-    return {
-        name: {"first_token_s": statistics.median(times[name]), "all_s": times[name], **stages(bench, run)}
-        for name, run in runs.items()
-    }
+    for name, run in runs.items():
+        yield name, {"first_token_s": statistics.median(times[name]), "all_s": times[name], **stages(bench, run)}
 
 
 def stages(bench: Bench, run: Run) -> dict[str, Any]:
@@ -175,9 +175,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(args.shape, length, device)
     assert isinstance(bench.model, PreTrainedModel)
     prompt = Prompt(bench, args.segments, args.tokens, args.suffix)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        found = measure(bench, methods(prompt, args.boundaries, args.places, Path(folder)), args.repeats)
-    Console(width=180).print(table(found))
     about = {
         "shape": args.shape, "segments": args.segments, "tokens": args.tokens, "suffix": args.suffix,
         "plan": "1/8 global, window 256, sink 4", "dtype": str(bench.model.dtype), "repeats": args.repeats,
@@ -185,9 +182,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    if args.out:
-        with args.out.open("a") as file:
-            file.writelines(json.dumps({"method": name, **one, **about}) + "\n" for name, one in found.items())
+    found = {}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        runs = methods(prompt, args.boundaries, args.places, Path(folder))
+        for name, one in measure(bench, runs, args.repeats):
+            found[name] = one
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps({"method": name, **one, **about}) + "\n")
+    Console(width=180).print(table(found))
     return 0
 
 

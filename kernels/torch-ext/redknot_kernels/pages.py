@@ -110,9 +110,9 @@ def token_index(table, slots, page_size):  # [batch, heads, columns], [batch, he
 
 
 def take_heads(tensor, heads):
-    """The given heads of `[batch, heads, ...]`, without a copy where they are all of them."""
-    if len(heads) == tensor.shape[1]:
-        return tensor
+    """The given heads of `[batch, heads, ...]`, in ascending order; without a copy where they lie side by side."""
+    if len(heads) == heads[-1] - heads[0] + 1:
+        return tensor.narrow(1, heads[0], len(heads))
     return tensor.index_select(1, head_index(heads, tensor.device))
 
 
