@@ -4,7 +4,7 @@
 
 Shapes are those of Llama-3.1-8B: 32 query and 8 KV heads of 128. Decoding reads every kept key and value once, so its
 floor is bytes over the read bandwidth, which is measured first. Times are medians. At the end bars are judged, and on
-a GPU the kernels behind the shortest prefill and the longest decode are listed. The last line is one JSON object.
+a GPU the kernels behind the shortest prefill and decoding at both ends are listed. The last line is one JSON object.
 """
 
 import argparse
@@ -171,7 +171,7 @@ def kernels_of(run: Callable) -> list[dict]:
 
 
 def profiles(kernels, timer: Timer, lengths: list[int], dtype: torch.dtype) -> list[dict]:
-    """What the shortest prefill and the longest decode consist of."""
+    """What the shortest prefill, and decoding at the shortest and the longest length, consist of."""
     if timer.device.type != "cuda":
         return []
     runs: list[tuple[str, str, int, Callable]] = []
@@ -179,7 +179,8 @@ def profiles(kernels, timer: Timer, lengths: list[int], dtype: torch.dtype) -> l
         rules = HeadRules.make(*zip(*heads, strict=True), page_size=PAGE)
         short = prefill_run(kernels, timer, plan, min(lengths), dtype)
         runs.append(("prefill", plan, min(lengths), short))
-        runs.append(("decode", plan, max(lengths), decode_step(kernels, timer, rules, 1, max(lengths), dtype)))
+        for batch, length in ((8, min(lengths)), (1, max(lengths))):
+            runs.append((f"decode of {batch}", plan, length, decode_step(kernels, timer, rules, batch, length, dtype)))
     found = [{"what": w, "plan": p, "length": n, "kernels": kernels_of(run)} for w, p, n, run in runs]
     for one in found:
         print(f"kernels of {one['what']}, {one['plan']}, {one['length']}:")

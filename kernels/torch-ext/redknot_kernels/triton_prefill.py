@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attend import merge
+from .attend import merge_stacked
 from .configurations import chip_name, configuration, processors
 from .pages import head_index, take_heads
 from .triton_pages import INTERPRETING, on_its_device
@@ -109,7 +109,7 @@ def _launch(query, k_new, v_new, rules, scale, softcap, s_aux, out, members, len
             BLOCK_M=rows, BLOCK_N=tile["keys"], **padded(dim, value_dim, heads), **tile["options"],
         )  # fmt: skip
     if parts > 1:
-        found, _ = merge(list(zip(target, lse)))
+        found = merge_stacked(target, lse)
         found = found.unflatten(2, (len(members), group)).to(out.dtype)
         out.unflatten(2, (heads, group)).index_copy_(2, head_index(members, device), found)
 
