@@ -137,6 +137,12 @@ def test_held_out_texts_are_marked_right(model, plan):
     assert sum(score.answers for score in scores.values()) == sum(len(exam.answers) for exam in exams)
 
 
+@pytest.mark.parametrize("part", ["plain", "dependent"])
+def test_the_words_suffice_for_the_longest_held_out_texts(part):
+    (exam,) = set_exams(16384, part, 100, seed=0)
+    assert len(exam.answers) == 120
+
+
 def test_score_counts_whole_answers_and_tokens():
     score = Score()
     score.add(np.array([True, True]))

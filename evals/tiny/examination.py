@@ -16,6 +16,8 @@ Part = Literal["plain", "dependent"]
 HELD_OUT = 1_000_003
 # Questions a text, by its length: about what `Corpus.sample` was always asked.
 QUESTIONS = {256: 4, 1024: 14, 2048: 24, 4096: 40, 8192: 48}
+# More need more cities than the language has.
+MOST_QUESTIONS = 120
 
 
 @dataclass(slots=True)
@@ -51,7 +53,7 @@ class Score:
 def set_exams(length: int, part: Part, n_answers: int, seed: int) -> list[Exam]:
     """Return held-out texts of this length with at least `n_answers` answers; the seed decides them."""
     corpus = Corpus(Lexicon(), seed=(HELD_OUT, seed, length, part == "dependent"))
-    third = max(1, QUESTIONS.get(length, length // 80) // 3)
+    third = max(1, QUESTIONS.get(length, min(MOST_QUESTIONS, length // 80)) // 3)
     families: tuple[Family, ...] = (
         ("code", "person", "variable") if part == "plain" else ("nickname", "companion", "total")
     )
