@@ -43,9 +43,9 @@ CALIBRATION, CONFIRMATION, JUDGEMENT = 11, 12, 13
 class Judge:
     """Held-out texts of one length, and what the dense model says of them."""
 
-    def __init__(self, name: str, model: Any, length: int, answers: int) -> None:
+    def __init__(self, model: Any, length: int, answers: int) -> None:
         self.model = model
-        self.exams = exams(name, length, answers, JUDGEMENT)
+        self.exams = exams(length, answers, JUDGEMENT)
         self.dense = [self.predict(HeadPlan.uniform(model.config, HeadSpec()), exam) for exam in self.exams]
 
     def __call__(self, plan: HeadPlan) -> dict[str, float | int]:
@@ -77,18 +77,16 @@ def places(exam: Exam) -> torch.Tensor:
     return torch.cat([torch.arange(start, stop) for _, start, stop in exam.answers])
 
 
-def exams(name: str, length: int, answers: int, seed: int) -> list[Exam]:
-    """Texts with questions of the kinds that a model has been trained on."""
-    if name == "plain":
-        return set_exams(length, "plain", answers, seed)
+def exams(length: int, answers: int, seed: int) -> list[Exam]:
+    """Texts with questions, half of them about facts that run through several documents."""
     parts: tuple[Part, ...] = ("plain", "dependent")
     return [exam for part in parts for exam in set_exams(length, part, -(-answers // 2), seed)]
 
 
-def prompts(name: str, length: int, answers: int, seed: int) -> list[Prompt]:
+def prompts(length: int, answers: int, seed: int) -> list[Prompt]:
     """Texts to profile on, whose answers are scored."""
     found = []
-    for exam in exams(name, length, answers, seed):
+    for exam in exams(length, answers, seed):
         scored = torch.zeros(len(exam.ids), dtype=torch.bool)
         scored[places(exam)] = True
         found.append(Prompt(torch.from_numpy(exam.ids), scored, "answers"))
@@ -121,10 +119,10 @@ class Run:
         if path.exists():
             return HeadProfile.load(path)
         length, reference = self.args.length, HeadPlan.load(TINY / "plan.json")
-        confirming = [prompt for n in (length, self.args.long) for prompt in prompts(self.name, n, 2, CONFIRMATION)]
+        confirming = [prompt for n in (length, self.args.long) for prompt in prompts(n, 2, CONFIRMATION)]
         start = time.process_time()
         found = profile_heads(
-            self.model, prompts(self.name, length, self.args.calibration, CALIBRATION), method=method,
+            self.model, prompts(length, self.args.calibration, CALIBRATION), method=method,
             windows=(LOCAL.window or 0,), sink=LOCAL.sink, global_ratio=self.ratio, held_out=confirming,
             steps=self.args.steps,
         )  # fmt: skip
@@ -155,7 +153,7 @@ class Run:
             for method, plan in self.plans(self.ratio):
                 row = {"model": self.name, "stage": "length", "what": method, "length": length}
                 if method not in RANDOM and key(row) not in self.done:
-                    judge = judge or Judge(self.name, self.model, length, self.args.answers)
+                    judge = judge or Judge(self.model, length, self.args.answers)
                     self.write("length", method, {"length": length, "ratio": self.ratio, **judge(plan)})
 
     def frontier(self) -> None:
@@ -165,7 +163,7 @@ class Run:
             for method, plan in self.plans(ratio):
                 row = {"model": self.name, "stage": "frontier", "what": method, "ratio": ratio}
                 if key(row) not in self.done:
-                    judge = judge or Judge(self.name, self.model, self.args.length, self.args.frontier_answers)
+                    judge = judge or Judge(self.model, self.args.length, self.args.frontier_answers)
                     kept = plan.nbytes(self.args.length, 32, 2) / plan.nbytes(1, 32, 2) / self.args.length
                     self.write("frontier", method, {"ratio": ratio, "kept": round(kept, 4), **judge(plan)})
 

@@ -322,8 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = {name: method for name, method in methods().items() if not args.methods or name in args.methods}
     about = {
         "documents": args.documents, "tokens": args.tokens, "plan": args.plan.name, "global": plan.num_global,
-        "torch": torch.__version__, "transformers": transformers.__version__, "device": args.device,
-        "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "transformers": transformers.__version__, "device": _device(args.device),
+        "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     records = []
@@ -338,6 +338,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.figure:
         draw(records, args.figure)
     return 0
+
+
+def _device(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
