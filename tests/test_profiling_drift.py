@@ -50,7 +50,7 @@ def test_drift_is_the_change_of_the_stream(family):
         others = [(i, h) for i in range(shape[0]) for h in range(shape[1]) if (i, h) != (layer, head)]
         plan = HeadPlan.with_global(model.config, others, HeadSpec(window, 1))
         change = streams(model, prompt, plan)[layer] - whole[layer]
-        found = (change[:-1].pow(2).sum(-1) / whole[layer][:-1].pow(2).sum(-1)).mean().sqrt()
+        found = (change[:-1].pow(2).sum(-1) / whole[layer][:-1].pow(2).sum(-1)).mean().sqrt()  # all tokens are scored
         assert float(found) == pytest.approx(foretold[layer, head, column], rel=1e-3 if linear else 0.5, abs=1e-6)
 
 
@@ -70,14 +70,17 @@ def streams(model, prompt, plan):
     return found
 
 
-def test_drift_falls_with_the_window_and_counts_scored_queries_only():
+def test_drift_falls_with_the_window_and_weighs_scored_queries_most():
     model, (prompt, _) = make_model("llama"), prompts()
     errors = drift(measure_drift(model, [prompt], (2, 8, 20, 38), 0, lambda: None))
     assert (errors[:, :-1].mean(0) > errors[:, 1:].mean(0)).all()
     early = Prompt(prompt.ids, torch.arange(40) <= 20)  # no query of theirs sees more than 20 tokens
-    errors = drift(measure_drift(model, [early], (2, 20), 0, lambda: None))
-    assert (errors[:, 1] < 1e-6).all()
-    assert (errors[:, 0] > 1e-3).all()
+    sums = measure_drift(model, [early], (2, 20), 0, lambda: None)
+    scored, reading = np.moveaxis(sums[0, :, :, :, 0] / sums[0, :, :, :, 1], -1, 0)
+    assert (scored[:, 1] < 1e-12).all()
+    assert (scored[:, 0] > 1e-6).all()
+    assert (reading[:, 1] > 1e-6).all(), "later queries of the text see more"
+    assert drift(sums) == pytest.approx(np.sqrt((scored + 0.1 * reading) / 1.1))
 
 
 def test_hooks_and_attributes_are_gone_afterwards():

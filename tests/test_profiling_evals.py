@@ -16,7 +16,7 @@ def measured(tmp_path_factory):
     arguments += ["--calibration", "9", "--frontier-answers", "3", "--device", "cpu"]
     arguments += ["--out", str(folder / "rows.jsonl"), "--profiles", str(folder), "--figures", str(folder / "figures")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiling, "RATIOS", (0.25, 1.0))
+        patch.setattr(profiling, "RATIOS", (0.1, 1.0))
         patch.setattr(profiling, "RANDOM", ("random 0",))
         profiling.main(arguments)
         first = (folder / "rows.jsonl").read_text()

@@ -17,18 +17,24 @@ from redknot_hf.plan import HeadSpec
 from .prompt import Prompt
 from .watching import Attended, Call, attention_layers, blocks, watching
 
+# What queries all over a text weigh beside those that predict its scored tokens: some heads do their work where a text
+# is read, so that an answer finds it done. On the bundled model only both kinds find all heads, whatever the texts.
+READING = 0.1
+_READ = 1024  # queries of a text, evenly spaced, that stand for all
 _ROWS = 1024  # queries whose errors are held at once, each as wide as the model for every KV head
 
 
 def measure_drift(
     model: PreTrainedModel, prompts: Sequence[Prompt], windows: Sequence[int], sink: int, tick: Callable[[], object]
-) -> Float[np.ndarray, "prompts heads windows 2"]:
+) -> Float[np.ndarray, "prompts heads windows 2 2"]:
     """Measures each prompt: squared relative errors of every head at every window, summed, and their number.
+
+    Both are told apart for the queries that predict the prompt's scored tokens, and for queries all over it.
 
     The error is that of the head's contribution to the residual stream, after `o_proj`, when its attention keeps to
     `sink` and window. It is relative to the stream that the attention's output has been added to, query by query, as
-    what reads the stream norms it. The queries are those that predict the prompt's scored tokens. One forward pass
-    serves all heads and windows, and every layer sees the stream of the unrestricted model.
+    what reads the stream norms it. One forward pass serves all heads and windows, and every layer sees the stream of
+    the unrestricted model.
 
     Args:
         tick: Called after each prompt.
@@ -38,7 +44,7 @@ def measure_drift(
     """
     found = []
     for prompt in prompts:
-        meter = _Meter(windows, sink, (prompt.targets - 1).to(model.device))
+        meter = _Meter(windows, sink, _queries(prompt).to(model.device), len(prompt.targets))
         with torch.no_grad(), meter.listening(model), watching(model, meter):
             model(prompt.ids[None].to(model.device), use_cache=False, logits_to_keep=1)
         found.append(meter.result())
@@ -46,10 +52,17 @@ def measure_drift(
     return np.stack(found)
 
 
-def drift(sums: Float[np.ndarray, "prompts heads windows 2"]) -> Float[np.ndarray, "heads windows"]:
-    """The drift over some prompts: root of the mean squared relative error."""
+def drift(sums: Float[np.ndarray, "prompts heads windows 2 2"]) -> Float[np.ndarray, "heads windows"]:
+    """The drift over some prompts: root of the mean squared relative error, queries all over weighing `READING`."""
     errors, number = np.moveaxis(sums.sum(0), -1, 0)
-    return np.sqrt(errors / number)
+    scored, reading = np.moveaxis(errors / number, -1, 0)
+    return np.sqrt((scored + READING * reading) / (1 + READING))
+
+
+def _queries(prompt: Prompt) -> Int[Tensor, " rows"]:
+    """Places of the queries that predict scored tokens, and then of those that stand for the whole text."""
+    last = len(prompt.ids) - 2
+    return torch.cat([prompt.targets - 1, torch.linspace(0, last, min(_READ, last + 1)).round().long()])
 
 
 class _Meter:
@@ -57,13 +70,14 @@ class _Meter:
 
     Args:
         rows: Queries to measure at.
+        scored: How many of them, the first, predict scored tokens.
     """
 
-    def __init__(self, windows: Sequence[int], sink: int, rows: Int[Tensor, " rows"]) -> None:
+    def __init__(self, windows: Sequence[int], sink: int, rows: Int[Tensor, " rows"], scored: int) -> None:
         self.specs = [HeadSpec(window, sink) for window in windows]
-        self.rows = rows
+        self.rows, self.scored = rows, scored
         self.errors: dict[int, Float[Tensor, "windows heads rows"]] = {}
-        self.sums: dict[int, Float[Tensor, "heads windows 2"]] = {}
+        self.sums: dict[int, Float[Tensor, "heads windows 2 2"]] = {}
 
     def __call__(self, call: Call) -> Attended:
         whole = call.attend((HeadSpec(),) * call.heads)
@@ -115,10 +129,12 @@ class _Meter:
         squares = [_squares(x[0, self.rows]) for x in (stream, stream.float() - before.float(), output)]
         held, added, projected = squares
         scale = added / projected.clamp(min=torch.finfo(torch.float32).tiny)
-        sums = (self.errors.pop(layer) * scale / held).double().sum(-1).T
-        self.sums[layer] = torch.stack([sums, torch.full_like(sums, len(self.rows))], -1)
+        parts = (self.errors.pop(layer) * scale / held).double().tensor_split((self.scored,), -1)
+        sums = torch.stack([part.sum(-1).T for part in parts], -1)
+        counts = sums.new_tensor([part.shape[-1] for part in parts]).expand_as(sums)
+        self.sums[layer] = torch.stack([sums, counts], -1)
 
-    def result(self) -> Float[np.ndarray, "heads windows 2"]:
+    def result(self) -> Float[np.ndarray, "heads windows 2 2"]:
         """The sums of all heads, layer by layer."""
         if self.errors or not self.sums:
             raise ValueError(f"layers {sorted(self.errors)} do not add their attention's output to a residual stream")
