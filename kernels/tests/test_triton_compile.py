@@ -65,7 +65,7 @@ def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, so
     arguments |= {"scale": "fp32", "softcap": "fp32"}
     arguments |= {"GROUP": group, "TOKENS": tokens, "DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": page}
     arguments |= {"FUSED": fused, "HAS_FLAGS": flags, "MIN_SPLIT": 64, "BLOCK_R": 8, "BLOCK_T": max(16, power(tokens))}
-    arguments |= {"BLOCK_M": power(max(16, group * tokens)), "BLOCK_N": tile["keys"]}
+    arguments |= {"BLOCK_M": min(triton_decode._QUERIES, power(max(16, group * tokens))), "BLOCK_N": tile["keys"]}
     arguments |= {"BLOCK_D": max(16, power(dims[0])), "BLOCK_V": max(16, power(dims[1]))}
     arguments |= {"SOFTCAP": softcap, "UPCAST": False, "EARLY": chip in ("sm90", "sm100")}
     return compile_kernel(chip, kernel, arguments, **tile["options"])
@@ -114,6 +114,8 @@ CASES = {
     "decode_flags_softcap": partial(
         decode, dtype="fp16", dims=(96, 80), group=5, page=16, tokens=9, flags=True, softcap=True
     ),
+    "decode_page": partial(decode, dtype="bf16", dims=(128, 128), group=8, page=64, tokens=64),
+    "decode_page_fp32": partial(decode, dtype="fp32", dims=(32, 32), group=4, page=128, tokens=128),
     "decode_256": partial(decode, dtype="bf16", dims=(256, 256), group=16, page=128),
     "decode_small": partial(decode, dtype="bf16", dims=(32, 32), group=1, page=32),
     "decode_fp32": partial(decode, dtype="fp32", dims=(128, 128), group=2, page=64),

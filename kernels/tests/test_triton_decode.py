@@ -211,3 +211,13 @@ def test_the_operator_is_what_the_compiler_takes_it_for():
         captured_step, (query, *pages, k_new, v_new, *rows, 0.3, None, None),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [3, 8])
+def test_more_queries_than_a_program_takes(group):
+    rows = Rows(2, HEADS["mixed"], (16, 16), 64, 200, kernels=TRITON)
+    for tokens in (100, 40, 1, 24):
+        out, expected = rows.step(tokens, group=group, scale=0.3)
+    torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=1e-5)
+    out, expected = rows.step(33, group=group, scale=0.3, s_aux=torch.linspace(-1, 2, 4 * group))
+    torch.testing.assert_close(out.double(), expected, atol=4e-6, rtol=1e-5)

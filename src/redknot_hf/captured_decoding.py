@@ -58,9 +58,11 @@ def captured_decoding(
     chooser.put(logits)
     chooser.count += 1
     step = _Step(model, cache, chooser, mask)
-    while chooser.count < longest and not chooser.all_ended():
-        for _ in range(min(LOOK, longest - chooser.count)):
-            step()
+    # As in generate's own loop: experts then do not ask the host how many tokens each one got.
+    with model._optimize_model_for_decode():  # pyright: ignore[reportCallIssue]
+        while chooser.count < longest and not chooser.all_ended():
+            for _ in range(min(LOOK, longest - chooser.count)):
+                step()
     tokens, kept = chooser.finish()
     if chooser.count > kept:
         cache.crop(kept - chooser.count)

@@ -2,8 +2,9 @@
 
 The first kernel shares the slots of all rows out among its programs, evenly and by the lengths that it finds on the
 device: one long row among short ones fills the chip, and a launch can be captured once for all lengths. A program
-takes one split of one row and the query heads of its group; the first of a row also takes the new tokens, from where
-they are, and writes them. The second kernel merges the splits of every row and counts the new tokens.
+takes one split of one row and the query heads of its group, of up to `_QUERIES` queries; the first of a row also takes
+the new tokens, from where they are, and writes them. The second kernel merges the splits of every row and counts the
+new tokens.
 """
 
 from functools import lru_cache
@@ -21,6 +22,8 @@ _LOWEST = tl.constexpr(-1e30)  # a maximum to start from that is finite, so that
 # The fewest slots of a split, and about the most: long ones leave the chip idle where programs end unevenly.
 _MIN_SPLIT = 64
 _MAX_SPLIT = 2048
+# The most queries of a program, tokens times heads of the group: more need more registers and shared memory.
+_QUERIES = 64
 # The most splits a program merges at once, and with them as many value channels: a merge is a matter of latency.
 _MERGED = 256, 16
 
@@ -76,11 +79,12 @@ def _launch(query, k_pages, v_pages, new, table, counts, bounds, most_kept, reac
     sizes |= {"HAS_FLAGS": real is not None, "BLOCK_T": max(16, power(tokens))}
     strides = *query.stride(), *k_new.stride(), *v_new.stride(), *k_pages.stride()[:2], *v_pages.stride()[:2]
     early = early_launch(device)
-    _split_kernel[(programs,)](
+    block_m = min(_QUERIES, power(max(16, group * tokens)))
+    _split_kernel[(programs, triton.cdiv(group * tokens, block_m))](
         query, k_pages, v_pages, k_new, v_new, table, counts, flags, bounds, part_out, part_lse, shares,
         *strides, *table.stride()[:2], scale, softcap or 0.0, reach, batch, heads, slots,
         **sizes, DIM=dim, PAGE=page, MIN_SPLIT=_MIN_SPLIT, BLOCK_R=power(batch * heads),
-        BLOCK_M=power(max(16, group * tokens)), BLOCK_N=tile["keys"], BLOCK_D=max(16, power(dim)),
+        BLOCK_M=block_m, BLOCK_N=tile["keys"], BLOCK_D=max(16, power(dim)),
         BLOCK_V=max(16, power(value_dim)), SOFTCAP=softcap is not None, UPCAST=INTERPRETING,
         **tile["options"], **early,
     )  # fmt: skip
@@ -171,7 +175,8 @@ def _split_kernel(
     ring = tl.load(bounds + 2 * heads + i_head)
     length = tl.load(counts + i_batch).to(tl.int32)  # of what the pages hold
     held = tl.minimum(tl.minimum(length, sink + ring), slots)
-    o_m, o_n, o_new = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
+    i_tile = tl.program_id(1)
+    o_m, o_n, o_new = i_tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
     o_d, o_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     o_t, o_g = o_m // GROUP, o_m % GROUP  # the rows of the tile: tokens, and in each the heads of the group
     asked = o_m < GROUP * TOKENS
@@ -199,16 +204,17 @@ def _split_kernel(
         if FUSED:
             key = length + tl.cumsum(real.to(tl.int32), 0) - 1
             slot = tl.where(key < sink, key, sink + (key - sink) % ring)
-            written = real & (slot < slots)  # beyond the last page there is no room
-            page = tl.load(p_table + slot // PAGE, mask=written, other=0).to(tl.int64)
             p_k = k_new + i_batch * stride_nkb + i_head * stride_nkh + o_new * stride_nkt
             p_v = v_new + i_batch * stride_nvb + i_head * stride_nvh + o_new * stride_nvt
             b_k = tl.load(p_k[:, None] + o_d * stride_nkd, mask=real[:, None] & (o_d < DIM), other=0.0)
             b_v = tl.load(p_v[:, None] + o_v * stride_nvd, mask=real[:, None] & (o_v < VALUE_DIM), other=0.0)
-            p_k = (k_pages + page * stride_kp + slot % PAGE * stride_ks)[:, None] + o_d
-            p_v = (v_pages + page * stride_vp + slot % PAGE * stride_vs)[:, None] + o_v
-            tl.store(p_k, b_k, mask=written[:, None] & (o_d < DIM))
-            tl.store(p_v, b_v, mask=written[:, None] & (o_v < VALUE_DIM))
+            if i_tile == 0:
+                written = real & (slot < slots)  # beyond the last page there is no room
+                page = tl.load(p_table + slot // PAGE, mask=written, other=0).to(tl.int64)
+                p_slots = (k_pages + page * stride_kp + slot % PAGE * stride_ks)[:, None] + o_d
+                tl.store(p_slots, b_k, mask=written[:, None] & (o_d < DIM))
+                p_slots = (v_pages + page * stride_vp + slot % PAGE * stride_vs)[:, None] + o_v
+                tl.store(p_slots, b_v, mask=written[:, None] & (o_v < VALUE_DIM))
             b_k, b_v = (b_k.to(tl.float32), b_v.to(tl.float32)) if UPCAST else (b_k, b_v)
             b_s = _scores(b_q, b_k, scale, softcap, SOFTCAP)
             seen = (key[None, :] > position[:, None] - window) | (key < sink)[None, :]
