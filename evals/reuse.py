@@ -288,7 +288,7 @@ def table(records: Sequence[dict[str, Any]], part: str) -> Table:
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     """KL and accuracy over the share of tokens that are recomputed."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for part, colour in zip(PARTS, ("tab:blue", "tab:red"), strict=False):
         mine = [r for r in records if r["part"] == part and r["method"] not in ("dense", WHOLE)]
@@ -305,7 +305,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     left.set(xlabel="recomputed tokens, %", ylabel="KL(read whole, reused), nats")
     left.set_yscale("symlog", linthresh=1e-5)
     right.set(xlabel="recomputed tokens, %", ylabel="answers right, points above reading whole")
-    left.legend(frameon=False, fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=7)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
