@@ -23,6 +23,10 @@ from evals.running import Plan, quiet
 from evals.running import run as run_task
 from evals.summary import Row, summarize
 from redknot_hf import HeadPlan
+from redknot_hf.profiling import HeadProfile
+
+# What the bundled model's heads were measured by, where it has been.
+PROFILE = BUNDLED.parent / "results" / "profiling" / "bundled_loss.json"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
 app.callback()(quiet)
@@ -68,11 +72,13 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="files that `run` has written")],
     out: Annotated[Path, typer.Option(help="folder")],
     plan: Annotated[list[Path], typer.Option("--plan", help="plans to draw")] = [],  # noqa: B006
+    profile: Annotated[list[Path], typer.Option("--profile", help="profiles to draw")] = [],  # noqa: B006
     title: str = "RedKnot evaluation",
 ) -> None:
     """Write a report: Markdown, figures, and one HTML page that holds all it needs."""
     rows = summarize(Records.load(runs), kinds=True)
-    print(write_report(rows, out, [(path.name, HeadPlan.load(path)) for path in plan], title))
+    drawn = [(path.name, HeadProfile.load(path)) for path in profile]
+    print(write_report(rows, out, [(path.name, HeadPlan.load(path)) for path in plan], title, drawn))
 
 
 @app.command()
@@ -134,7 +140,8 @@ def offline(
     rows = summarize(Records.load([records]), kinds=True)
     _show([row for row in rows if not row.kind])
     plan = HeadPlan.load(BUNDLED / "plan.json")
-    print(write_report(rows, out, [("evals/tiny/plan.json", plan)], "The bundled model, offline"))
+    profiles = [(PROFILE.name, HeadProfile.load(PROFILE))] if PROFILE.exists() else []
+    print(write_report(rows, out, [("evals/tiny/plan.json", plan)], "The bundled model, offline", profiles))
     if results:
         results.parent.mkdir(parents=True, exist_ok=True)
         results.write_text((out / "summary.jsonl").read_text())

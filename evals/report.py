@@ -17,6 +17,8 @@ from evals.identity import plan_identity
 from evals.intervals import Estimate
 from evals.summary import Row
 from redknot_hf import HeadPlan
+from redknot_hf.profiling import HeadProfile
+from redknot_hf.profiling.figure import heat_map
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html.jinja"
 Column = tuple[str, Callable[[Row], str]]
@@ -24,7 +26,11 @@ Table = dict[str, Any]  # its head, a list of cells, and its body, a list of tho
 
 
 def write_report(
-    rows: Sequence[Row], out: Path, plans: Sequence[tuple[str, HeadPlan]] = (), title: str = "RedKnot evaluation"
+    rows: Sequence[Row],
+    out: Path,
+    plans: Sequence[tuple[str, HeadPlan]] = (),
+    title: str = "RedKnot evaluation",
+    profiles: Sequence[tuple[str, HeadProfile]] = (),
 ) -> Path:
     """Write `report.html`, `report.md`, `summary.jsonl` and PNGs of the figures into a folder.
 
@@ -33,6 +39,7 @@ def write_report(
         out: Files of the same names in it are replaced.
         plans: Plans to draw, with their names.
         title: Of the report.
+        profiles: Profiles to draw, with their names.
 
     Returns:
         The path of the page.
@@ -43,7 +50,7 @@ def write_report(
     if not rows:
         raise ValueError("the records hold no answers yet")
     out.mkdir(parents=True, exist_ok=True)
-    drawings = _drawings(rows, plans)
+    drawings = _drawings(rows, plans) | _heat_maps(profiles)
     for name, (_, draw) in drawings.items():
         (out / f"{name}.png").write_bytes(figures.render(draw, STYLES["light", "wide"], "png"))
     (out / "summary.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
@@ -99,6 +106,20 @@ def _drawings(rows: Sequence[Row], plans: Sequence[tuple[str, HeadPlan]]) -> dic
             return figures.heads(plan, name, style)
 
         found[f"heads_{i}" if len(plans) > 1 else "heads"] = (text, draw)
+    return found
+
+
+def _heat_maps(profiles: Sequence[tuple[str, HeadProfile]]) -> dict[str, tuple[str, Draw]]:
+    found: dict[str, tuple[str, Draw]] = {}
+    for i, (name, profile) in enumerate(profiles):
+        text = f"What restricting each KV head costs, by {profile.method} ({name}); framed heads stay global."
+
+        def draw(style: Style, profile: HeadProfile = profile) -> Any:
+            figure = heat_map(profile, profile.plan())
+            figure.set_figwidth(style.width)
+            return figure
+
+        found[f"profile_{i}" if len(profiles) > 1 else "profile"] = (text, draw)
     return found
 
 

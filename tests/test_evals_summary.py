@@ -12,6 +12,7 @@ from evals.records import Records, Run
 from evals.report import write_report
 from evals.summary import summarize
 from redknot_hf import HeadPlan, HeadSpec
+from redknot_hf.profiling import HeadProfile
 
 MODEL = {"name": "m", "type": "llama", "dtype": "float32", "weights": "0"}
 
@@ -122,9 +123,11 @@ def test_report_is_whole_in_one_page(tmp_path):
     rows = summarize(records(dense=[1] * 60, **{"<redknot>": [1] * 59 + [0]}), kinds=True)
     config = type("Config", (), {"num_hidden_layers": 4, "num_key_value_heads": 2})
     plan = HeadPlan.with_global(config, [(0, 1)], HeadSpec(window=8))
-    path = write_report(rows, tmp_path, [("plan.json", plan)])
+    errors = np.linspace(0, 1, 16).reshape(8, 2)[:, ::-1]
+    profile = HeadProfile("loss", (2,) * 4, (8, 32), 4, errors, (errors, errors), 64, 8, {"global_ratio": 0.5})
+    path = write_report(rows, tmp_path, [("plan.json", plan)], profiles=[("profile.json", profile)])
     page = Page(path.read_text())
-    figures = ("differences", "frontier", "times", "heads")
+    figures = ("differences", "frontier", "times", "heads", "profile")
     assert [attrs["id"] for tag, attrs in page.tags if tag == "figure"] == list(figures)
     sources = [attrs for tag, attrs in page.tags if tag == "source"]
     medias = {attrs["media"] for attrs in sources}

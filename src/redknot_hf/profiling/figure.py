@@ -27,6 +27,7 @@ def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
     try:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as e:
         raise ImportError("a heat map needs matplotlib: pip install 'redknot-hf[plot]'") from e
     layers, heads = len(profile.heads_by_layer), max(profile.heads_by_layer)
@@ -40,6 +41,8 @@ def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
         rows = [np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in profile.table(window)]
         image = panel.imshow(np.stack(rows), norm=norm, cmap="magma_r", aspect="auto", interpolation="none")
         panel.set(title=f"window {window}", xlabel="KV head")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
         for layer, specs in enumerate(plan or ()):
             for head, spec in enumerate(specs):
                 if spec.is_global:
