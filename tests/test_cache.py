@@ -168,6 +168,17 @@ def test_decoding_reads_rows_in_place_however_they_grow_and_are_cut(reserved):
     torch.testing.assert_close(feed(model, cache, token), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_forks_are_read_in_place_too():
+    model, cache, ids = planned(batch=2, length=3 * PAGE + 5)
+    fork = copy.deepcopy(cache)
+    for i in range(2 * PAGE):
+        token = some_ids(2, 1, seed=i)
+        ids = torch.cat([ids, token], 1)
+        logits = feed(model, fork, token)
+        assert all(layer.views() for layer in fork.layers), f"step {i}"
+    torch.testing.assert_close(logits, masked_logits(model, cache.plan, ids)[:, -1:], atol=1e-4, rtol=1e-4)
+
+
 def test_rows_of_different_length_are_not_read_in_place():
     model, cache, _ = planned(batch=2, length=20)
     mask = torch.ones(2, 21, dtype=torch.long)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from redknot_kernels import UNBOUNDED, HeadRules
 
-from redknot_hf.rows import ABSENT, Rows
+from redknot_hf.rows import ABSENT, Rows, Run
 
 
 class Shelf:
@@ -140,16 +140,17 @@ def test_laid_out_rows_are_runs_with_a_spare_page_behind_each_that_grows():
     grow(rows, shelf, [30, 30])
     before = rows.table.copy()
     source = rows.lay_out(np.array([41, 41]))
-    glob, long, short = rows.runs()
-    assert (glob.heads, glob.first, glob.apart, glob.columns) == ((0,), 0, ((2, 7), (1, 0)), 6)
-    assert (long.heads, long.first, long.apart, long.columns) == ((1,), 14, ((2, 4), (1, 0)), 4)
-    assert (short.heads, short.first, short.apart, short.columns) == ((2,), 22, ((2, 2), (1, 0)), 2)
+    assert rows.runs() == (
+        ((0,), (Run(0, 0, ((2, 7), (1, 0)), 6),)),
+        ((1,), (Run(0, 14, ((2, 4), (1, 0)), 4),)),
+        ((2,), (Run(0, 22, ((2, 2), (1, 0)), 2),)),
+    )
     held = before != ABSENT
     assert (source[rows.table[:, :, :4][held]] == before[held]).all(), "every page goes where its row expects it"
     assert (source == ABSENT).sum() == len(source) - held.sum()
     free = np.setdiff1d(np.arange(len(source)), rows.table)
     rows.reserve(np.array([49, 49]), lambda count: free[:count])
-    assert rows.runs()[0].columns == 7, "the next pages are those behind the rows"
+    assert rows.runs()[0][1] == (Run(0, 0, ((2, 7), (1, 0)), 7),), "the next pages are those behind the rows"
 
 
 def test_scattered_or_unequal_rows_are_no_runs():
@@ -157,7 +158,14 @@ def test_scattered_or_unequal_rows_are_no_runs():
     grow(rows, shelf, [17, 17])
     assert rows.runs() is not None
     grow(rows, shelf, [25, 25])
-    assert rows.runs() is None, "new pages came from elsewhere"
+    assert [len(runs) for _, runs in rows.runs()] == [2, 2, 1], "new pages came from elsewhere"
+    for length in (33, 41, 49):
+        grow(rows, shelf, [length, length])
+    assert rows.runs() is None, "those of the global row lie in too many places"
+    rows.lay_out(np.array([49, 49]))
+    assert rows.runs() is not None
+    rows, shelf = make_rows()
+    grow(rows, shelf, [17, 17])
     rows.lay_out(np.array([25, 33]))
     assert rows.runs() is None, "one row has more pages"
     assert make_rows()[0].runs() is None, "there is nothing yet"

@@ -1,31 +1,30 @@
 """Steps of one token on rows that are plain tensors, against dense attention in float64 under the explicit mask."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from paged_rows import GLOBAL, HEADS, Rows
-from redknot_kernels import RowView, step_in_views, view_rows
+from redknot_kernels import Piece, RowView, step_in_views, view_rows
 
 
-def lay_out(rows):
-    """Moves the pages of rows into runs, kind by kind, and returns the views."""
+def lay_out(rows, cuts=()):
+    """Moves the pages of rows into runs, kind by kind, and returns the views, cut into pieces at these columns."""
     rules, views, first = rows.rules, [], 0
     size, batch = rules.page_size, len(rows.table)
-    kinds = [rules.global_heads] if rules.global_heads else []
     pools = [torch.cat([x, torch.full_like(x[:3], torch.nan)]) for x in (rows.k_pages, rows.v_pages)]
-    for heads in kinds + [heads for _, heads in rules.local_groups]:
+    for heads in filter(None, [rules.global_heads, *(heads for _, heads in rules.local_groups)]):
         columns = min(rows.table.shape[2], rules.max_pages[heads[0]])
         pages = rows.table[:, list(heads), :columns].reshape(-1).long()
         for pool, old in zip(pools, (rows.k_pages, rows.v_pages)):
             pool[first : first + len(pages)] = old[pages]
         apart = (batch, len(heads) * columns), (len(heads), columns)
-        views.append(RowView(heads, *(view_rows(pool, first, apart, columns) for pool in pools)))
+        pieces = [
+            Piece(start * size, *(view_rows(pool, first + start, apart, stop - start) for pool in pools))
+            for start, stop in pairwise([0, *(cut for cut in cuts if cut < columns), columns])
+        ]
+        views.append(RowView(heads, tuple(pieces)))
         first += len(pages)
-    assert views[0].keys.shape == (
-        batch,
-        len(views[0].heads),
-        views[0].keys.shape[2] // size * size,
-        pools[0].shape[2],
-    )
     return views
 
 
@@ -45,10 +44,11 @@ def decode(rows, views, tokens, group, **kwargs):
 
 @pytest.mark.parametrize("heads", [*HEADS.values(), [GLOBAL, (7, 2), GLOBAL, (7, 2)]], ids=str)
 @pytest.mark.parametrize("prompt", [1, 6, 15, 40])
-def test_every_token_equals_the_masked_oracle(heads, prompt):
+@pytest.mark.parametrize("cuts", [(), (2,), (1, 3)], ids=str)
+def test_every_token_equals_the_masked_oracle(heads, prompt, cuts):
     rows = Rows(2, heads, (24, 24), 8, 64)
     rows.step(prompt, group=3, scale=0.3)
-    for out, expected in decode(rows, lay_out(rows), 24, group=3, scale=0.3):
+    for out, expected in decode(rows, lay_out(rows, cuts), 24, group=3, scale=0.3):
         torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_every_token_equals_the_masked_oracle(heads, prompt):
 def test_softcap_sink_logits_and_unequal_dims(kwargs, dims):
     rows = Rows(2, HEADS["mixed"], dims, 8, 64)
     rows.step(30, group=2, scale=0.3, **kwargs)
-    for out, expected in decode(rows, lay_out(rows), 12, group=2, scale=0.3, **kwargs):
+    for out, expected in decode(rows, lay_out(rows, (2,)), 12, group=2, scale=0.3, **kwargs):
         torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=1e-5)
 
 

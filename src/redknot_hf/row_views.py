@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from redknot_kernels import RowView, view_rows
+from redknot_kernels import Piece, RowView, view_rows
 from torch import Tensor
 
 from .pool import PagePool
@@ -37,7 +37,14 @@ def _views(rows: Rows, pool: PagePool) -> tuple[RowView, ...] | None:
     runs = rows.runs()
     if runs is None:
         return None
+    size, pools = pool.page_size, (pool.keys, pool.values)
     return tuple(
-        RowView(run.heads, *(view_rows(x, run.first, run.apart, run.columns) for x in (pool.keys, pool.values)))
-        for run in runs
+        RowView(
+            heads,
+            tuple(
+                Piece(run.column * size, *(view_rows(x, run.first, run.apart, run.columns) for x in pools))
+                for run in found
+            ),
+        )
+        for heads, found in runs
     )

@@ -23,20 +23,24 @@ Allocate = Callable[[int], Ids]
 ABSENT = -1
 
 
-class Runs(NamedTuple):
-    """Rows of some heads whose pages follow each other.
+class Run(NamedTuple):
+    """Columns of some heads' rows in which the pages of each row follow each other.
 
     Attributes:
-        heads: Which heads.
-        first: Page at which the first row begins.
+        column: The first of them.
+        first: Page at which the first row's part begins.
         apart: Number of sequences and of heads, each with the pages from one to the next.
         columns: Pages of each row.
     """
 
-    heads: tuple[int, ...]
+    column: int
     first: int
     apart: tuple[tuple[int, int], tuple[int, int]]
     columns: int
+
+
+Kinds = tuple[tuple[tuple[int, ...], tuple[Run, ...]], ...]
+_MOST_RUNS = 4  # of a row; each is attended apart
 
 
 class Rows:
@@ -142,7 +146,7 @@ class Rows:
         growing = (lengths > self.lengths)[:, None, None]
         touched = growing & ~self._columns_below(first) & (self.table != ABSENT)
         touched[touched] = refs[self.table[touched]] > 1
-        where = np.flatnonzero(touched)
+        where = np.concatenate([self._places(touched, heads) for heads in self._blocks()])
         pages = self.table.flat[where]
         unique, index, count = np.unique(pages, return_index=True, return_counts=True)
         stay = index[count == refs[unique]]  # nobody else holds the page: its first holder keeps it
@@ -199,14 +203,14 @@ class Rows:
         )
         self.version += 1
 
-    def runs(self) -> tuple[Runs, ...] | None:
-        """Where the rows of each kind lie, if they can be read without a table.
+    def runs(self) -> Kinds | None:
+        """Where the rows of each kind of head lie, if they can be read without a table.
 
-        That is where the pages of every row follow each other, and rows of a kind have as many and stand at equal
-        distances; otherwise `None`.
+        That is where the rows of a kind have as many pages, and these follow each other, in a few pieces at most, in
+        which the rows stand at equal distances; otherwise `None`.
         """
-        found = [_runs(tuple(heads), self.table[:, heads]) for heads in self._blocks()]
-        return None if None in found else tuple(filter(None, found))
+        found = [(tuple(heads), _runs(self.table[:, heads])) for heads in self._blocks()]
+        return tuple((heads, runs) for heads, runs in found if runs) if all(runs for _, runs in found) else None
 
     def renumber(self, new: Int[np.ndarray, " pool"]) -> None:
         """Replaces every page id by `new[id]`."""
@@ -251,6 +255,12 @@ class Rows:
         parts = (self.rules.global_heads, *(heads for _, heads in self.rules.local_groups))
         return [list(heads) for heads in parts if heads]
 
+    def _places(self, chosen: Bool[np.ndarray, "batch heads columns"], heads: list[int]) -> Ids:
+        """Flat places of what is chosen of some heads, row by row."""
+        of_heads = np.zeros_like(chosen)
+        of_heads[:, heads] = chosen[:, heads]
+        return np.flatnonzero(of_heads)
+
     def _is_global(self) -> Bool[np.ndarray, " heads"]:
         mask = np.zeros(self.rules.heads, bool)
         mask[list(self.rules.global_heads)] = True
@@ -260,21 +270,24 @@ class Rows:
         return np.arange(self.table.shape[2]) < limit[:, :, None]
 
 
-def _runs(heads: tuple[int, ...], table: Int[np.ndarray, "batch heads columns"]) -> Runs | None:
+def _runs(table: Int[np.ndarray, "batch heads columns"]) -> tuple[Run, ...] | None:
     held = (table != ABSENT).sum(2)
     columns = int(held.max(initial=0))
     if columns == 0 or (held < columns).any():
         return None
-    batch, count, _ = table.shape
-    first = int(table[0, 0, 0])
-    sequence, head = (
-        int(table[-1, 0, 0] - first) // max(1, batch - 1),
-        int(table[0, -1, 0] - first) // max(1, count - 1),
-    )
-    starts = first + np.add.outer(np.arange(batch) * sequence, np.arange(count) * head)
-    in_run = np.array_equal(table[:, :, :columns], np.add.outer(starts, np.arange(columns)))
-    return (
-        Runs(heads, first, ((batch, sequence), (count, head)), columns)
-        if in_run and min(sequence, head) >= 0
-        else None
-    )
+    table = table[:, :, :columns]
+    seams = np.flatnonzero((np.diff(table) != 1).any((0, 1))) + 1
+    if len(seams) >= _MOST_RUNS:
+        return None
+    runs = [_run(start, part) for start, part in zip([0, *seams.tolist()], np.split(table, seams, 2), strict=True)]
+    return None if None in runs else tuple(filter(None, runs))
+
+
+def _run(column: int, table: Int[np.ndarray, "batch heads columns"]) -> Run | None:
+    batch, heads, columns = table.shape
+    first, last_sequence, last_head = (int(table[at]) for at in ((0, 0, 0), (-1, 0, 0), (0, -1, 0)))
+    sequence, head = (last_sequence - first) // max(1, batch - 1), (last_head - first) // max(1, heads - 1)
+    starts = first + np.add.outer(np.arange(batch) * sequence, np.arange(heads) * head)
+    if min(sequence, head) < 0 or not np.array_equal(table[:, :, 0], starts):
+        return None
+    return Run(column, first, ((batch, sequence), (heads, head)), columns)

@@ -6,7 +6,7 @@ from .implementations import NAMES, Kernels, implementation
 from .pages import append, copy_pages, gather, gather_tokens, place, scatter_tokens
 from .prefill import Context, prefill, read_context
 from .rotation import Rotation, rotate
-from .row_views import RowView, step_in_views, view_rows
+from .row_views import Piece, RowView, step_in_views, view_rows
 from .rules import UNBOUNDED, HeadRules
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Context",
     "HeadRules",
     "Kernels",
+    "Piece",
     "Rotation",
     "RowView",
     "add_sink_logit",

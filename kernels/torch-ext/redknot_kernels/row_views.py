@@ -5,8 +5,21 @@ from typing import NamedTuple
 
 import torch
 
-from .attend import add_sink_logit, attend
+from .attend import add_sink_logit, attend, merge
 from .decode import mask_of_one
+
+
+class Piece(NamedTuple):
+    """Some slots of rows.
+
+    Attributes:
+        start: The first of them.
+        keys, values: `[batch, heads, slots, dim]`, views into the pages.
+    """
+
+    start: int
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class RowView(NamedTuple):
@@ -14,12 +27,11 @@ class RowView(NamedTuple):
 
     Attributes:
         heads: Which KV heads, in order.
-        keys, values: `[batch, heads, slots, dim]`, views into the pages.
+        pieces: All of their slots, in order: one piece, or a few where a fork goes on elsewhere.
     """
 
     heads: tuple
-    keys: torch.Tensor
-    values: torch.Tensor
+    pieces: tuple
 
 
 def view_rows(pages, first, apart, columns):
@@ -53,16 +65,12 @@ def step_in_views(query, k_new, v_new, views, length, rules, *, scale, softcap=N
         `[batch, 1, query heads, value dim]`, contiguous.
     """
     order = _order(tuple(view.heads for view in views), query.device)
-    grouped, k_new, v_new = (
-        query.view(len(query), rules.heads, -1, query.shape[-1]),
-        k_new.squeeze(2),
-        v_new.squeeze(2),
-    )
+    new = query.view(len(query), rules.heads, -1, query.shape[-1]), k_new.squeeze(2), v_new.squeeze(2)
     if order is None:
-        given = [(grouped, k_new, v_new)]
+        given = [new]
     else:
         counts = [len(view.heads) for view in views]
-        given = zip(*(x.index_select(1, order[0]).split(counts, 1) for x in (grouped, k_new, v_new)))
+        given = zip(*(x.index_select(1, order[0]).split(counts, 1) for x in new))
     outs = []
     for view, (q, k, v) in zip(views, given):
         out, lse = _step_of_one_rule(q, k, v, view, length, rules.take(view.heads), scale, softcap)
@@ -81,14 +89,21 @@ def _with_sink(out, lse, logits):
 
 def _step_of_one_rule(query, key, value, view, length, rules, scale, softcap):
     """The step for heads of one rule: query `[batch, heads, group, dim]`, key and value `[batch, heads, dim]`."""
-    slot, held = rules.slot(length), min(length + 1, view.keys.shape[2])
-    view.keys.select(2, slot).copy_(key)
-    view.values.select(2, slot).copy_(value)
-    mask = None
-    if length >= rules.window[0]:
-        mask = mask_of_one(0, held, (length + 1,), (length,), 1, rules, query.device).to(query.dtype)
-    keys, values = view.keys.narrow(2, 0, held), view.values.narrow(2, 0, held)
-    return attend(query, keys, values, scale=scale, mask=mask, softcap=softcap, alone=True)
+    slot, parts = rules.slot(length), []
+    for start, keys, values in view.pieces:
+        held = min(length + 1 - start, keys.shape[2])
+        if held <= 0:  # room for later
+            continue
+        if 0 <= slot - start < held:
+            keys.select(2, slot - start).copy_(key)
+            values.select(2, slot - start).copy_(value)
+        mask = None
+        if length >= rules.window[0]:
+            mask = mask_of_one(start, start + held, (length + 1,), (length,), 1, rules, query.device).to(query.dtype)
+        keys, values = keys.narrow(2, 0, held), values.narrow(2, 0, held)
+        alone = len(view.pieces) == 1
+        parts.append(attend(query, keys, values, scale=scale, mask=mask, softcap=softcap, alone=alone))
+    return merge(parts)
 
 
 @lru_cache(maxsize=4096)
