@@ -18,33 +18,9 @@ from typing import Any
 import torch
 import transformers
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, LlamaConfig
 
+from evals.random_llama import SHAPES, random_llama
 from redknot_hf.profiling import Prompt, profile_heads
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8,
-    },
-    "toy": {
-        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 8, "num_key_value_heads": 4,
-    },
-}  # fmt: skip
-
-
-def make_model(shape: str, length: int, device: torch.device) -> Any:
-    """A Llama of this shape with random weights."""
-    config = LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=length + 64, bos_token_id=None, eos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    )  # fmt: skip
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with device:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="redknot", dtype=dtype)
-    return model.eval()
 
 
 def make_prompts(vocabulary: int, length: int, count: int, scored: int) -> list[Prompt]:
@@ -101,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="file to append the JSON lines to")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = make_model(args.shape, args.length, device)
+    model = random_llama(args.shape, args.length + 64, device)
     prompts = make_prompts(model.config.vocab_size, args.length, args.prompts, args.scored)
     # Kernels are compiled by a first, short run.
     measure(model, make_prompts(model.config.vocab_size, max(args.windows) + 64, 2, 8), "drift", args.windows, 0)

@@ -23,23 +23,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from evals.random_llama import SHAPES, random_llama
+from evals.speed_gpu_bars import bars
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, captured_decoding
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8,
-    },
-    "toy": {
-        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 8, "num_key_value_heads": 8,
-    },
-}  # fmt: skip
 LOCAL = HeadSpec(window=256, sink=4)
-BARS_READ = 4.35e12  # bytes a second of the device on which the bars were set
 CHUNK = 2048  # tokens of each sequence that a batch reads at once
 
 
@@ -60,14 +51,8 @@ class Bench:
     """One model, and the methods that read and decode with it."""
 
     def __init__(self, shape: str, longest: int, device: torch.device) -> None:
-        config = LlamaConfig(
-            **SHAPES[shape], max_position_embeddings=longest + 4096, bos_token_id=None, eos_token_id=None,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        )  # fmt: skip
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with device:
-            self.model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="redknot", dtype=dtype)
-        self.model.eval()
+        self.model = random_llama(shape, longest + 4096, device)
+        config = self.model.config
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
         self.device, self.longest = device, longest
@@ -283,42 +268,6 @@ def with_rate(row: dict) -> dict:
     row = {**row, "tokens_per_s": row["batch"] / row["token_s"]}
     print(f"{_line(row)}, {row['tokens_per_s']:.0f} tokens/s", flush=True)
     return row
-
-
-def bars(rows: list[dict], read: float) -> list[dict]:
-    """What a whole model is to reach, as far as it was measured, and what it does."""
-    by_name = {(row["method"], row["batch"], row["length"]): row for row in rows}
-    rates = {row["method"]: row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
-    mine = rates.pop("1/8 global, captured", None)
-
-    def of(method: str, length: int, what: str, unit: float) -> float | None:
-        row = by_name.get((method, 1, length))
-        return row[what] / unit if row else None
-
-    table: list[tuple[str, float | None, float, bool]] = []  # what, found, at most, whether reading bounds it
-    for length, first_s in ((32768, 1.0), (131072, 5.5)):
-        dense, eager = (of(method, length, "token_s", 1) for method in ("dynamic", "1/8 global"))
-        captured = of("1/8 global, captured", length, "token_s", 1e-3)
-        table += [
-            (f"1/8 global, captured, {length}: ms a token", captured, 6.0, True),
-            (f"1/8 global, {length}: s to the first token", of("1/8 global", length, "first_s", 1), first_s, False),
-            (f"1/8 global, {length}: eager token / DynamicCache's", dense and eager and eager / dense, 1.0, False),
-        ]  # fmt: skip
-    table += [
-        ("1/8 global, 131072: GiB of keys and values", of("1/8 global", 131072, "kv_bytes", 2**30), 2.2, False),
-        ("all global, captured, 131072: ms a token", of("all global, captured", 131072, "token_s", 1e-3), 9.0, True),
-        ("largest dense batch's tokens/s / ours", max(rates.values()) / mine if mine and rates else None, 0.25, False),
-    ]
-    return [
-        _judged(text, value, bar, BARS_READ / read if scales else 1) for text, value, bar, scales in table if value
-    ]
-
-
-def _judged(text: str, found: float, bar: float, factor: float) -> dict:
-    scaled = float(f"{bar * factor:.3g}")
-    one = {"bar": text, "at_most": bar, "scaled": scaled, "found": float(f"{found:.3g}"), "met": found <= scaled}
-    print(f"{'met   ' if one['met'] else 'MISSED'} {text}: {one['found']} (at most {bar}, here {scaled})")
-    return one
 
 
 def _none_is_done(ids: torch.Tensor) -> torch.Tensor:

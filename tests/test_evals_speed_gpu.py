@@ -1,6 +1,6 @@
 import json
 
-from evals import speed_gpu
+from evals import speed_gpu, speed_gpu_bars
 
 
 def test_rows_and_bars_of_a_toy(tmp_path):
@@ -18,7 +18,7 @@ def test_rows_and_bars_of_a_toy(tmp_path):
 
 def test_bars_that_reading_bounds_are_scaled():
     row = {"method": "1/8 global, captured", "batch": 1, "length": 32768, "first_s": 1.0}
-    slow = speed_gpu.bars([{**row, "token_s": 7e-3, "kv_bytes": 1}], speed_gpu.BARS_READ / 2)
+    slow = speed_gpu_bars.bars([{**row, "token_s": 7e-3, "kv_bytes": 1}], speed_gpu_bars.READ / 2)
     assert slow == [
         {"bar": "1/8 global, captured, 32768: ms a token", "at_most": 6.0, "scaled": 12.0, "found": 7.0, "met": True}
     ]

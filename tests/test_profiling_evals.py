@@ -70,5 +70,5 @@ def test_cost_of_a_toy(tmp_path):
     profile_cost.main([*arguments, str(tmp_path / "cost.jsonl")])
     rows = [json.loads(line) for line in (tmp_path / "cost.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["drift", "mass", "loss", "gates"]
-    assert all(row["seconds"] > 0 and row["heads"] == 8 and row["length"] == 96 for row in rows)
+    assert all(row["seconds"] > 0 and row["heads"] == 16 and row["length"] == 96 for row in rows)
     assert all((row["peak_bytes"] > 0) == torch.cuda.is_available() for row in rows)
