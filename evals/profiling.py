@@ -32,8 +32,7 @@ from redknot_hf.profiling import HeadProfile, Prompt, profile_heads
 
 TINY = Path(os.path.relpath(Path(__file__).parent / "tiny"))  # so profiles name no folder of this machine
 MODELS = {"bundled": TINY, "plain": TINY / "plain"}
-BOTH = ", both lengths"  # profiled on texts of both lengths, not of the short one alone
-METHODS = ("drift", "loss", "mass", "gates", "loss" + BOTH)
+METHODS = ("drift", "loss", "mass", "gates")
 RATIOS = (0.05, 0.1, 0.2, 0.3125, 0.4, 0.5, 0.75, 1.0)
 RANDOM = ("random 0", "random 1", "random 2")
 LOCAL = HeadSpec(window=128, sink=4)
@@ -116,17 +115,14 @@ class Run:
 
     def profile(self, method: str) -> HeadProfile:
         """The profile by one method, from its file if it is there."""
-        path = self.args.profiles / f"{self.name}_{method.replace(BOTH, '_both')}.json"
+        path = self.args.profiles / f"{self.name}_{method}.json"
         if path.exists():
             return HeadProfile.load(path)
         length, reference = self.args.length, HeadPlan.load(TINY / "plan.json")
         confirming = [prompt for n in (length, self.args.long) for prompt in prompts(n, 2, CONFIRMATION)]
-        calibration = prompts(length, self.args.calibration, CALIBRATION)
-        if method.endswith(BOTH):
-            calibration += prompts(self.args.long, self.args.calibration // 2, CALIBRATION)
         start = time.process_time()
         found = profile_heads(
-            self.model, calibration, method=method.removesuffix(BOTH),
+            self.model, prompts(length, self.args.calibration, CALIBRATION), method=method,
             windows=(LOCAL.window or 0,), sink=LOCAL.sink, global_ratio=self.ratio, held_out=confirming,
             steps=self.args.steps,
         )  # fmt: skip

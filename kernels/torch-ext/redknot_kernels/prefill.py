@@ -1,13 +1,14 @@
 """Attention of many new tokens: causal for global heads, a band and a sink for local ones, both with a past."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from .attend import add_sink_logit, attend, merge
 from .decode import attend_pages
-from .pages import gather_tokens, take_heads
+from .pages import take_heads, token_index
 from .rules import UNBOUNDED
 
 # Bytes of keys and values laid out at once for the bands of a local head.
@@ -37,12 +38,23 @@ def read_context(k_pages, v_pages, table, length, rules):
     """Reads the past of rows of `length` tokens, before a step writes to their pages."""
     bands = []
     for part, heads in rules.local_groups:
-        sinks = torch.arange(min(part.sink[0], length), device=table.device)
-        band = torch.arange(max(length - part.window[0] + 1, 0), length, device=table.device)
-        rows = take_heads(table, heads)
-        slots = part.slots(torch.cat([sinks, band]).expand(len(table), 1, -1))
-        bands.append((gather_tokens(k_pages, rows, slots), gather_tokens(v_pages, rows, slots)))
+        where = token_index(take_heads(table, heads), _remembered(part, length, table.device), part.page_size)
+        flat = where.flatten()
+        bands.append(
+            tuple(
+                x.view(-1, x.shape[-1]).index_select(0, flat).view(*where.shape, x.shape[-1])
+                for x in (k_pages, v_pages)
+            )
+        )
     return Context(length, k_pages, v_pages, table, tuple(bands))
+
+
+@lru_cache(maxsize=16)  # layers of equal rules ask for the same
+def _remembered(rules, length, device):
+    """Slots, in rows of `length` tokens, of the sinks and of what the next query sees behind them."""
+    sinks = torch.arange(min(rules.sink[0], length), device=device)
+    band = torch.arange(max(length - rules.window[0] + 1, 0), length, device=device)
+    return rules.slots(torch.cat([sinks, band]).expand(1, 1, -1))
 
 
 def prefill(query, k_new, v_new, context, rules, *, scale, softcap=None, s_aux=None):
