@@ -24,7 +24,7 @@ lint: .venv/.ready
 speed: .venv/.ready
 	$(BIN)/python -m evals.speed --out evals/results/speed_cpu.jsonl
 
-# At most 20 minutes on 2 cores; a run that was stopped goes on. Records and the report lie in runs/offline.
+# Ten minutes on 2 idle cores; a run that was stopped goes on. Records and the report lie in runs/offline.
 evals: .venv/.ready .venv-kvpress/.ready
 	$(BIN)/python -m evals offline --results evals/results/evaluation.jsonl
 
