@@ -173,12 +173,13 @@ def _read_past(step: Step) -> list[tuple[Any, ...]]:
 
 @contextmanager
 def _without_gradients_and_autocast(device_type: str) -> Iterator[None]:
-    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+    on = torch.is_autocast_enabled(device_type)
+    with torch.no_grad(), torch.autocast(device_type, enabled=False) if on else _NOTHING:
         yield
 
 
 def _plainly(device_type: str) -> AbstractContextManager[None]:
-    """Keeps gradients and autocast out of kernels, which choose their own precision; costs nothing where both are."""
+    """Keeps gradients and autocast out of kernels, which choose their own precision; free where both are off."""
     needed = torch.is_grad_enabled() or torch.is_autocast_enabled(device_type)
     return _without_gradients_and_autocast(device_type) if needed else _NOTHING
 
