@@ -172,7 +172,8 @@ def test_a_crop_that_cannot_be_made_changes_nothing(model, number, message):
     with pytest.raises(ValueError, match=message):
         cache.crop(number)
     assert slots(cache) == {80}
-    assert_continues_like(model, cache, fork)
+    # Of forks both: the rows of a fork lie in two pieces on a CPU, and sum up in another order than those in one.
+    assert_continues_like(model, deepcopy(cache), fork)
 
 
 def test_max_cache_len_exceeded_at_the_first_step(model):
