@@ -18,7 +18,7 @@ from .prompt import Prompt
 from .watching import Attended, Call, attention_layers, blocks, watching
 
 # What queries all over a text weigh beside those that predict its scored tokens: some heads do their work where a text
-# is read, so that an answer finds it done. On the bundled model both kinds together find its heads more surely than either.
+# is read, so that an answer finds it done. On the bundled model both together find its heads more surely than either.
 READING = 0.1
 _READ = 1024  # queries of a text, evenly spaced, that stand for all
 _ROWS = 1024  # queries whose errors are held at once, each as wide as the model for every KV head
