@@ -82,17 +82,20 @@ def sets(nbytes: int, device: torch.device) -> int:
     return min(20, 1 + (_TURNS // nbytes if device.type == "cuda" else 0))
 
 
-def decode_row(kernels, timer: Timer, plan: str, batch: int, length: int, dtype: torch.dtype) -> dict:
-    """One step of decoding, at the end of rows of `length` tokens: append, attend and count."""
+def decode_row(kernels, timer: Timer, plan: str, batch: int, length: int, dtype: torch.dtype, tokens: int = 1) -> dict:
+    """One step of decoding, its tokens the last of rows of `length`: append, attend and count."""
     rules = HeadRules.make(*zip(*PLANS[plan], strict=True), page_size=PAGE)
     nbytes = 2 * batch * sum(min(length, w + s) for w, s in PLANS[plan]) * DIM * torch.finfo(dtype).bits // 8
-    steps = [decode_step(kernels, timer, rules, batch, length, dtype) for _ in range(sets(nbytes, timer.device))]
+    count = sets(nbytes, timer.device)
+    steps = [decode_step(kernels, timer, rules, batch, length, dtype, tokens) for _ in range(count)]
     fill = torch.zeros(batch + 1, dtype=torch.int32, device=timer.device)
     seconds = timer.captured(steps) - timer.captured([lambda: fill.fill_(0)])
     return {"s": seconds, "nbytes": nbytes}
 
 
-def decode_step(kernels, timer: Timer, rules: HeadRules, batch: int, length: int, dtype: torch.dtype) -> Callable:
+def decode_step(
+    kernels, timer: Timer, rules: HeadRules, batch: int, length: int, dtype: torch.dtype, tokens: int = 1
+) -> Callable:
     """A step on rows of its own, with shuffled pages; it can be called any number of times."""
     held = [min(-(-length // PAGE), most) for most in rules.max_pages]
     make = lambda *shape: torch.randn(*shape, dtype=dtype, device=timer.device)  # noqa: E731
@@ -103,22 +106,26 @@ def decode_step(kernels, timer: Timer, rules: HeadRules, batch: int, length: int
         for h, pages in enumerate(part.split(held)):
             table[b, h, : len(pages)] = pages
     pages = make(len(ids), PAGE, DIM), make(len(ids), PAGE, DIM)
-    query, *new = make(batch, HEADS * GROUP, 1, DIM), make(batch, HEADS, 1, DIM), make(batch, HEADS, 1, DIM)
-    counts = torch.full((batch + 1,), length - 1, dtype=torch.int32, device=timer.device)
+    query, *new = (make(batch, heads, tokens, DIM) for heads in (HEADS * GROUP, HEADS, HEADS))
+    counts = torch.full((batch + 1,), length - tokens, dtype=torch.int32, device=timer.device)
 
     def run():
-        counts.fill_(length - 1)  # every call takes the last place
+        counts.fill_(length - tokens)  # every call takes the last places
         kernels.step(query, *pages, *new, table, counts, None, rules, scale=DIM**-0.5)
 
     return run
 
 
 def dense_row(timer: Timer, batch: int, length: int, tokens: int, dtype: torch.dtype) -> dict[str, float]:
-    """SDPA over dense keys and values, by backend; laid out as a model's projections are."""
+    """SDPA over dense keys and values, by backend; laid out as a model's projections are.
+
+    Where queries are fewer than keys, each sees all keys.
+    """
+    prefills = tokens == length
     make = lambda heads, n: torch.randn(batch, n, heads, DIM, dtype=dtype, device=timer.device).transpose(1, 2)  # noqa: E731
     cached = lambda: torch.randn(batch, HEADS, length, DIM, dtype=dtype, device=timer.device)  # noqa: E731
-    past = cached if tokens == 1 else lambda: make(HEADS, length)
-    count = sets(2 * batch * length * HEADS * DIM * 2, timer.device) if tokens == 1 else 1
+    past = (lambda: make(HEADS, length)) if prefills else cached
+    count = 1 if prefills else sets(2 * batch * length * HEADS * DIM * 2, timer.device)
     inputs = [(make(HEADS * GROUP, tokens), past(), past()) for _ in range(count)]
     found = {}
     for name, backend in BACKENDS.items():
@@ -127,11 +134,11 @@ def dense_row(timer: Timer, batch: int, length: int, tokens: int, dtype: torch.d
 
         def run(query, key, value, backend=backend):
             with sdpa_kernel(backend):
-                F.scaled_dot_product_attention(query, key, value, is_causal=tokens > 1, enable_gqa=True)
+                F.scaled_dot_product_attention(query, key, value, is_causal=prefills, enable_gqa=True)
 
         runs = [lambda x=x, run=run: run(*x) for x in inputs]
         try:
-            found[name] = timer.captured(runs, 20 if tokens == 1 else 1)
+            found[name] = timer.captured(runs, 1 if prefills else 20)
         except RuntimeError as error:  # the backend does not take these shapes on this device
             print(f"  {name} at {batch} x {length}: {str(error).splitlines()[0]}")
     return found
@@ -157,6 +164,19 @@ def doubling_rows(kernels, timer: Timer, longest: int, dtype: torch.dtype) -> li
         row = {"length": length, **prefill_row(kernels, timer, "all local", length, dtype)}
         rows.append({**row, "ratio": row["s"] / rows[-1]["s"] if rows else None})
         print(f"prefill all local   1 x {length:6}: {1e3 * row['s']:8.2f} ms, {rows[-1]['ratio'] or 0:.2f}x the last")
+    return rows
+
+
+def step_rows(kernels, timer: Timer, length: int, dtype: torch.dtype) -> list[dict]:
+    """Steps of several tokens, as assisted generation takes them; from 17 on a group's queries need two tiles."""
+    rows = []
+    for tokens in (8, 16, 17, 32, 64):
+        dense = dense_row(timer, 1, length, tokens, dtype)
+        for plan in ("all global", "1/8 global"):
+            row = decode_row(kernels, timer, plan, 1, length, dtype, tokens)
+            rows.append({"plan": plan, "tokens": tokens, "length": length, **row, "dense": dense})
+            print(f"step of {tokens:2} {plan:11} 1 x {length:6}: {1e6 * row['s']:8.1f} us, "
+                  f"{min(dense.values()) / row['s']:5.2f}x the best of SDPA")  # fmt: skip
     return rows
 
 
@@ -256,7 +276,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"prefill {plan:11} 1 x {length:6}: {1e3 * row['s']:8.2f} ms, {best / row['s']:5.2f}x the best of SDPA"
             )
     doubling = doubling_rows(kernels, timer, max(args.lengths), dtype)
-    extra = {"doubling": doubling, "bars": bars(rows, doubling, read)}
+    steps = step_rows(kernels, timer, sorted(args.lengths)[len(args.lengths) // 2], dtype)
+    extra = {"doubling": doubling, "steps": steps, "bars": bars(rows, doubling, read)}
     extra["profiles"] = profiles(kernels, timer, args.lengths, dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     hardware = {"device": name, "torch": torch.__version__, "read_bytes_per_s": read}
