@@ -53,11 +53,13 @@ def prefill(chip, past, dtype, dims, group, page=0, split=False, softcap=False, 
 
 
 def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, softcap=False):
+    """`tokens`: `None` for as many as a launch takes."""
     from redknot_kernels import triton_decode
     from redknot_kernels.configurations import configuration
 
     tile = configuration("decode", chip, "rows", 4 if dtype == "fp32" else 2, max(dims), group)
     kernel, power = triton_decode._split_kernel, lambda n: 1 << (n - 1).bit_length()
+    tokens = tokens or triton_decode.most_new_tokens(max(dims), 4 if dtype == "fp32" else 2)
     arguments = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(("q", "k_pages", "v_pages", "k_new", "v_new"), f"*{dtype}")
     arguments |= dict.fromkeys(("table", "counts", "bounds", "shares"), "*i32")
@@ -81,7 +83,7 @@ def merge(chip, splits, sink=False):
     arguments |= {"GROUP": 4, "TOKENS": 1, "VALUE_DIM": 128, "FUSED": True, "HAS_FLAGS": False, "BLOCK_T": 16}
     arguments |= {"BLOCK_B": 2, "BLOCK_S": splits, "BLOCK_V": min(128, 4096 // splits), "HAS_SINK": sink}
     arguments |= {"EARLY": chip in ("sm90", "sm100")}
-    return compile_kernel(chip, kernel, arguments, num_warps=4)
+    return compile_kernel(chip, kernel, arguments, num_warps=2)
 
 
 def append(chip, dims, page):
@@ -115,7 +117,9 @@ CASES = {
         decode, dtype="fp16", dims=(96, 80), group=5, page=16, tokens=9, flags=True, softcap=True
     ),
     "decode_page": partial(decode, dtype="bf16", dims=(128, 128), group=8, page=64, tokens=64),
-    "decode_page_fp32": partial(decode, dtype="fp32", dims=(32, 32), group=4, page=128, tokens=128),
+    "decode_many_fp32": partial(decode, dtype="fp32", dims=(128, 128), group=4, page=128, tokens=None),
+    "decode_many_256": partial(decode, dtype="bf16", dims=(256, 256), group=16, page=128, tokens=None),
+    "decode_many_256_fp32": partial(decode, dtype="fp32", dims=(256, 256), group=2, page=128, tokens=None),
     "decode_256": partial(decode, dtype="bf16", dims=(256, 256), group=16, page=128),
     "decode_small": partial(decode, dtype="bf16", dims=(32, 32), group=1, page=32),
     "decode_fp32": partial(decode, dtype="fp32", dims=(128, 128), group=2, page=64),

@@ -174,6 +174,15 @@ def test_odd_shapes_with_softcap_and_sink_logits_at_any_lengths(dims, group, pag
     assert all(torch.equal(a, b) for a, b in zip(ours[1:], plain[1:], strict=True))
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["real", "padded"])
+def test_a_step_of_more_tokens_than_a_launch_takes(padded):
+    real = torch.rand(3, 100, generator=torch.Generator().manual_seed(1)) < 0.7 if padded else None
+    ours, plain = _steps_of_both([0, 5, 190], 100, real, page_size=128, room=300)
+    seen = torch.ones(3, 100, dtype=torch.bool) if real is None else real
+    torch.testing.assert_close(ours[0][seen], plain[0][seen], atol=3e-6, rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(ours[1:], plain[1:], strict=True))
+
+
 def test_a_step_as_long_as_the_slack_overwrites_nothing_that_is_still_seen():
     ours, plain = _steps_of_both([200, 33], 27, None, group=1, room=240)
     torch.testing.assert_close(ours[0], plain[0], atol=3e-6, rtol=1e-5)

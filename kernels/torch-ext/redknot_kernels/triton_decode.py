@@ -24,6 +24,8 @@ _MIN_SPLIT = 64
 _MAX_SPLIT = 2048
 # The most queries of a program, tokens times heads of the group: more need more registers and shared memory.
 _QUERIES = 64
+# The most new tokens of a launch, and the bytes of their keys: a program holds them all at once.
+_NEW = 64, 16 << 10
 # The most splits a program merges at once, and with them as many value channels: a merge is a matter of latency.
 _MERGED = 256, 16
 
@@ -31,7 +33,7 @@ _MERGED = 256, 16
 def step(query, k_pages, v_pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None):
     """Writes new tokens and attends them over their rows; see the plain `step` for the arguments."""
     rows = table, counts, rules.tensors(query.device), rules.most_kept(table.shape[2]), rules.reach
-    return _launch(query, k_pages, v_pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
+    return _steps(query, k_pages, v_pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
 
 
 def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):
@@ -52,13 +54,29 @@ def captured_step(
 ):  # fmt: skip
     """`step` as one operator, which `torch.compile` takes whole; bounds, most_kept and reach say the `HeadRules`."""
     rows = table, counts, bounds, most_kept, reach
-    return _launch(query, k_pages, v_pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
+    return _steps(query, k_pages, v_pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
 
 
 @captured_step.register_fake
 def _(query, k_pages, v_pages, *_):
     batch, heads, tokens, _ = query.shape
     return query.new_empty(batch, tokens, heads, v_pages.shape[-1])
+
+
+def most_new_tokens(dim, itemsize):
+    """The most new tokens that a launch takes, where keys and values are so wide."""
+    return min(_NEW[0], _NEW[1] // (triton.next_power_of_2(dim) * itemsize))
+
+
+def _steps(query, k_pages, v_pages, new, *options):
+    """One launch for a step of a few tokens; a longer one is several, each of which sees what the last has written."""
+    tokens, most = query.shape[2], most_new_tokens(max(k_pages.shape[2], v_pages.shape[2]), k_pages.element_size())
+    if tokens <= most:
+        return _launch(query, k_pages, v_pages, new, *options)
+    queries, *written = (x.split(most, 2) for x in (query, *new[:2]))
+    flags = [None] * len(queries) if new[2] is None else new[2].split(most, 1)
+    steps = zip(queries, zip(*written, flags, strict=True), strict=True)
+    return torch.cat([_launch(part, k_pages, v_pages, parts, *options) for part, parts in steps], 1)
 
 
 @on_its_device
@@ -80,7 +98,8 @@ def _launch(query, k_pages, v_pages, new, table, counts, bounds, most_kept, reac
     strides = *query.stride(), *k_new.stride(), *v_new.stride(), *k_pages.stride()[:2], *v_pages.stride()[:2]
     early = early_launch(device)
     block_m = min(_QUERIES, power(max(16, group * tokens)))
-    _split_kernel[(programs, triton.cdiv(group * tokens, block_m))](
+    # Tiles of the same keys run next to each other: all but one find them in the chip's cache.
+    _split_kernel[(triton.cdiv(group * tokens, block_m), programs)](
         query, k_pages, v_pages, k_new, v_new, table, counts, flags, bounds, part_out, part_lse, shares,
         *strides, *table.stride()[:2], scale, softcap or 0.0, reach, batch, heads, slots,
         **sizes, DIM=dim, PAGE=page, MIN_SPLIT=_MIN_SPLIT, BLOCK_R=power(batch * heads),
@@ -88,12 +107,14 @@ def _launch(query, k_pages, v_pages, new, table, counts, bounds, most_kept, reac
         BLOCK_V=max(16, power(value_dim)), SOFTCAP=softcap is not None, UPCAST=INTERPRETING,
         **tile["options"], **early,
     )  # fmt: skip
-    block_s = min(power(-(-slots // _MIN_SPLIT)), power(programs), _MERGED[0])
+    # Where all sequences are equally long, so many splits a row has; more take more turns.
+    expected = -(-programs // (batch * max(1, most_kept // slots)))
+    block_s = min(power(-(-slots // _MIN_SPLIT)), power(expected), _MERGED[0])
     block_v = min(max(16, power(value_dim)), _MERGED[0] * _MERGED[1] // block_s)
     _merge_kernel[(tokens * group * triton.cdiv(value_dim, block_v), heads, batch)](
         part_out, part_lse, shares, counts, flags, out if s_aux is None else s_aux, out,
         **sizes, BLOCK_B=power(batch + 1), BLOCK_S=block_s, BLOCK_V=block_v, HAS_SINK=s_aux is not None,
-        num_warps=4, **early,
+        num_warps=2, **early,
     )  # fmt: skip
     return out
 
@@ -124,7 +145,7 @@ def _shares(
     sink = tl.load(bounds + heads + o_r % heads, mask=row, other=0)
     ring = tl.load(bounds + 2 * heads + o_r % heads, mask=row, other=0)
     used = tl.minimum(tl.minimum(length, sink + ring), slots)
-    spare = tl.num_programs(0) - batch * heads  # a row's last split may be short
+    spare = tl.num_programs(1) - batch * heads  # a row's last split may be short
     split = tl.cdiv(tl.cdiv(tl.sum(used, 0), tl.maximum(spare, 1)), BLOCK_N) * BLOCK_N
     split = tl.maximum(split, MIN_SPLIT)
     splits = tl.where(row, tl.maximum(tl.cdiv(used, split), 1), 0)
@@ -164,7 +185,7 @@ def _split_kernel(
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     await_previous(EARLY)
-    i_program = tl.program_id(0)
+    i_tile, i_program = tl.program_id(0), tl.program_id(1)
     split, stops = _shares(counts, bounds, batch, heads, slots, MIN_SPLIT, BLOCK_R, BLOCK_N)
     if i_program >= tl.max(stops, 0):
         return
@@ -175,7 +196,6 @@ def _split_kernel(
     ring = tl.load(bounds + 2 * heads + i_head)
     length = tl.load(counts + i_batch).to(tl.int32)  # of what the pages hold
     held = tl.minimum(tl.minimum(length, sink + ring), slots)
-    i_tile = tl.program_id(1)
     o_m, o_n, o_new = i_tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
     o_d, o_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     o_t, o_g = o_m // GROUP, o_m % GROUP  # the rows of the tile: tokens, and in each the heads of the group
