@@ -114,7 +114,7 @@ def _launch(query, k_pages, v_pages, new, table, counts, bounds, most_kept, reac
     _merge_kernel[(tokens * group * triton.cdiv(value_dim, block_v), heads, batch)](
         part_out, part_lse, shares, counts, flags, out if s_aux is None else s_aux, out,
         **sizes, BLOCK_B=power(batch + 1), BLOCK_S=block_s, BLOCK_V=block_v, HAS_SINK=s_aux is not None,
-        num_warps=2, **early,
+        num_warps=2 if tokens == 1 else 4, **early,
     )  # fmt: skip
     return out
 
