@@ -100,9 +100,8 @@ class Session:
 
     def fetch(self) -> None:
         refs = [self.text() for _ in range(3)]
-        waiting = [self.store.fetch(ref) for ref in refs]
-        for ref, wait in zip(refs, waiting, strict=True):
-            self.check(wait(), ref)
+        for ref, held in zip(refs, self.store.fetch(refs), strict=True):
+            self.check(held.here(), ref)
 
     def drop(self) -> None:
         ref = self.text()

@@ -53,15 +53,18 @@ def redknot_attention(
     _refuse(module, dropout, kwargs)
     step = key.redknot
     if torch.compiler.is_compiling():
-        tokens, fresh = query.shape[2], not step.written
+        tokens, fresh = query.shape[2], not step.written and step.attend is None
         plain = attention_mask is None or describes_new_tokens(attention_mask, tokens)
         if fresh and plain and step.layer.captures(tokens):
             return captured(query, step, attention_mask, options), None
         return _attend_eagerly(query, step, attention_mask, options), None  # pyright: ignore
-    return _attend(query, step, attention_mask, options), None
+    return attend_step(query, step, attention_mask, options), None
 
 
-def _attend(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
+def attend_step(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
+    """Writes a step, unless that was done, and attends it; `options` are scale, softcap and s_aux."""
+    if step.attend is not None:
+        return step.attend(query, mask, options)
     query = query.to(step.value.dtype)  # under autocast RoPE leaves it wider
     with _plainly(query.device.type):
         if mask is None or _only_padding(mask, step):
@@ -74,7 +77,7 @@ def _attend(query: Query, step: Step, mask: Tensor | None, options: dict[str, An
 
 @torch.compiler.disable(reason="the host does the bookkeeping of this step of a RedKnotCache")  # pyright: ignore
 def _attend_eagerly(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
-    return _attend(query, step, mask, options)
+    return attend_step(query, step, mask, options)
 
 
 def _only_padding(mask: Tensor, step: Step) -> bool:
@@ -90,7 +93,7 @@ def _paged(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any
             real = mask.new_tokens(step.start, step.tokens, layer.storage()[0].lengths)
         elif mask is not None:
             real = real_tokens(mask)
-        if step.tokens <= layer.page_size:
+        if not step.long:
             return write_and_attend(query, step, real, options)
         write(step, real)
     step.runs = step.runs or runs(step, step.real)
@@ -107,7 +110,7 @@ def _paged(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any
 def _run(query: Query, step: Step, run: Run, options: dict[str, Any]) -> Output:
     layer = step.layer
     rows, pool = layer.storage()
-    if query.shape[2] > layer.page_size:
+    if step.long:
         return layer.kernels.prefill(
             query, run.take(step.key), run.take(step.value), run.context, rows.rules, **options
         )

@@ -61,12 +61,18 @@ class DeviceRows:
         self.__init__()
 
 
+def staged(values: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor of the host from which a copy to the device waits for nothing."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def _put(values: np.ndarray, old: Tensor, device: torch.device) -> Tensor:
-    new = torch.from_numpy(values)
+    new = staged(values, device)
     if old.shape == new.shape and old.device == device:
-        return old.copy_(new)
+        return old.copy_(new, non_blocking=True)
     with torch.inference_mode(False):  # so that what was made in inference mode can be written outside of it
-        put = new.to(device, copy=True)
+        put = new.to(device, non_blocking=True, copy=True)
     # Graphs are captured over these tensors; compiled code need not be made anew for another cache's.
     torch._dynamo.mark_static_address(put, guard=False)
     return put

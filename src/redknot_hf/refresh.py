@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
+from .assembly import Reused, initialize
 from .layer import RedKnotLayer
 from .recording import row_layers
-from .reuse import AssembledCache, Refs, Reused, as_batch, initialize, relocation_of, schedule, store_of
+from .reuse import AssembledCache, Refs, as_batch, relocation_of, schedule, store_of
 from .segment import KeptLayer, Segment
 from .splice import settle_slots, splice
 

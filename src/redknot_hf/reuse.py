@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import takewhile, zip_longest
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Int
-from redknot_kernels import Rotation
 from torch import Tensor
-from torch.profiler import record_function
 
+from .assembly import Reused, is_spliced, put
 from .cache import RedKnotCache
-from .layer import RedKnotLayer
-from .recording import forward, row_layers
 from .rope import Relocation
-from .segment import Segment
 from .segments import SegmentRef, SegmentStore
-from .splice import settle_slots, splice
 
 # Share of a segment that is recomputed in its new context, unless said otherwise.
 BOUNDARY = 0.1
-# Segments that are on their way to the device while one is put in place.
-_AHEAD = 3
 
 Amount = int | float | Literal["all"]
 Policy = Callable[[SegmentRef, int], Amount]
 Boundary = Amount | Sequence[Amount] | Policy
 Refs = Sequence[SegmentRef] | Sequence[Sequence[SegmentRef]]
-
-
-@dataclass(frozen=True, slots=True)
-class Reused:
-    """How one segment came into a sequence of a cache.
-
-    Attributes:
-        ref: The segment.
-        start: Position of its first token.
-        boundary: First tokens that were recomputed.
-        moved: The rest stands elsewhere than it was computed, so its keys were rotated.
-    """
-
-    ref: SegmentRef
-    start: int
-    boundary: int
-    moved: bool
 
 
 class AssembledCache(RedKnotCache):
@@ -87,10 +60,11 @@ def assemble(
 ) -> AssembledCache:
     """Builds the cache of a context out of stored segments.
 
-    Segment by segment: its first tokens, the boundary, run through the model as a prefill on the cache so far, so
-    their keys and values are right in this context; the stored rest is rotated to its place and put into the pages. A
-    segment whose prefix is exactly what stands before it needs neither. The cache then serves `generate` with the
-    whole prompt (`prompt` makes it), several questions, further turns.
+    Of every segment the first tokens, the boundary, run through the model on all that stands before them, so their
+    keys and values are right in this context; the stored rest is rotated to its place and put into the pages. A
+    segment whose prefix is exactly what stands before it needs neither. The boundaries of all segments share a forward
+    pass, of up to 8192 tokens. The cache then serves `generate` with the whole prompt (`prompt` makes it), several
+    questions, further turns.
 
     Source: boundary replay of RedKnot, arXiv 2606.06256, and of its later code (reuse of stored keys by position).
 
@@ -117,20 +91,16 @@ def assemble(
     cache = AssembledCache(model.config, store.plan, page_size=page_size, max_cache_len=max_cache_len, impl=impl)
     cache.reused = tuple(schedule(sequence, boundary) for sequence in batch)
     columns = list(zip_longest(*cache.reused))
-    spliced = any(_is_spliced(part) for column in columns for part in column)
+    spliced = any(is_spliced(part) for column in columns for part in column)
     relocation = relocation_of(store, force) if spliced else None
+    # What all sequences begin with is put in place once, and the pages are shared.
     lead = len(list(takewhile(lambda column: len(set(column)) == 1, columns))) if len(batch) > 1 else len(columns)
-    columns = [column if i >= lead else column[:1] for i, column in enumerate(columns)]
-    waiting = _fetched_ahead(store, [part for column in columns for part in column if _is_spliced(part)])
-    for index, column in enumerate(columns):
-        if index == lead:
-            cache.batch_repeat_interleave(len(batch))
-        # A lead is reserved for alone: what is to come is not shared.
-        until = lead if index < lead else len(columns)
-        totals = [sum(len(part.ref) for part in sequence[:until]) for sequence in cache.reused[: len(column)]]
-        _add(model, cache, column, np.array(totals), waiting, relocation)
-    if len(batch) > 1 and lead == len(columns):
+    if lead:
+        put(model, cache, store, [column[:1] for column in columns[:lead]], relocation)
+    if len(batch) > 1 and lead:
         cache.batch_repeat_interleave(len(batch))
+    if lead < len(columns):
+        put(model, cache, store, columns[lead:], relocation)
     return cache
 
 
@@ -227,72 +197,3 @@ def _tokens(asked: Any, ref: SegmentRef, start: int) -> int:
             raise ValueError(f"boundary={asked!r} is a float, so a share, and above 1: give tokens as an int")
         return math.ceil(asked * len(ref))
     return min(asked, len(ref))
-
-
-def _is_spliced(part: Reused | None) -> TypeGuard[Reused]:
-    return part is not None and part.boundary < len(part.ref)
-
-
-def _fetched_ahead(store: SegmentStore, parts: Sequence[Reused]) -> Iterator[Segment]:
-    """The segments in order, while the next ones are on their way."""
-    under_way: deque[Callable[[], Segment]] = deque()
-    for part in parts:
-        under_way.append(store.fetch(part.ref))
-        if len(under_way) > _AHEAD:
-            yield under_way.popleft()()
-    while under_way:
-        yield under_way.popleft()()
-
-
-def _add(
-    model: Any,
-    cache: RedKnotCache,
-    column: Sequence[Reused | None],
-    totals: Int[np.ndarray, " batch"],
-    fetched: Iterator[Segment],
-    relocation: Relocation | None,
-) -> None:
-    """Continues every sequence by one segment, or by none: the boundaries in one forward pass, then what is stored."""
-    with record_function("redknot: boundary"):
-        firsts = [part.ref.ids[: part.boundary] if part is not None else () for part in column]
-        forward(model, cache, firsts)
-    for sequence, part in enumerate(column):
-        if not _is_spliced(part):
-            continue
-        with record_function("redknot: fetch"):
-            segment = next(fetched)
-        rotations: Sequence[Rotation | None] = [None] * len(segment.layers)
-        if part.moved:
-            if relocation is None:
-                raise ValueError(f"{model.config.model_type}: its keys cannot be moved, and {part.ref} must be")
-            with record_function("redknot: angles"):
-                there = torch.arange(len(part.ref)) + len(part.ref.prefix)
-                rotations = relocation.rotations(there, there - there[0] + part.start, segment.data.device)
-        with record_function("redknot: splice"):
-            for i, layer in row_layers(cache):
-                if not layer.is_initialized:
-                    initialize(layer, i, model, segment, len(column))
-                layer.reserve(totals)
-                splice(layer, i, sequence, segment, part.boundary, rotations[i])
-    for _, layer in row_layers(cache):
-        settle_slots(layer)
-
-
-def initialize(layer: RedKnotLayer, index: int, model: Any, segment: Segment, batch: int) -> None:
-    """Gives a layer its shape before any forward pass has."""
-    kept = segment.layers[index]
-    assert kept is not None
-    heads, like = len(kept.window), segment.data.new_empty(0).to(_device_of_layer(model, index))
-    shapes = ((batch, heads, 0, dim) for dim in (kept.key_dim, kept.value_dim))
-    layer.lazy_initialization(*(like.new_empty(shape) for shape in shapes))
-
-
-def _device_of_layer(model: Any, index: int) -> torch.device:
-    """Where the layer runs: that of its attention's weights, or of the hook that brings them."""
-    if not hasattr(model, "hf_device_map"):
-        return model.device
-    for module in model.modules():
-        if getattr(module, "layer_idx", None) == index and (weights := next(module.parameters(), None)) is not None:
-            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-            return weights.device if device is None else torch.device(device)
-    return model.device

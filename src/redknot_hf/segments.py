@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -143,15 +143,16 @@ class SegmentStore:
         held = self.tiers.take(ref.address) or self._read(ref) or self._again(ref)
         return held.here()
 
-    def fetch(self, ref: SegmentRef) -> Callable[[], Segment]:
-        """Starts to bring a text's keys and values to the device, and returns what waits for them."""
-        held = self.tiers.take(ref.address)
-        if held is not None:
-            return held.here
-        if self.folder is None:
-            return lambda: self._again(ref).here()
-        reading = self._readers.submit(self._read, ref)
-        return lambda: (reading.result() or self._again(ref)).here()
+    def fetch(self, refs: Sequence[SegmentRef]) -> list[Held]:
+        """Brings the keys and values of several texts to the device, as `get` does; copies may still be under way."""
+        held = [self.tiers.take(ref.address) for ref in refs]
+        reading: dict[int, Future[Held | None]] = {}
+        if self.folder is not None:
+            absent = [i for i, one in enumerate(held) if one is None]
+            reading = {i: self._readers.submit(self._read, refs[i]) for i in absent}
+        for i, future in reading.items():
+            held[i] = future.result()
+        return [one or self._again(ref) for one, ref in zip(held, refs, strict=True)]
 
     def drop(self, ref: SegmentRef) -> None:
         """Forgets a text, in memory and on disk."""

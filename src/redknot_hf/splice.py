@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from redknot_kernels import UNBOUNDED, HeadRules, Rotation
 from torch import Tensor
 
+from .device_rows import staged
 from .history import SlotHistory
 from .layer import RedKnotLayer
 from .rows import Rows
@@ -126,7 +127,7 @@ class _Taken(NamedTuple):
     since: Int[np.ndarray, " heads"]
 
 
-@lru_cache(maxsize=64)  # many layers have the same rules
+@lru_cache(maxsize=256)  # many layers have the same rules
 def _taken(kept: KeptLayer, rules: HeadRules, length: int, first: int, offset: int) -> _Taken:
     heads, tokens = kept.packed(length)
     sink, ring = np.array(rules.sink), np.array(rules.ring)
@@ -145,5 +146,4 @@ def _places(rules: HeadRules, heads: Packed, positions: Packed) -> _Places:
 
 def _on(device: torch.device, index: Int[np.ndarray, "..."]) -> Int[Tensor, "..."]:
     """An index on the device, without waiting for it."""
-    host = torch.from_numpy(np.ascontiguousarray(index, np.int64))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return staged(np.ascontiguousarray(index, np.int64), device).to(device, non_blocking=True)

@@ -49,7 +49,7 @@ def read_context(k_pages, v_pages, table, length, rules):
     return Context(length, k_pages, v_pages, table, tuple(bands))
 
 
-@lru_cache(maxsize=16)  # layers of equal rules ask for the same
+@lru_cache(maxsize=256)  # layers of equal rules ask for the same, in the same places
 def _remembered(rules, length, device):
     """Slots, in rows of `length` tokens, of the sinks and of what the next query sees behind them."""
     sinks = torch.arange(min(rules.sink[0], length), device=device)

@@ -1,0 +1,136 @@
+"""One pass of many segments is held against reading and splicing them one after the other, by hand."""
+
+import numpy as np
+import pytest
+import torch
+from families import make_model
+from oracle import random_plan
+from test_reuse import BOS, LONG, QUESTION, joined, next_logits, texts
+
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, assembly
+from redknot_hf.assembly import Reused, pieces_of
+from redknot_hf.recording import forward, row_layers
+from redknot_hf.splice import read, settle_slots, splice
+
+
+def one_after_the_other(model, store, parts) -> RedKnotCache:
+    cache = RedKnotCache(model.config, store.plan)
+    for part in parts:
+        forward(model, cache, [part.ref.ids[: part.boundary]])
+        if part.boundary == len(part.ref):
+            continue
+        segment, places = store.get(part.ref), torch.arange(len(part.ref))
+        turns = store.verdict().relocation.rotations(
+            places + len(part.ref.prefix), places + part.start, segment.data.device
+        )
+        for i, layer in row_layers(cache):
+            if not layer.is_initialized:
+                assembly.initialize(layer, i, model, segment, 1)
+            splice(layer, i, 0, segment, part.boundary, turns[i])
+            settle_slots(layer)
+    return cache
+
+
+@pytest.mark.parametrize("boundary", [1, 20, 0.5, [2, 0, 70, "all", 1]])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "mistral_sliding"])
+def test_one_pass_does_what_many_do(family, boundary, monkeypatch):
+    model = make_model(family, **LONG)
+    store = SegmentStore(model, random_plan(model.config, seed=2))
+    lead, *documents = [store.add(BOS), *store.add_all(texts(), BOS)]
+    order = [lead, documents[1], documents[0], documents[2], documents[0]]
+    passes = []
+    run = assembly.Assembly.run
+    monkeypatch.setattr(assembly.Assembly, "run", lambda self: (passes.append(len(self.pieces)), run(self)))
+    cache = assemble(model, order, boundary=boundary)
+    assert passes == [5]
+    by_hand = one_after_the_other(model, store, cache.reused[0])
+    assert cache.nbytes == by_hand.nbytes
+    want = next_logits(model, by_hand)
+    torch.testing.assert_close(next_logits(model, cache), want, atol=1e-4, rtol=1e-4)
+    for name, most in (("_PASS_TOKENS", 40), ("CHUNK", 16), ("_PASS_BYTES", 1)):
+        monkeypatch.setattr(assembly, name, most)
+        before = len(passes)
+        other = assemble(model, order, boundary=boundary)
+        torch.testing.assert_close(next_logits(model, other), want, atol=1e-4, rtol=1e-4)
+    assert len(passes) - before >= 5
+
+
+def test_layers_that_share_keys_attend_each_piece_as_it_was():
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3nTextConfig(
+        hidden_size=64, intermediate_size=48, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=16, vocab_size=100, vocab_size_per_layer_input=100, hidden_size_per_layer_input=8, laurel_rank=4,
+        num_kv_shared_layers=2, sliding_window=12, layer_types=2 * kinds, activation_sparsity_pattern=[0.0] * 4,
+        altup_num_inputs=2, max_position_embeddings=2048, pad_token_id=0, attn_implementation="redknot",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3nForCausalLM(config).eval()
+    plan = HeadPlan([[HeadSpec(), HeadSpec(3, 2), HeadSpec(40, 0), HeadSpec(1, 5)]] * 4)
+    store = SegmentStore(model, plan, identity="tiny")
+    documents = [[i % 99 + 1 for i in text] for text in texts((150, 20, 5))]
+    refs = [store.ref(text) for text in (BOS, *documents)]
+    cache = assemble(model, refs, boundary="all")
+    whole = RedKnotCache(config, plan)
+    forward(model, whole, [[*BOS, *joined(documents)]])
+    found, wanted = (next_logits(model, x, [i % 99 + 1 for i in QUESTION]) for x in (cache, whole))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_sequences_of_a_batch_go_on_by_boundaries_of_different_length():
+    model = make_model("llama", **LONG)
+    store = SegmentStore(model, random_plan(model.config))
+    refs = [store.add(BOS), *store.add_all(texts(), BOS)]
+    batch = [[refs[1], refs[0], refs[4]], [refs[2]], [refs[3], refs[3], refs[1], refs[2]]]
+    cache = assemble(model, batch, boundary=lambda ref, start: (start + len(ref)) % 9)
+    for b, parts in enumerate(cache.reused):
+        alone = one_after_the_other(model, store, parts)
+        for (_, layer), (_, wanted) in zip(row_layers(cache), row_layers(alone), strict=True):
+            rows, _ = layer.storage()
+            for head in range(4):
+                held = wanted.storage()[0].positions_held(0, head)
+                assert set(held.tolist()) <= set(rows.positions_held(b, head).tolist())
+                index = np.full(len(held), head)
+                mine, theirs = read(layer, b, index, held), read(wanted, 0, index, held)
+                torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_text_that_was_lost_is_computed_before_the_pass_begins():
+    model = make_model("llama", **LONG)
+    store = SegmentStore(model, random_plan(model.config), device_bytes=0, host_bytes=0)
+    refs = [store.add(BOS), *store.add_all(texts(), BOS)]
+    kept = SegmentStore(model, store.plan)
+    want = assemble(model, [kept.ref(ref.ids, ref.prefix) for ref in refs[::-1]], boundary=3)
+    found = assemble(model, refs[::-1], boundary=3)
+    assert store.counts.recomputed == 3  # the two short ones are read whole
+    torch.testing.assert_close(next_logits(model, found), next_logits(model, want), atol=1e-4, rtol=1e-4)
+
+
+def test_pieces_say_where_everything_stands():
+    store = SegmentStore(make_model("llama"), HeadPlan.uniform(make_model("llama").config, HeadSpec()))
+    a, b = store.ref([1, 2, 3, 4, 5]), store.ref([6, 7, 8])
+    columns = [(Reused(a, 4, 2, True), Reused(b, 1, 3, True)), (None, Reused(a, 4, 0, True))]
+    first, second = pieces_of(columns, np.array([4, 1]))
+    assert first.ids.tolist() == [[1, 2, 0], [6, 7, 8]]
+    assert first.places.tolist() == [[4, 5, 5], [1, 2, 3]]
+    assert first.rests == ((0, columns[0][0]),)
+    assert first.mask(torch.device("cpu")).plain()[:, 0, 0].tolist() == [
+        [True] * 6 + [False],
+        [False] * 3 + [True] * 4,
+    ]
+    assert second.tokens == 0
+    assert second.lengths.tolist() == [9, 4]
+    assert second.rests == ((1, columns[1][1]),)
+
+
+def test_a_model_with_a_mask_of_its_own_is_refused():
+    model = make_model("llama")
+    store = SegmentStore(model, random_plan(model.config))
+    refs = [store.add(BOS), *store.add_all(texts((30, 20)), BOS)]
+    store.verdict()
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": torch.zeros(1, 1, 4, 4)}), with_kwargs=True
+    )
+    with pytest.raises(ValueError, match="a mask of its own"):
+        assemble(model, refs[::-1], boundary=2)
