@@ -1,11 +1,11 @@
-"""Stored tokens go to their places in the pages, and their keys turn on the way."""
+"""Stored spans go to their places in the rows, and their keys turn on the way."""
 
 import pytest
 import torch
 from paged_rows import DEVICE
-from redknot_kernels import NAMES, Rotation, implementation, rotate
+from redknot_kernels import NAMES, UNBOUNDED, HeadRules, Rotation, implementation, rotate
 
-PAGES, PAGE, STORED = 9, 16, 70
+PAGE, COLUMNS = 16, 9
 
 
 def numbers(*shape, seed=0, dtype=torch.float32):
@@ -37,37 +37,69 @@ def test_pairs_turn_as_complex_numbers(pairs, interleaved):
     assert torch.equal(by_sequence[:, 2].reshape(50, 32), rotate(keys, turns))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tokens"), [(torch.float32, 1), (torch.float32, 61), (torch.bfloat16, 32), (torch.float16, 0)], ids=str
-)
+RULES = HeadRules.make((UNBOUNDED, 3, 20, UNBOUNDED, 1), (0, 2, 0, 0, 5), PAGE)
+KEPT = {
+    "as the rules say": (RULES.window, RULES.sink),
+    "more": ((UNBOUNDED, 30, 20, UNBOUNDED, 8), (0, 2, 4, 0, 9)),
+    "all": ((UNBOUNDED,) * 5, (0,) * 5),
+}
+
+
+def stored_tokens(kept, tokens):
+    """What is stored of a span, head by head."""
+    return [
+        (head, token)
+        for head, (window, sink) in enumerate(zip(*kept, strict=True))
+        for token in range(tokens)
+        if token < sink or token >= tokens - window
+    ]
+
+
+def place_by_hand(pages, keys, values, table, kept, span):
+    """Writes what a row keeps token by token, into copies of the pages."""
+    tokens, first, offset = span
+    pages = [x.clone() for x in pages]
+    stored = stored_tokens(kept, tokens)
+    for i, (head, token) in enumerate(stored):
+        position, sink, ring = offset + token, RULES.sink[head], RULES.ring[head]
+        unbroken = all((head, later) in stored for later in range(token, tokens))
+        in_ring = unbroken and tokens - token <= ring
+        if token >= first and (position < sink or in_ring):
+            slot = position if position < sink else sink + (position - sink) % ring
+            for half, new in zip(pages, (keys, values), strict=True):
+                half[table[head, slot // PAGE], slot % PAGE] = new[i].to(half.dtype)
+    return pages
+
+
+@pytest.mark.parametrize("span", [(70, 0, 0), (70, 7, 33), (9, 3, 2), (1, 0, 60), (1, 0, 0), (40, 39, 100)], ids=str)
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("dims", "pairs", "interleaved"),
     [((64, 64), 32, False), ((80, 96), 16, False), ((24, 40), 12, True), ((32, 16), 3, True), ((192, 128), 0, False)],
     ids=str,
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_are_placed_and_turned(name, dims, pairs, interleaved, dtype, tokens):
+def test_a_span_goes_to_its_rows_and_turns(name, dims, pairs, interleaved, dtype, kept, span):
     if name == "triton":
         pytest.importorskip("triton")
     device = DEVICE if name == "triton" else "cpu"
-    pages = [numbers(PAGES, PAGE, d, seed=3, dtype=dtype) for d in dims]
-    keys, values = numbers(STORED, dims[0], dtype=dtype), numbers(dims[1], STORED, dtype=dtype).T
-    order = torch.Generator().manual_seed(tokens)
-    source = torch.randint(STORED, (tokens,), generator=order)
-    target = torch.randperm(PAGES * PAGE, generator=order)[:tokens]
-    turn, angles = torch.randint(5, (tokens,), generator=order), 100 * numbers(5, max(pairs, 1), seed=1).double()
+    table = torch.randperm(5 * COLUMNS, generator=torch.Generator().manual_seed(span[2])).int().view(5, COLUMNS)
+    pages = [numbers(5 * COLUMNS, PAGE, d, seed=3, dtype=dtype) for d in dims]
+    stored = stored_tokens(KEPT[kept], span[0])
+    keys, values = numbers(len(stored), dims[0], dtype=dtype), numbers(dims[1], len(stored), dtype=dtype).T
+    angles = 100 * numbers(span[0], max(pairs, 1), seed=1).double()
     turns = rotation(angles, interleaved) if pairs else None
-    wanted = [x.clone().view(-1, d) for x, d in zip(pages, dims, strict=True)]
-    wanted[1][target] = values[source]
-    moved = turned(keys[source], angles[turn], interleaved) if pairs else keys[source]
-    wanted[0][target] = moved.to(dtype)
-    where = [x.to(device) for x in (*pages, keys, values, source, target)]
+    token = torch.tensor([token for _, token in stored])
+    moved = turned(keys, angles[token], interleaved) if pairs else keys
+    wanted = place_by_hand(pages, moved, values, table, KEPT[kept], span)
+    where = [x.to(device) for x in (*pages, keys, values, table)]
     if turns is not None:
         turns = Rotation(turns.cos.to(device), turns.sin.to(device), interleaved)
-    implementation(name).place(*where, turns, turn.to(device) if pairs else None)
-    assert torch.equal(where[1].cpu().view(-1, dims[1]), wanted[1])
-    found, exact = where[0].cpu().view(-1, dims[0]), wanted[0]
-    others = torch.ones(len(found), dtype=torch.bool).index_fill(0, target, False)
-    assert torch.equal(found[others], exact[others])
+    implementation(name).place(*where, RULES, KEPT[kept], span, turns)
+    assert torch.equal(where[1].cpu(), wanted[1])
+    found, exact = where[0].cpu(), wanted[0]
+    untouched = (wanted[0] == pages[0]).all(-1)
+    assert torch.equal(found[untouched], exact[untouched])
     step = torch.finfo(dtype).eps  # float32 may fall on the other side of a half, when rounded
     torch.testing.assert_close(found, exact, atol=2e-6, rtol=step if pairs else 0)

@@ -103,10 +103,15 @@ def place(chip, dims, pairs, interleaved=False):
 
     kernel, power = triton_pages._place_kernel, lambda n: 1 << (n - 1).bit_length()
     arguments = dict.fromkeys(kernel.arg_names, "i32")
-    arguments |= dict.fromkeys(("k_run", "v_run", "keys", "values"), "*bf16")
-    arguments |= dict.fromkeys(("cos", "sin"), "*fp32") | dict.fromkeys(("source", "target", "turn"), "*i64")
-    arguments |= {"DIM": dims[0], "VALUE_DIM": dims[1], "PAIRS": pairs, "INTERLEAVED": interleaved}
-    arguments |= {"BLOCK_T": triton_pages._PLACED, "BLOCK_P": power(max(pairs, 1)), "BLOCK_V": power(dims[1])}
+    arguments |= dict.fromkeys(("k_pages", "v_pages", "keys", "values"), "*bf16")
+    arguments |= dict.fromkeys(("cos", "sin"), "*fp32") | dict.fromkeys(("table", "bounds", "kept"), "*i32")
+    arguments |= {"DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": 64, "PAIRS": pairs, "INTERLEAVED": interleaved}
+    arguments |= {
+        "BLOCK_T": triton_pages._PLACED,
+        "BLOCK_H": 8,
+        "BLOCK_P": power(max(pairs, 1)),
+        "BLOCK_V": power(dims[1]),
+    }
     arguments |= {"BLOCK_R": power(max(dims[0] - 2 * pairs, 1)), "EARLY": chip in ("sm90", "sm100")}
     return compile_kernel(chip, kernel, arguments, num_warps=4)
 

@@ -197,6 +197,7 @@ class Assembly(Cache):
         for index, layer in row_layers(self.cache):
             for piece in self.pieces:
                 self._follow(layer, index, piece)
+            layer.on_device()
 
     @torch.compiler.disable(reason="segments are put into a cache between the pieces of a step")  # pyright: ignore
     def update(
@@ -232,6 +233,7 @@ class Assembly(Cache):
                 found.append(attend_step(query[:, :, part], step, self._mask(i, query.device), options))
             if not again:
                 self._follow(layer, index, piece)
+        layer.on_device()  # a captured step may be next
         return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     def _mask(self, piece: int, device: torch.device) -> PaddingMask | None:

@@ -35,7 +35,8 @@ def write(step: Step, real: Real | None) -> None:
         layer.kernels.append(pool.keys, pool.values, key, value, *part, rows.rules)
         step.runs.append(run)
     layer.advance(step, counts, real)
-    layer.on_device()  # a captured step may be next
+    if not step.passed_over:
+        layer.on_device()  # a captured step may be next
 
 
 def write_and_attend(query: Query, step: Step, real: Real | None, options: dict[str, Any]) -> Output:

@@ -35,15 +35,18 @@ class DeviceRows:
 
     def refresh(self, rows: Rows, slots: int, device: torch.device) -> None:
         """Brings what has changed on the host to the device."""
-        moved = self.counts.device != device
-        if moved or self._version != rows.version:
+        self.refresh_table(rows, device)
+        if self.counts.device != device or rows.lengths is not self._lengths or slots != self._slots:
+            self.counts = _put(np.append(rows.lengths, slots).astype(np.int32), self.counts, device)
+            self.advanced(rows, slots)
+
+    def refresh_table(self, rows: Rows, device: torch.device) -> None:
+        """Brings the page table alone, and the rules."""
+        if self.table.device != device or self._version != rows.version:
             self._version = rows.version
             self.table = _put(np.maximum(rows.table, 0), self.table, device)
             self.bounds = rows.rules.tensors(device)
             self.most_kept = rows.rules.most_kept(rows.table.shape[2])
-        if moved or rows.lengths is not self._lengths or slots != self._slots:
-            self.counts = _put(np.append(rows.lengths, slots).astype(np.int32), self.counts, device)
-            self.advanced(rows, slots)
 
     def advanced(self, rows: Rows, slots: int) -> None:
         """Remembers that a kernel has counted what the host has counted too."""

@@ -244,6 +244,12 @@ class RedKnotLayer(CacheLayerMixin):
         self.rows_on_device.refresh(rows, self.slots, pool.keys.device)  # another holder may have moved the pool
         return self.rows_on_device
 
+    def table_on_device(self) -> Int[Tensor, "batch heads columns"]:
+        """The page table alone, up to date."""
+        rows, pool = self.storage()
+        self.rows_on_device.refresh_table(rows, pool.keys.device)
+        return self.rows_on_device.table
+
     def views(self) -> tuple[RowView, ...] | None:
         """The rows as plain tensors, where kernels take them, rows are equally long, and pages lie in runs."""
         rows, pool = self.storage()

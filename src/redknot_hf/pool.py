@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from redknot_kernels import copy_pages
 from torch import Tensor
 
+from .device_rows import staged
 from .rows import ABSENT, Ids, Rows
 
 
@@ -125,7 +126,7 @@ class PagePool:
     def copy(self, source: Ids, target: Ids) -> None:
         """Copies pages to pages."""
         if len(source):
-            where = [torch.as_tensor(ids, dtype=torch.long, device=self.keys.device) for ids in (source, target)]
+            where = self._on_device(source), self._on_device(target)
             copy_pages(self.keys, *where)
             copy_pages(self.values, *where)
 
@@ -153,16 +154,18 @@ class PagePool:
 
     def _rebuild(self, source: Ids) -> None:
         """Makes page i what page `source[i]` was, or empty; keys first, so that only one copy is extra."""
+        where, empty = self._on_device(np.maximum(source, 0)), self._on_device(np.flatnonzero(source == ABSENT))
         with torch.inference_mode(False):
-            self.keys = _rebuilt(self.keys, source)
-            self.values = _rebuilt(self.values, source)
+            self.keys = _rebuilt(self.keys, where, empty)
+            self.values = _rebuilt(self.values, where, empty)
+
+    def _on_device(self, ids: Ids) -> Int[Tensor, " ids"]:
+        return staged(ids.astype(np.int64), self.keys.device).to(self.keys.device, non_blocking=True)
 
 
 def _rebuilt(
-    pages: Float[Tensor, "pages page_size dim"], source: Int[np.ndarray, " new"]
+    pages: Float[Tensor, "pages page_size dim"], source: Int[Tensor, " new"], empty: Int[Tensor, " empty"]
 ) -> Float[Tensor, "new page_size dim"]:
     if not len(pages):
         return pages.new_zeros(len(source), *pages.shape[1:])
-    out = pages.index_select(0, torch.as_tensor(np.maximum(source, 0), device=pages.device))
-    out[torch.as_tensor(source == ABSENT, device=pages.device)] = 0
-    return out
+    return pages.index_select(0, source).index_fill_(0, empty, 0)

@@ -189,6 +189,7 @@ class _Context(Cache):
         for i, layer in row_layers(cache):
             splice(layer, i, 0, whole)
             settle_slots(layer)
+            layer.on_device()
 
 
 def _chosen(

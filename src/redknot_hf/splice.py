@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from redknot_kernels import UNBOUNDED, HeadRules, Rotation
+from redknot_kernels import UNBOUNDED, Rotation
 from torch import Tensor
 
 from .device_rows import staged
 from .history import SlotHistory
 from .layer import RedKnotLayer
-from .rows import Rows
 from .segment import KeptLayer, Segment
 
 Packed = Int[np.ndarray, " kept"]
@@ -56,20 +52,25 @@ def splice(
     lengths = rows.lengths.copy()
     lengths[sequence] = end
     layer.reserve(lengths)
-    taken = _taken(kept, rows.rules, segment.tokens, first, offset)
+    table = layer.table_on_device()[sequence]
     device = pool.keys.device
-    where = taken.places.of(rows, sequence)
-    source, target, turn = _on(device, np.stack([taken.source, where, taken.tokens])).unbind()
     keys, values = (x.to(device, non_blocking=True) for x in (segment.keys(index), segment.values(index)))
     if rotation is not None:
         cos, sin = (x.to(device, non_blocking=True) for x in (rotation.cos, rotation.sin))
         rotation = Rotation(cos, sin, rotation.interleaved)
-    layer.kernels.place(pool.keys, pool.values, keys, values, source, target, rotation, turn)
-    rows.splice(sequence, end - int(rows.lengths[sequence]), taken.since)
+    span = segment.tokens, first, offset
+    layer.kernels.place(
+        pool.keys, pool.values, keys, values, table, rows.rules, (kept.window, kept.sink), span, rotation
+    )
+    since = offset + np.maximum(kept.tails(segment.tokens), segment.tokens - np.array(rows.rules.ring))
+    rows.splice(sequence, end - int(rows.lengths[sequence]), since)
 
 
 def settle_slots(layer: RedKnotLayer) -> None:
-    """Lets slots be the real tokens, padded on the left where sequences differ in length: how prompts are padded."""
+    """Lets slots be the real tokens, padded on the left where sequences differ in length: how prompts are padded.
+
+    The caller brings the rows to the device when it is done with the layer.
+    """
     rows, _ = layer.storage()
     layer.slots, layer.history = int(rows.lengths.max(initial=0)), SlotHistory()
     if (rows.lengths == layer.slots).all():
@@ -77,7 +78,6 @@ def settle_slots(layer: RedKnotLayer) -> None:
     else:
         real = np.arange(layer.slots) >= layer.slots - rows.lengths[:, None]
         layer.history.add(torch.from_numpy(real).to(layer.device))
-    layer.on_device()
 
 
 def read(
@@ -85,7 +85,11 @@ def read(
 ) -> tuple[Float[Tensor, "kept key_dim"], Float[Tensor, "kept value_dim"]]:
     """Keys and values of tokens that the rows of one sequence hold."""
     rows, pool = layer.storage()
-    where = _on(pool.keys.device, _places(rows.rules, heads, positions).of(rows, sequence))
+    size = rows.rules.page_size
+    sink, ring = (np.array(x)[heads] for x in (rows.rules.sink, rows.rules.ring))
+    slots = np.where(positions < sink, positions, sink + (positions - sink) % ring)
+    pages = rows.table[sequence, heads, slots // size].astype(np.int64)
+    where = staged(pages * size + slots % size, pool.keys.device).to(pool.keys.device, non_blocking=True)
     keys, values = (x.view(-1, x.shape[-1]).index_select(0, where) for x in (pool.keys, pool.values))
     return keys, values
 
@@ -100,50 +104,3 @@ def _check(kept: KeptLayer, layer: RedKnotLayer, index: int) -> None:
             f"head, and the plan of the cache needs {list(zip(rules.window, rules.sink, strict=True))}: add the text "
             "to a store of this plan"
         )
-
-
-class _Places(NamedTuple):
-    """Where rows keep tokens: head, column of the page table, and slot within the page, of each."""
-
-    heads: Packed
-    columns: Packed
-    slots: Packed
-
-    def of(self, rows: Rows, sequence: int) -> Packed:
-        """Index of each in the pool, seen as one run of tokens."""
-        return rows.table[sequence, self.heads, self.columns].astype(np.int64) * rows.rules.page_size + self.slots
-
-
-class _Taken(NamedTuple):
-    """What rows take of a segment: place in storage, token and place in the rows of each.
-
-    Attributes:
-        since: Position from which on each row holds all tokens.
-    """
-
-    source: Packed
-    tokens: Packed
-    places: _Places
-    since: Int[np.ndarray, " heads"]
-
-
-@lru_cache(maxsize=256)  # many layers have the same rules
-def _taken(kept: KeptLayer, rules: HeadRules, length: int, first: int, offset: int) -> _Taken:
-    heads, tokens = kept.packed(length)
-    sink, ring = np.array(rules.sink), np.array(rules.ring)
-    since = np.maximum(offset + kept.tails(length), offset + length - ring)
-    positions = offset + tokens
-    source = np.flatnonzero((tokens >= first) & ((positions < sink[heads]) | (positions >= since[heads])))
-    return _Taken(source, tokens[source], _places(rules, heads[source], positions[source]), since)
-
-
-def _places(rules: HeadRules, heads: Packed, positions: Packed) -> _Places:
-    sink, ring = np.array(rules.sink)[heads], np.array(rules.ring)[heads]
-    slots = np.where(positions < sink, positions, sink + (positions - sink) % ring)
-    columns = slots // rules.page_size
-    return _Places(heads, columns, slots - columns * rules.page_size)
-
-
-def _on(device: torch.device, index: Int[np.ndarray, "..."]) -> Int[Tensor, "..."]:
-    """An index on the device, without waiting for it."""
-    return staged(np.ascontiguousarray(index, np.int64), device).to(device, non_blocking=True)

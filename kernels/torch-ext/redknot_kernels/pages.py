@@ -78,23 +78,48 @@ def scatter_tokens(pages, table, slots, new):  # ..., [batch, heads, tokens], [b
     pages.view(-1, pages.shape[-1]).index_copy_(0, where, new.reshape(-1, new.shape[-1]))
 
 
-def place(k_pages, v_pages, keys, values, source, target, rotation=None, turn=None):
-    """Writes stored tokens to any places of the pages, and turns their keys on the way; one pass over memory.
+def place(k_pages, v_pages, keys, values, table, rules, kept, span, rotation=None):
+    """Continues the rows of one sequence with a stored span of tokens, and turns the keys on the way.
+
+    Of the span every head has some tokens stored, head by head in order. A row takes of them what its rule lets it
+    keep once the sequence ends with the span: sinks, and what its ring holds.
 
     Args:
         k_pages, v_pages: `[pages, page_size, dim]`, contiguous, written in place.
-        keys, values: `[stored, dim]`, single tokens of single heads.
-        source: `[tokens]` of int64, which of the stored ones.
-        target: `[tokens]` of int64, where each goes: `page * page_size + slot`, no place twice.
-        rotation: How keys turn, with angles `[angles, pairs]`; `None` copies them.
-        turn: `[tokens]` of int64, which of the angles is for each token.
+        keys, values: `[stored, dim]`.
+        table: `[heads, columns]`, pages of the sequence's rows, with room for the span.
+        rules: `HeadRules` of the heads.
+        kept: Of each head the last tokens stored (`UNBOUNDED` for all), and the first ones beside them.
+        span: Tokens of the span, how many of its first ones the rows hold already, and where it begins.
+        rotation: How the key of each token of the span turns; `None` copies them.
     """
+    source, token, head, column, slot = _placed(rules, kept, span, keys.device)
     keys, values = keys.index_select(0, source), values.index_select(0, source)
     if rotation is not None:
-        cos, sin = rotation.cos.index_select(0, turn), rotation.sin.index_select(0, turn)
+        cos, sin = rotation.cos.index_select(0, token), rotation.sin.index_select(0, token)
         keys = rotate(keys, Rotation(cos, sin, rotation.interleaved))
+    target = torch.add(slot, table[head, column], alpha=k_pages.shape[1])
     for pages, new in ((k_pages, keys), (v_pages, values)):
         pages.view(-1, pages.shape[-1]).index_copy_(0, target, new)
+
+
+@lru_cache(maxsize=64)  # many layers have the same rules
+def _placed(rules, kept, span, device):
+    """Of each stored token that goes to a row: where it is stored, which it is, its head, column and slot."""
+    tokens, first, offset = span
+    found, stored = [], 0
+    for head, (window, sink) in enumerate(zip(*kept)):
+        has = torch.arange(tokens)
+        if sink + window < tokens:
+            has = torch.cat([has[:sink], has[tokens - window :]])
+        since = offset + max(int(has[sink]) if len(has) < tokens else 0, tokens - rules.ring[head])
+        position = offset + has
+        taken = ((has >= first) & ((position < rules.sink[head]) | (position >= since))).nonzero()[:, 0]
+        slot = rules.take((head,)).slots(position[None, taken])[0]
+        page = slot // rules.page_size, slot % rules.page_size
+        found.append((stored + taken, has[taken], torch.full_like(taken, head), *page))
+        stored += len(has)
+    return tuple(torch.cat(part).to(device) for part in zip(*found))
 
 
 def copy_pages(pages, source, target):

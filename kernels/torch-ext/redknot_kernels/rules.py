@@ -90,7 +90,7 @@ class HeadRules:
 
     def tensors(self, device):
         """Window, sink and ring of every head, for kernels: `[3, heads]` of int32."""
-        return _tensors((self.window, self.sink, self.ring), device)
+        return bounds_tensor((self.window, self.sink, self.ring), device)
 
     def slots(self, positions):  # [..., heads or 1, tokens] -> [..., heads, tokens]
         """Where each head keeps the tokens at these positions."""
@@ -135,7 +135,8 @@ def _take(rules, heads):
 
 
 @lru_cache(maxsize=4096)
-def _tensors(values, device):
+def bounds_tensor(values, device):  # [kinds, heads]
+    """Numbers of every head as a tensor, for kernels; made once."""
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 

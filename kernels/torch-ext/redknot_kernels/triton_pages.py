@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from .rules import bounds_tensor
+
 _PLACED = 32  # tokens that a program places
 
 
@@ -46,23 +48,21 @@ def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
 
 
 @on_its_device
-def place(k_pages, v_pages, keys, values, source, target, rotation=None, turn=None):
-    """Writes stored tokens to any places of the pages, and turns their keys on the way; see the plain `place`."""
-    tokens, dim, value_dim, power = len(source), keys.shape[1], values.shape[1], triton.next_power_of_2
-    k_run, v_run = k_pages.view(-1, dim), v_pages.view(-1, value_dim)
-    if not tokens:
-        return
+def place(k_pages, v_pages, keys, values, table, rules, kept, span, rotation=None):
+    """Continues the rows of one sequence with a stored span of tokens; see the plain `place` for the arguments."""
+    (tokens, first, offset), dim, value_dim, power = span, keys.shape[1], values.shape[1], triton.next_power_of_2
+    longest = max(min(window + sink, tokens) for window, sink in zip(*kept))
     if rotation is None:
-        angles, pairs, interleaved = (source, source), 0, False  # not read
+        angles, pairs, interleaved = (keys, keys), 0, False  # not read
     else:
         angles, pairs = [x.contiguous() for x in rotation[:2]], rotation.cos.shape[1]
         interleaved = rotation.interleaved
     blocks = {"BLOCK_P": power(max(pairs, 1)), "BLOCK_R": power(max(dim - 2 * pairs, 1)), "BLOCK_V": power(value_dim)}
-    _place_kernel[(triton.cdiv(tokens, _PLACED),)](
-        k_run, v_run, keys, values, source, target, *angles,
-        source if turn is None else turn, *keys.stride(), *values.stride(), tokens,
-        DIM=dim, VALUE_DIM=value_dim, PAIRS=pairs, INTERLEAVED=interleaved, BLOCK_T=_PLACED, **blocks,
-        num_warps=4, **early_launch(keys.device),
+    _place_kernel[(triton.cdiv(longest, _PLACED), rules.heads)](
+        k_pages, v_pages, keys, values, table, rules.tensors(keys.device), bounds_tensor(kept, keys.device), *angles,
+        *keys.stride(), *values.stride(), table.stride(0), tokens, first, offset, rules.heads,
+        DIM=dim, VALUE_DIM=value_dim, PAGE=rules.page_size, PAIRS=pairs, INTERLEAVED=interleaved, BLOCK_T=_PLACED,
+        BLOCK_H=power(rules.heads), **blocks, num_warps=4, **early_launch(keys.device),
     )  # fmt: skip
 
 
@@ -114,30 +114,43 @@ def _append_kernel(
     tl.store((v_pages + page * stride_vp + slot % PAGE * stride_vs)[:, None] + o_v, b_v, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "first", "offset"])
 def _place_kernel(
-    k_run, v_run, keys, values, source, target, cos, sin, turn,
-    stride_kt, stride_kd, stride_vt, stride_vd, tokens,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
+    k_pages, v_pages, keys, values, table, bounds, kept, cos, sin,
+    stride_kt, stride_kd, stride_vt, stride_vd, stride_th, tokens, first, offset, heads,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     await_previous(EARLY)
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    used = token < tokens
-    stored = tl.load(source + token, mask=used, other=0).to(tl.int64)
-    place = tl.load(target + token, mask=used, other=0).to(tl.int64)
-    p_from, p_to = (keys + stored * stride_kt)[:, None], (k_run + place * DIM)[:, None]
+    i_head, o_h = tl.program_id(1), tl.arange(0, BLOCK_H)
+    # Stored are the first tokens and the last, or all; what is stored of the heads before comes first.
+    before = o_h < i_head
+    stored = tl.load(kept + o_h, mask=before, other=0) + tl.load(kept + heads + o_h, mask=before, other=0)
+    start = tl.sum(tl.where(before, tl.minimum(stored, tokens), 0).to(tl.int64))
+    count = tl.minimum(tl.load(kept + i_head) + tl.load(kept + heads + i_head), tokens)
+    firsts = tl.where(count < tokens, tl.load(kept + heads + i_head), 0)
+    i = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.where(i < firsts, i, i + tokens - count)
+    position = offset + token
+    sink, ring = tl.load(bounds + heads + i_head), tl.load(bounds + 2 * heads + i_head)
+    since = offset + tl.maximum(tl.where(count < tokens, firsts + tokens - count, 0), tokens - ring)
+    used = (i < count) & (token >= first) & ((position < sink) | (position >= since))
+    slot = tl.where(position < sink, position, sink + (position - sink) % ring)
+    page = tl.load(table + i_head * stride_th + slot // PAGE, mask=used, other=0).to(tl.int64)
+    place = page * PAGE + slot % PAGE
+    stored = start + i
+    p_from, p_to = (keys + stored * stride_kt)[:, None], (k_pages + place * DIM)[:, None]
     if PAIRS > 0:
-        angle = tl.load(turn + token, mask=used, other=0).to(tl.int64)
         o_p = tl.arange(0, BLOCK_P)
         mask = used[:, None] & (o_p < PAIRS)
-        b_cos = tl.load(cos + angle[:, None] * PAIRS + o_p, mask=mask, other=0.0)
-        b_sin = tl.load(sin + angle[:, None] * PAIRS + o_p, mask=mask, other=0.0)
+        b_cos = tl.load(cos + token[:, None] * PAIRS + o_p, mask=mask, other=0.0)
+        b_sin = tl.load(sin + token[:, None] * PAIRS + o_p, mask=mask, other=0.0)
         o_a = 2 * o_p if INTERLEAVED else o_p
         o_b = o_a + 1 if INTERLEAVED else o_p + PAIRS
         b_a = tl.load(p_from + o_a * stride_kd, mask=mask, other=0.0).to(tl.float32)
         b_b = tl.load(p_from + o_b * stride_kd, mask=mask, other=0.0).to(tl.float32)
-        kind = k_run.dtype.element_ty
+        kind = k_pages.dtype.element_ty
         tl.store(p_to + o_a, (b_a * b_cos - b_b * b_sin).to(kind), mask=mask)
         tl.store(p_to + o_b, (b_b * b_cos + b_a * b_sin).to(kind), mask=mask)
     if 2 * PAIRS < DIM:
@@ -147,7 +160,7 @@ def _place_kernel(
     o_v = tl.arange(0, BLOCK_V)
     mask = used[:, None] & (o_v < VALUE_DIM)
     b_v = tl.load((values + stored * stride_vt)[:, None] + o_v * stride_vd, mask=mask)
-    tl.store((v_run + place * VALUE_DIM)[:, None] + o_v, b_v, mask=mask)
+    tl.store((v_pages + place * VALUE_DIM)[:, None] + o_v, b_v, mask=mask)
 
 
 INTERPRETING = isinstance(_append_kernel, InterpretedFunction)
