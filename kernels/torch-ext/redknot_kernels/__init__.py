@@ -1,6 +1,7 @@
 """Attention over pages of single KV heads: every function in plain PyTorch, which defines its meaning."""
 
 from .attend import add_sink_logit, attend, merge
+from .attend_at import attend_at
 from .decode import decode, step
 from .implementations import NAMES, Kernels, implementation
 from .pages import append, copy_pages, gather, gather_tokens, place, scatter_tokens
@@ -21,6 +22,7 @@ __all__ = [
     "add_sink_logit",
     "append",
     "attend",
+    "attend_at",
     "copy_pages",
     "decode",
     "gather",

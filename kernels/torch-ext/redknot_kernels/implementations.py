@@ -4,6 +4,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple, Optional
 
+from .attend_at import attend_at
 from .decode import decode, step
 from .pages import append, place
 from .prefill import prefill
@@ -25,6 +26,7 @@ class Kernels(NamedTuple):
     step: Callable
     decode: Callable
     prefill: Callable
+    attend_at: Callable
     place: Callable
     step_in_views: Optional[Callable] = None
     captured: Optional[Callable] = None
@@ -40,14 +42,14 @@ def implementation(name, device=None):
     if name is None:
         name = "triton" if device is not None and device.type in _TRITON_DEVICES else "torch"
     if name == "torch":
-        return Kernels(append, step, decode, prefill, place, step_in_views=step_in_views)
+        return Kernels(append, step, decode, prefill, attend_at, place, step_in_views=step_in_views)
     if name != "triton":
         raise ValueError(f"impl={name!r}: choose one of {NAMES}, or None to choose by device")
     if find_spec("triton") is None:
         raise ImportError("impl='triton' needs Triton: pip install triton, or pass impl='torch'")
-    from . import triton_decode, triton_pages, triton_prefill
+    from . import triton_attend_at, triton_decode, triton_pages, triton_prefill
 
     return Kernels(
-        triton_pages.append, triton_decode.step, triton_decode.decode, triton_prefill.prefill, triton_pages.place,
-        captured=triton_decode.captured_step,
+        triton_pages.append, triton_decode.step, triton_decode.decode, triton_prefill.prefill,
+        triton_attend_at.attend_at, triton_pages.place, captured=triton_decode.captured_step,
     )  # fmt: skip

@@ -126,7 +126,7 @@ def _parts(programs, keys, device):
 
 
 @triton.jit
-def _load(p_rows, held, DIM: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):  # [rows] -> [rows, BLOCK]
+def load_rows(p_rows, held, DIM: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):  # [rows] -> [rows, BLOCK]
     o_d = tl.arange(0, BLOCK)
     mask = held[:, None] if DIM == BLOCK else held[:, None] & (o_d < DIM)
     block = tl.load(p_rows[:, None] + o_d, mask=mask, other=0.0)
@@ -156,13 +156,13 @@ def _page_row(p_table, first, o_n, held, PAGE: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
-def _seen(key, query, window, sink, reach):
+def sees(key, query, window, sink, reach):
     """Whether the query at one position sees the key at another."""
     return (key <= query) & ((key > query - window) | (key < sink)) & (key > query - reach)
 
 
 @triton.jit
-def _accumulate(b_s, b_v, b_out, b_max, b_sum, factor):
+def accumulate(b_s, b_v, b_out, b_max, b_sum, factor):
     """Takes a tile of keys into the softmax; `factor` makes powers of two of the scores."""
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * factor)
     b_p = tl.exp2(b_s * factor - b_new[:, None])
@@ -189,7 +189,7 @@ def _prefill_kernel(
     o_t, o_head = o_m // GROUP, i_kv * GROUP + o_m % GROUP  # a token's heads lie side by side in the tile
     real, position = o_t < tokens, length + o_t
     p_q = query + i_batch * stride_qb + o_head * stride_qh + o_t.to(tl.int64) * stride_qt
-    b_q = _load(p_q, real, DIM, BLOCK_D, UPCAST)
+    b_q = load_rows(p_q, real, DIM, BLOCK_D, UPCAST)
     b_max, b_sum = tl.full([BLOCK_M], _LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINK:  # one more logit, with no value behind it
         b_logit = tl.load(s_aux + o_head, mask=real, other=0.0).to(tl.float32) * _LOG2E
@@ -229,15 +229,15 @@ def _prefill_kernel(
                 row = _page_row(table + i_batch * stride_tb + i_kv * stride_th, first, o_n, held, PAGE, BLOCK_N)
             else:
                 row = (first + tl.where(in_sink, sink_shift, band_shift)).to(tl.int64)
-            b_k = _load(p_k + row * step_k + o_n * step_k, held, DIM, BLOCK_D, UPCAST)
+            b_k = load_rows(p_k + row * step_k + o_n * step_k, held, DIM, BLOCK_D, UPCAST)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             if SOFTCAP:
                 b_s = softcap * (2 * tl.sigmoid(2 * b_s * scale / softcap) - 1)
             whole = (first + BLOCK_N <= stop) & (first + BLOCK_N - 1 <= first_query) & (first > last_query - near)
             if not whole:
-                b_s = tl.where(_seen(first + o_n, position[:, None], window, sink, reach) & held, b_s, float("-inf"))
-            b_v = _load(p_v + row * step_v + o_n * step_v, held, VALUE_DIM, BLOCK_V, UPCAST)
-            b_out, b_max, b_sum = _accumulate(b_s, b_v, b_out, b_max, b_sum, factor)
+                b_s = tl.where(sees(first + o_n, position[:, None], window, sink, reach) & held, b_s, float("-inf"))
+            b_v = load_rows(p_v + row * step_v + o_n * step_v, held, VALUE_DIM, BLOCK_V, UPCAST)
+            b_out, b_max, b_sum = accumulate(b_s, b_v, b_out, b_max, b_sum, factor)
 
     b_total = tl.where(b_sum > 0, b_sum, 1.0)
     row = (i_batch * tokens + o_t) * kv_heads * GROUP + o_head
