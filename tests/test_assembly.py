@@ -8,7 +8,7 @@ from oracle import random_plan
 from test_reuse import BOS, LONG, QUESTION, joined, next_logits, texts
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, assembly
-from redknot_hf.assembly import Reused, pieces_of
+from redknot_hf.assembly import Reused, passes
 from redknot_hf.recording import forward, row_layers
 from redknot_hf.splice import read, settle_slots, splice
 
@@ -38,21 +38,21 @@ def test_one_pass_does_what_many_do(family, boundary, monkeypatch):
     store = SegmentStore(model, random_plan(model.config, seed=2))
     lead, *documents = [store.add(BOS), *store.add_all(texts(), BOS)]
     order = [lead, documents[1], documents[0], documents[2], documents[0]]
-    passes = []
+    sizes = []
     run = assembly.Assembly.run
-    monkeypatch.setattr(assembly.Assembly, "run", lambda self: (passes.append(len(self.pieces)), run(self)))
+    monkeypatch.setattr(assembly.Assembly, "run", lambda self: (sizes.append(len(self.batch[0])), run(self)))
     cache = assemble(model, order, boundary=boundary)
-    assert passes == [5]
+    assert sizes == [5]
     by_hand = one_after_the_other(model, store, cache.reused[0])
     assert cache.nbytes == by_hand.nbytes
     want = next_logits(model, by_hand)
     torch.testing.assert_close(next_logits(model, cache), want, atol=1e-4, rtol=1e-4)
-    for name, most in (("_PASS_TOKENS", 40), ("CHUNK", 16), ("_PASS_BYTES", 1)):
+    for name, most in (("_PASS_TOKENS", 40), ("_PASS_TOKENS", 16), ("_PASS_BYTES", 1)):
         monkeypatch.setattr(assembly, name, most)
-        before = len(passes)
+        before = len(sizes)
         other = assemble(model, order, boundary=boundary)
         torch.testing.assert_close(next_logits(model, other), want, atol=1e-4, rtol=1e-4)
-    assert len(passes) - before >= 5
+    assert len(sizes) - before >= 5
 
 
 def test_layers_that_share_keys_attend_each_piece_as_it_was():
@@ -107,21 +107,25 @@ def test_a_text_that_was_lost_is_computed_before_the_pass_begins():
     torch.testing.assert_close(next_logits(model, found), next_logits(model, want), atol=1e-4, rtol=1e-4)
 
 
-def test_pieces_say_where_everything_stands():
-    store = SegmentStore(make_model("llama"), HeadPlan.uniform(make_model("llama").config, HeadSpec()))
+def test_a_pass_takes_what_its_bounds_let_in():
+    model = make_model("llama")
+    store = SegmentStore(model, HeadPlan.uniform(model.config, HeadSpec()))
     a, b = store.ref([1, 2, 3, 4, 5]), store.ref([6, 7, 8])
-    columns = [(Reused(a, 4, 2, True), Reused(b, 1, 3, True)), (None, Reused(a, 4, 0, True))]
-    first, second = pieces_of(columns, np.array([4, 1]))
-    assert first.ids.tolist() == [[1, 2, 0], [6, 7, 8]]
-    assert first.places.tolist() == [[4, 5, 5], [1, 2, 3]]
-    assert first.rests == ((0, columns[0][0]),)
-    assert first.mask(torch.device("cpu")).plain()[:, 0, 0].tolist() == [
-        [True] * 6 + [False],
-        [False] * 3 + [True] * 4,
+    parts = [Reused(a, 4, 5, True), Reused(b, 9, 1, True), Reused(b, 12, 0, True)]
+    pieces = [
+        [(p.part.ref, p.first, p.stop, p.rest, p.end) for p in some] for some in passes(parts, 3, lambda piece: 0)
     ]
-    assert second.tokens == 0
-    assert second.lengths.tolist() == [9, 4]
-    assert second.rests == ((1, columns[1][1]),)
+    assert pieces == [
+        [(a, 0, 3, False, 7)],
+        [(a, 3, 5, False, 9), (b, 0, 1, True, 12), (b, 0, 0, True, 15)],
+    ]
+    assert [p.places.tolist() for some in passes(parts, 3, lambda piece: 0) for p in some] == [
+        [4, 5, 6],
+        [7, 8],
+        [9],
+        [],
+    ]
+    assert [len(some) for some in passes(parts, 100, lambda piece: 2**29 + 1)] == [1, 1, 1]
 
 
 def test_a_model_with_a_mask_of_its_own_is_refused():

@@ -1,39 +1,40 @@
 """Segments on their way into a cache: one forward pass of all tokens to recompute, and stored ones put between them.
 
-What is stored does not depend on what is recomputed, so no segment has to wait for the one before it to be read: the
-model takes the boundaries of many segments at once, and in every layer they are attended piece by piece, each on the
-rows as the pieces and the stored tokens before it have left them.
+What is stored does not depend on what is recomputed, so no segment waits for the one before it to be read: the model
+takes the boundaries of many segments at once. In every layer the context is laid out in order for a moment, stored
+keys and new ones side by side; the new tokens attend over it, and then the rows take what they keep of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import zip_longest
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from redknot_kernels import Rotation
+from jaxtyping import Float, Int
+from redknot_kernels import UNBOUNDED, HeadRules, Rotation
 from torch import Tensor
 from torch.profiler import record_function
 from transformers import Cache
 
-from .attention import attend_step
 from .cache import RedKnotCache
+from .device_rows import staged
 from .handle import RedKnotHandle, Step
 from .layer import RedKnotLayer
 from .mask import PaddingMask
-from .recording import CHUNK, padded, row_layers
+from .recording import row_layers
 from .rope import Relocation
 from .segment import Segment
 from .segments import SegmentRef, SegmentStore
-from .splice import settle_slots, splice
+from .splice import check_room, count, place, read, settle_slots, splice
 
 # Tokens of one forward pass, those of all sequences together.
 _PASS_TOKENS = 8192
-# Bytes of stored segments that a pass may bring to the device beside the cache; a single segment may be more.
+# Bytes of stored segments that a pass brings to the device beside the cache; a single segment may be more.
 _PASS_BYTES = 2**30
 
 
@@ -54,114 +55,102 @@ class Reused:
     moved: bool
 
 
-# One segment for each sequence of a batch, or none.
-Column = Sequence[Reused | None]
-
-
 def is_spliced(part: Reused | None) -> TypeGuard[Reused]:
     """Whether some of a segment is taken as it is stored."""
     return part is not None and part.boundary < len(part.ref)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens that every sequence goes on by, and the segments of which the stored rest follows.
+    """What a sequence goes on by: tokens of a segment's boundary, and behind the last of them the stored rest.
 
     Attributes:
-        ids, real: The tokens, and which of them are no padding behind a shorter text.
-        lengths: Tokens of each sequence before.
-        rests: Sequence and segment.
+        part: The segment and its place.
+        first, stop: Which of its tokens run through the model.
     """
 
-    ids: Int[Tensor, "batch tokens"]
-    real: Bool[Tensor, "batch tokens"]
-    lengths: Int[np.ndarray, " batch"]
-    rests: tuple[tuple[int, Reused], ...]
+    part: Reused
+    first: int
+    stop: int
 
     @property
-    def tokens(self) -> int:
-        """Tokens of each sequence, padding included."""
-        return self.ids.shape[1]
+    def rest(self) -> bool:
+        """Whether the stored rest follows."""
+        return self.stop == self.part.boundary and is_spliced(self.part)
 
     @property
-    def places(self) -> Int[Tensor, "batch tokens"]:
-        """Positions of the tokens."""
-        return (torch.from_numpy(self.lengths)[:, None] + self.real.cumsum(1) - 1).clamp(min=0)
+    def places(self) -> Int[np.ndarray, " tokens"]:
+        """Positions of the tokens that run through the model."""
+        return self.part.start + np.arange(self.first, self.stop)
 
-    def mask(self, device: torch.device) -> PaddingMask | None:
-        """Which slots of the cache and of the piece hold tokens, where not all do."""
-        slots = int(self.lengths.max(initial=0))
-        before = np.arange(slots) >= slots - self.lengths[:, None]
-        if before.all() and self.real.all():
-            return None
-        flags = torch.cat([torch.from_numpy(before), self.real], 1).to(device)
-        return PaddingMask.make(flags[:, None, None], False, None)
-
-
-def pieces_of(columns: Sequence[Column], lengths: Int[np.ndarray, " batch"]) -> Iterator[Piece]:
-    """What continues sequences of these lengths, in order: boundaries of at most `CHUNK` tokens and what follows."""
-    for column in columns:
-        firsts = [() if part is None else part.ref.ids[: part.boundary] for part in column]
-        longest = max(map(len, firsts))
-        for start in range(0, max(longest, 1), CHUNK):
-            ids, real = padded([first[start : start + CHUNK] for first in firsts])
-            last = start + CHUNK >= longest
-            rests = tuple((b, part) for b, part in enumerate(column) if last and is_spliced(part))
-            yield Piece(ids, real, lengths, rests)
-            lengths = lengths + real.sum(1).numpy()
-            for b, part in rests:
-                lengths[b] += len(part.ref) - part.boundary
+    @property
+    def end(self) -> int:
+        """Position behind the piece."""
+        return self.part.start + (len(self.part.ref) if self.rest else self.stop)
 
 
 def put(
-    model: Any, cache: RedKnotCache, store: SegmentStore, columns: Sequence[Column], relocation: Relocation | None
+    model: Any,
+    cache: RedKnotCache,
+    store: SegmentStore,
+    batch: Sequence[Sequence[Reused]],
+    relocation: Relocation | None,
 ) -> None:
-    """Continues every sequence of a cache by segments, column by column; the cache's pages are mutated.
+    """Continues every sequence of a cache by segments; its pages are mutated.
 
     Args:
         model: The model of the store.
-        cache: Holds as many sequences as the columns have entries, or nothing yet.
+        cache: Holds as many sequences as there are lists, or nothing yet.
         store: Where the segments are.
-        columns: What every sequence goes on by, segment by segment.
+        batch: What each sequence goes on by.
         relocation: How keys move; `None` if none has to.
     """
-    batch = len(columns[0])
+    nbytes = _stored_bytes(store)
+    work = zip_longest(*(passes(parts, max(_PASS_TOKENS // len(batch), 1), nbytes) for parts in batch), fillvalue=())
     rows = next(layer.rows for _, layer in row_layers(cache))
-    lengths = np.zeros(batch, np.int64) if rows is None else rows.lengths
-    totals = lengths + np.array([sum(len(c[b].ref) for c in columns if c[b] is not None) for b in range(batch)])  # pyright: ignore[reportOptionalMemberAccess]
-    for pieces in _passes(list(pieces_of(columns, lengths)), _stored_bytes(store)):
-        assembly = Assembly(model, cache, store, pieces, totals, relocation)
+    ends = np.zeros(len(batch), np.int64) if rows is None else rows.lengths.copy()
+    ends += [sum(len(part.ref) for part in parts) for parts in batch]
+    check_room(cache, int(ends.max()))
+    for pieces in work:
+        assembly = Assembly(model, cache, store, pieces, ends, relocation)
         with record_function("redknot: assembly"):
             assembly.run()
 
 
+def passes(parts: Sequence[Reused], most: int, nbytes: Callable[[Piece], int]) -> Iterator[list[Piece]]:
+    """Pieces in order, as many in one forward pass as its bounds let in, and at least one."""
+    some: list[Piece] = []
+    tokens = stored = 0
+    for piece in _pieces(parts, most):
+        tokens, stored = tokens + piece.stop - piece.first, stored + nbytes(piece)
+        if some and (tokens > most or stored > _PASS_BYTES):
+            yield some
+            some, tokens, stored = [], piece.stop - piece.first, nbytes(piece)
+        some.append(piece)
+    if some:
+        yield some
+
+
+def _pieces(parts: Sequence[Reused], most: int) -> Iterator[Piece]:
+    for part in parts:
+        for first in range(0, max(part.boundary, 1), most):
+            yield Piece(part, first, min(first + most, part.boundary))
+
+
 def _stored_bytes(store: SegmentStore) -> Callable[[Piece], int]:
-    """Tells about how many bytes the stored rests of a piece are."""
+    """Tells about how many bytes the stored rest of a piece is."""
     config = store.model.config.get_text_config(decoder=True)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return lambda piece: sum(store.plan.nbytes(len(part.ref), dim, store.model.dtype) for _, part in piece.rests)
-
-
-def _passes(pieces: Sequence[Piece], stored_bytes: Callable[[Piece], int]) -> Iterator[list[Piece]]:
-    """Pieces in order, as many in one forward pass as its bounds let in."""
-    some: list[Piece] = []
-    tokens = nbytes = 0
-    for piece in pieces:
-        tokens, nbytes = tokens + piece.ids.numel(), nbytes + stored_bytes(piece)
-        if some and (tokens > _PASS_TOKENS or nbytes > _PASS_BYTES):
-            yield some
-            some, tokens, nbytes = [], piece.ids.numel(), stored_bytes(piece)
-        some.append(piece)
-    yield some
+    return lambda piece: store.plan.nbytes(len(piece.part.ref), dim, store.model.dtype) if piece.rest else 0
 
 
 class Assembly(Cache):
-    """What the model takes for its cache in such a pass: it leads every step through the layer piece by piece.
+    """What the model takes for its cache in such a pass.
 
     Args:
         model, cache, store, relocation: As for `put`.
-        pieces: Those of the pass.
-        totals: Tokens that the sequences will have when everything has been put, for which pages are reserved.
+        batch: The pieces of the pass, of each sequence.
+        ends: Tokens that the sequences will have after the last pass, for which pages are reserved.
     """
 
     def __init__(
@@ -169,37 +158,39 @@ class Assembly(Cache):
         model: Any,
         cache: RedKnotCache,
         store: SegmentStore,
-        pieces: Sequence[Piece],
-        totals: Int[np.ndarray, " batch"],
+        batch: Sequence[Sequence[Piece]],
+        ends: Int[np.ndarray, " batch"],
         relocation: Relocation | None,
     ) -> None:
         super().__init__(layers=cache.layers)
-        self.model, self.cache, self.pieces, self.totals = model, cache, pieces, totals
-        parts = [part for piece in pieces for _, part in piece.rests]
+        self.model, self.cache, self.batch, self.ends = model, cache, batch, ends
+        self.places = [np.concatenate([np.arange(0), *(piece.places for piece in pieces)]) for pieces in batch]
+        parts = [piece.part for pieces in batch for piece in pieces if piece.rest]
         with record_function("redknot: fetch"):  # now, since what was lost is computed anew, by passes of its own
             held = store.fetch([part.ref for part in parts])
         with record_function("redknot: angles"):
-            turns = [self._rotations(part, one.segment, relocation) for part, one in zip(parts, held, strict=True)]
+            turns = [_rotations(part, one.segment, relocation) for part, one in zip(parts, held, strict=True)]
         self._held = {id(part): one for part, one in zip(parts, held, strict=True)}
         self._turns = {id(part): turn for part, turn in zip(parts, turns, strict=True)}
         self._here: dict[int, Segment] = {}
-        self._masks: dict[tuple[int, torch.device], PaddingMask | None] = {}
 
     def run(self) -> None:
         """Runs the pieces' tokens through the model, and puts what is stored in its place on the way."""
-        if any(piece.tokens for piece in self.pieces):
-            ids, places = (
-                torch.cat(x, 1).to(self.model.device)
-                for x in zip(*((p.ids, p.places) for p in self.pieces), strict=True)
-            )
-            self.model(input_ids=ids, position_ids=places, past_key_values=self, logits_to_keep=1)
+        longest = max(map(len, self.places))
+        if not longest:
+            for index, layer in row_layers(self.cache):
+                self._splice(index, layer)
             return
-        for index, layer in row_layers(self.cache):
-            for piece in self.pieces:
-                self._follow(layer, index, piece)
-            layer.on_device()
+        ids, places = np.zeros((2, len(self.batch), longest), np.int64)
+        for b, pieces in enumerate(self.batch):
+            ids[b, : len(self.places[b])] = [i for p in pieces for i in p.part.ref.ids[p.first : p.stop]]
+            places[b, : len(self.places[b])] = self.places[b]
+        self.model(
+            input_ids=torch.from_numpy(ids).to(self.model.device), past_key_values=self, logits_to_keep=1,
+            position_ids=torch.from_numpy(places).to(self.model.device),
+        )  # fmt: skip
 
-    @torch.compiler.disable(reason="segments are put into a cache between the pieces of a step")  # pyright: ignore
+    @torch.compiler.disable(reason="segments are put into a cache in the middle of a step")  # pyright: ignore
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -209,62 +200,131 @@ class Assembly(Cache):
             keys.redknot.attend = partial(self._attend, layer_idx, keys.redknot, [])
         return keys, values
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """None: the mask is to say nothing of what stands before."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The new tokens alone; their positions say what they see."""
+        return query_length, 0
+
     def _attend(
-        self, index: int, whole: Step, steps: list[Step], query: Tensor, mask: Tensor | None, options: dict[str, Any]
+        self, index: int, step: Step, laid: list[_LaidOut], query: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> Float[Tensor, "batch tokens query_heads value_dim"]:
-        """Attends the tokens of all pieces; `steps` keeps those of a first time for layers that share the keys."""
+        """Attends the tokens of all pieces; `laid` is there for layers that attend over the same keys once more."""
         if mask is not None and not isinstance(mask, PaddingMask):
             raise ValueError(
                 f"{self.model.config.model_type} attends under a mask of its own, which says nothing of tokens put "
                 "between others: pass boundary=0, or read the text without reuse"
             )
-        layer, again = whole.layer, bool(steps)
-        found, start = [], 0
-        if not again:
-            layer.reserve(self.totals)
-        for i, piece in enumerate(self.pieces):
-            if piece.tokens:
-                part = slice(start, start + piece.tokens)
-                start += piece.tokens
-                if not again:
-                    key, value = whole.key[:, :, part], whole.value[:, :, part]
-                    steps.append(Step(layer, key, value, layer.slots, passed_over=True))
-                step = steps[len(found)]
-                found.append(attend_step(query[:, :, part], step, self._mask(i, query.device), options))
-            if not again:
-                self._follow(layer, index, piece)
-        layer.on_device()  # a captured step may be next
-        return found[0] if len(found) == 1 else torch.cat(found, 1)
+        layer = step.layer
+        if not laid:
+            layer.prefetch()
+            laid += [self._laid_out(index, step, b) for b in range(len(self.batch))]
+            self._keep(index, layer, laid)
+        rules, (batch, heads, tokens, _) = layer.storage()[0].rules, query.shape
+        out = query.new_zeros(batch, tokens, heads, step.value.shape[-1])
+        for b, text in enumerate(laid):
+            mine = query[b : b + 1, :, : len(text.places)]
+            if len(text.places):
+                found = layer.kernels.attend_at(
+                    mine, text.keys[None], text.values[None], text.places, rules, **options
+                )
+                out[b, : len(text.places)] = found[0]
+        return out
 
-    def _mask(self, piece: int, device: torch.device) -> PaddingMask | None:
-        if (piece, device) not in self._masks:
-            self._masks[piece, device] = self.pieces[piece].mask(device)
-        return self._masks[piece, device]
+    def _laid_out(self, index: int, step: Step, sequence: int) -> _LaidOut:
+        """The context of one sequence in order, up to the end of the pass."""
+        layer, pieces = step.layer, self.batch[sequence]
+        rows, pool = layer.storage()
+        before, heads, device = int(rows.lengths[sequence]), rows.rules.heads, pool.keys.device
+        end = pieces[-1].end if pieces else before
+        keys, values = (x.new_zeros(heads, end, x.shape[-1]) for x in (step.key, step.value))
+        flat = keys.flatten(0, 1), values.flatten(0, 1)
+        if before and len(self.places[sequence]):
+            at = [rows.positions_held(sequence, head) for head in range(heads)]
+            of = np.repeat(np.arange(heads), [len(x) for x in at])
+            where = staged(of * end + np.concatenate(at), device).to(device, non_blocking=True)
+            for text, held in zip(flat, read(layer, sequence, of, np.concatenate(at)), strict=True):
+                text.index_copy_(0, where, held)
+        rules, table = _of_text(rows.rules, end, device)
+        pages = flat[0][:, None], flat[1][:, None]
+        for piece in filter(lambda piece: piece.rest, pieces):
+            with record_function("redknot: splice"):
+                segment, turn = self._segment(piece.part), self._turns[id(piece.part)][index]
+                span = segment.tokens, piece.part.boundary, piece.part.start
+                place(layer, index, segment, pages, table, rules, span, turn)
+        places = staged(self.places[sequence], device).to(device, non_blocking=True)
+        for text, new in ((keys, step.key), (values, step.value)):
+            text.index_copy_(1, places, new[sequence, :, : len(places)])
+        return _LaidOut(keys, values, places)
 
-    def _follow(self, layer: RedKnotLayer, index: int, piece: Piece) -> None:
-        """Puts the stored rests of a piece behind it."""
-        with record_function("redknot: splice"):
-            self._splice(layer, index, piece)
+    def _keep(self, index: int, layer: RedKnotLayer, laid: Sequence[_LaidOut]) -> None:
+        """Lets the rows take what their rules keep."""
+        rows, pool = layer.storage()
+        layer.reserve(self.ends)
+        table, everything = layer.table_on_device(), ((UNBOUNDED,) * rows.rules.heads, (0,) * rows.rules.heads)
+        for b, (text, pieces) in enumerate(zip(laid, self.batch, strict=True)):
+            span = text.keys.shape[1], int(rows.lengths[b]), 0
+            flat = text.keys.flatten(0, 1), text.values.flatten(0, 1)
+            if pieces:
+                layer.kernels.place(pool.keys, pool.values, *flat, table[b], rows.rules, everything, span)
+            for piece in pieces:
+                rows.splice(b, piece.stop - piece.first, np.zeros(rows.rules.heads, np.int64))
+                if piece.rest:
+                    count(layer, index, b, self._segment(piece.part), piece.part.boundary)
         settle_slots(layer)
+        layer.on_device()  # a captured step may be next
 
-    def _splice(self, layer: RedKnotLayer, index: int, piece: Piece) -> None:
-        for sequence, part in piece.rests:
-            if id(part) not in self._here:
-                self._here[id(part)] = self._held[id(part)].here()
-            segment = self._here[id(part)]
-            if not layer.is_initialized:
-                initialize(layer, index, self.model, segment, len(self.totals))
-            layer.reserve(self.totals)
-            splice(layer, index, sequence, segment, part.boundary, self._turns[id(part)][index])
+    def _splice(self, index: int, layer: RedKnotLayer) -> None:
+        """Puts segments of which nothing is recomputed into the rows."""
+        for b, pieces in enumerate(self.batch):
+            for piece in pieces:
+                segment = self._segment(piece.part)
+                if not layer.is_initialized:
+                    initialize(layer, index, self.model, segment, len(self.batch))
+                layer.reserve(self.ends)
+                with record_function("redknot: splice"):
+                    splice(layer, index, b, segment, 0, self._turns[id(piece.part)][index])
+        settle_slots(layer)
+        layer.on_device()
 
-    def _rotations(self, part: Reused, segment: Segment, relocation: Relocation | None) -> Sequence[Rotation | None]:
-        """How far the keys of each layer turn."""
-        if not part.moved:
-            return [None] * len(segment.layers)
-        if relocation is None:
-            raise ValueError(f"{self.model.config.model_type}: its keys cannot be moved, and {part.ref} must be")
-        there = torch.arange(len(part.ref)) + len(part.ref.prefix)
-        return relocation.rotations(there, there - there[0] + part.start, segment.data.device)
+    def _segment(self, part: Reused) -> Segment:
+        """The stored tokens, which the current stream may use from now on."""
+        if id(part) not in self._here:
+            self._here[id(part)] = self._held[id(part)].here()
+        return self._here[id(part)]
+
+
+@dataclass(frozen=True, eq=False)
+class _LaidOut:
+    """A context in order, as far as its heads know it; zeros elsewhere.
+
+    Attributes:
+        keys, values: Of one layer and sequence.
+        places: Where the tokens stand that run through the model.
+    """
+
+    keys: Float[Tensor, "heads text key_dim"]
+    values: Float[Tensor, "heads text value_dim"]
+    places: Int[Tensor, " tokens"]
+
+
+@lru_cache(maxsize=8)
+def _of_text(rules: HeadRules, tokens: int, device: torch.device) -> tuple[HeadRules, Int[Tensor, "heads tokens"]]:
+    """Rules and table under which a text in order is rows of pages of one token."""
+    table = torch.arange(rules.heads * tokens, dtype=torch.int32, device=device).view(rules.heads, tokens)
+    return HeadRules(rules.window, rules.sink, (UNBOUNDED,) * rules.heads, 1, rules.reach), table
+
+
+def _rotations(part: Reused, segment: Segment, relocation: Relocation | None) -> Sequence[Rotation | None]:
+    """How far the keys of each layer turn."""
+    if not part.moved:
+        return [None] * len(segment.layers)
+    if relocation is None:
+        raise ValueError(f"the keys of this model cannot be moved, and {part.ref} must be")
+    there = torch.arange(len(part.ref)) + len(part.ref.prefix)
+    return relocation.rotations(there, there - there[0] + part.start, segment.data.device)
 
 
 def initialize(layer: RedKnotLayer, index: int, model: Any, segment: Segment, batch: int) -> None:

@@ -58,16 +58,15 @@ def redknot_attention(
         if fresh and plain and step.layer.captures(tokens):
             return captured(query, step, attention_mask, options), None
         return _attend_eagerly(query, step, attention_mask, options), None  # pyright: ignore
-    return attend_step(query, step, attention_mask, options), None
+    return _attend(query, step, attention_mask, options), None
 
 
-def attend_step(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
-    """Writes a step, unless that was done, and attends it; `options` are scale, softcap and s_aux."""
-    if step.attend is not None:
-        return step.attend(query, mask, options)
+def _attend(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
     query = query.to(step.value.dtype)  # under autocast RoPE leaves it wider
     with _plainly(query.device.type):
-        if mask is None or _only_padding(mask, step):
+        if step.attend is not None:
+            out = step.attend(query, mask, options)
+        elif mask is None or _only_padding(mask, step):
             out = _paged(query, step, mask, options)
         else:
             _check_explicit(mask, query, step)
@@ -77,7 +76,7 @@ def attend_step(query: Query, step: Step, mask: Tensor | None, options: dict[str
 
 @torch.compiler.disable(reason="the host does the bookkeeping of this step of a RedKnotCache")  # pyright: ignore
 def _attend_eagerly(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
-    return attend_step(query, step, mask, options)
+    return _attend(query, step, mask, options)
 
 
 def _only_padding(mask: Tensor, step: Step) -> bool:
@@ -93,7 +92,7 @@ def _paged(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any
             real = mask.new_tokens(step.start, step.tokens, layer.storage()[0].lengths)
         elif mask is not None:
             real = real_tokens(mask)
-        if not step.long:
+        if step.tokens <= layer.page_size:
             return write_and_attend(query, step, real, options)
         write(step, real)
     step.runs = step.runs or runs(step, step.real)
@@ -110,7 +109,7 @@ def _paged(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any
 def _run(query: Query, step: Step, run: Run, options: dict[str, Any]) -> Output:
     layer = step.layer
     rows, pool = layer.storage()
-    if step.long:
+    if query.shape[2] > layer.page_size:
         return layer.kernels.prefill(
             query, run.take(step.key), run.take(step.value), run.context, rows.rules, **options
         )

@@ -30,13 +30,13 @@ def write(step: Step, real: Real | None) -> None:
     for run in runs(step, real):
         key, value = run.take(step.key), run.take(step.value)
         part = on_device.table[run.sequences], on_device.counts[:-1][run.sequences]
-        if step.long and (past := int(rows.lengths[run.sequences][0])) > 0:
+        if key.shape[2] > layer.page_size and rows.lengths[run.sequences][0] > 0:
+            past = int(rows.lengths[run.sequences][0])
             run.context = read_context(pool.keys, pool.values, part[0], past, rows.rules)
         layer.kernels.append(pool.keys, pool.values, key, value, *part, rows.rules)
         step.runs.append(run)
     layer.advance(step, counts, real)
-    if not step.passed_over:
-        layer.on_device()  # a captured step may be next
+    layer.on_device()  # a captured step may be next
 
 
 def write_and_attend(query: Query, step: Step, real: Real | None, options: dict[str, Any]) -> Output:
@@ -81,7 +81,7 @@ def runs(step: Step, real: Real | None) -> list[Run]:
     """Which tokens of a step are attended together."""
     rows, _ = step.layer.storage()
     level = len(set(rows.lengths.tolist())) == 1
-    if real is None and (level or not step.long):
+    if real is None and (level or step.tokens <= step.layer.page_size):
         return [Run(slice(0, rows.batch), None)]
     indices = [None] * rows.batch if real is None else [r.nonzero()[:, 0] for r in real]
     return [Run(slice(b, b + 1), i) for b, i in enumerate(indices) if i is None or len(i)]

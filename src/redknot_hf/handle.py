@@ -48,8 +48,7 @@ class Step:
         real: Which of them are no padding; `None` if all.
         runs: Which of them are attended together, where they are not attended as they are written.
         past: What the rows held before, where a mask of the caller's own asked for it.
-        passed_over: The rows will have moved on when the step is attended once more.
-        attend: Attends the step in place of the attention function: takes queries, mask and options.
+        attend: Writes and attends the step in place of the attention function: takes queries, mask and options.
     """
 
     layer: RedKnotLayer
@@ -60,18 +59,12 @@ class Step:
     real: Bool[Tensor, "batch tokens"] | None = None
     runs: list[Run] = field(default_factory=list)
     past: Any = None
-    passed_over: bool = False
     attend: Callable[..., Tensor] | None = None
 
     @property
     def tokens(self) -> int:
         """Slots of the step, padding included."""
         return self.key.shape[2]
-
-    @property
-    def long(self) -> bool:
-        """Whether the step is attended from its own keys and the past's, and not from what the rows hold after it."""
-        return self.passed_over or self.tokens > self.layer.page_size
 
 
 class RedKnotHandle(torch.Tensor):

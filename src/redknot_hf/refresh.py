@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from redknot_kernels import HeadRules, Rotation, add_sink_logit, attend, rotate
+from redknot_kernels import Rotation, rotate
 from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
@@ -18,12 +18,12 @@ from .layer import RedKnotLayer
 from .recording import row_layers
 from .reuse import AssembledCache, Refs, as_batch, relocation_of, schedule, store_of
 from .segment import KeptLayer, Segment
-from .splice import settle_slots, splice
+from .splice import check_room, settle_slots, splice
 
 By = Literal["deviation", "attention"]
 _NAME = "redknot_refresh"
-# Queries that are attended at once under an explicit mask, and the last ones whose attention chooses tokens.
-_QUERIES, _LAST = 256, 64
+# The last queries, whose attention chooses tokens.
+_LAST = 64
 
 Heads = Float[Tensor, "1 heads tokens dim"]
 
@@ -69,6 +69,7 @@ def refresh(  # noqa: PLR0913 - all but two have defaults
     relocation = relocation_of(store, force)
     cache = AssembledCache(model.config, store.plan, page_size=page_size, max_cache_len=max_cache_len, impl=impl)
     parts = schedule(batch[0], 0)
+    check_room(cache, sum(map(len, batch[0])))
     context = _Context(model, cache)
     for part in parts:
         segment = store.get(part.ref)
@@ -173,7 +174,7 @@ class _Context(Cache):
         rules = holder.storage()[0].rules
         if len(where) == len(self.ids) > holder.page_size:
             return holder.kernels.prefill(query, self.keys[layer], self.values[layer], None, rules, **options)
-        return _attended(query, self.keys[layer], self.values[layer], where, rules, options)
+        return holder.kernels.attend_at(query, self.keys[layer], self.values[layer], where, rules, **options)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -220,24 +221,6 @@ def _chosen(
 
 def _before(parts: Sequence[Reused], part: Reused) -> tuple[int, ...]:
     return tuple(token for other in parts if other.start < part.start for token in other.ref.ids)
-
-
-def _attended(
-    query: Float[Tensor, "1 query_heads step dim"],
-    keys: Float[Tensor, "1 heads tokens dim"],
-    values: Float[Tensor, "1 heads tokens value_dim"],
-    positions: Int[Tensor, " step"],
-    rules: HeadRules,
-    options: dict[str, Any],
-) -> Float[Tensor, "1 step query_heads value_dim"]:
-    """Attention of some tokens of a text, under the rules."""
-    places, group = torch.arange(keys.shape[2], device=keys.device)[None], query.shape[1] // keys.shape[1]
-    out = []
-    for some, where in zip(query.split(_QUERIES, 2), positions.split(_QUERIES), strict=True):
-        seen = rules.visible(where[None], places).repeat_interleave(group, 0)[None]
-        part, lse = attend(some, keys, values, scale=options["scale"], mask=seen, softcap=options["softcap"])
-        out.append(add_sink_logit(part, lse, options["s_aux"]).transpose(1, 2))
-    return torch.cat(out, 1)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import takewhile, zip_longest
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -90,17 +90,15 @@ def assemble(
     store.check_weights()
     cache = AssembledCache(model.config, store.plan, page_size=page_size, max_cache_len=max_cache_len, impl=impl)
     cache.reused = tuple(schedule(sequence, boundary) for sequence in batch)
-    columns = list(zip_longest(*cache.reused))
-    spliced = any(is_spliced(part) for column in columns for part in column)
+    spliced = any(is_spliced(part) for parts in cache.reused for part in parts)
     relocation = relocation_of(store, force) if spliced else None
     # What all sequences begin with is put in place once, and the pages are shared.
-    lead = len(list(takewhile(lambda column: len(set(column)) == 1, columns))) if len(batch) > 1 else len(columns)
+    lead = sum(1 for _ in takewhile(lambda same: len(set(same)) == 1, zip(*cache.reused, strict=False)))
     if lead:
-        put(model, cache, store, [column[:1] for column in columns[:lead]], relocation)
-    if len(batch) > 1 and lead:
+        put(model, cache, store, [cache.reused[0][:lead]], relocation)
         cache.batch_repeat_interleave(len(batch))
-    if lead < len(columns):
-        put(model, cache, store, columns[lead:], relocation)
+    if any(len(parts) > lead for parts in cache.reused):
+        put(model, cache, store, [parts[lead:] for parts in cache.reused], relocation)
     return cache
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from redknot_kernels import UNBOUNDED, Rotation
+from redknot_kernels import UNBOUNDED, HeadRules, Rotation
 from torch import Tensor
 
+from .cache import RedKnotCache
 from .device_rows import staged
 from .history import SlotHistory
 from .layer import RedKnotLayer
@@ -34,36 +35,62 @@ def splice(
         rotation: How far the key of each token of the segment turns; `None` where it stands where it was computed.
 
     Raises:
-        ValueError: The segment keeps less than the layer's heads need, or does not fit `max_cache_len`.
+        ValueError: The segment keeps less than the layer's heads need.
     """
     rows, pool = layer.storage()
-    kept = segment.layers[index]
-    if kept is None:
-        raise ValueError(f"layer {index} of the cache holds keys, and the segment has none of it")
-    _check(kept, layer, index)
     offset = int(rows.lengths[sequence]) - first
-    end = offset + segment.tokens
-    if layer.max_cache_len is not None and end > layer.max_cache_len:
-        raise ValueError(
-            f"the segments reach to token {end} and exceed max_cache_len={layer.max_cache_len}: give assemble a "
-            "larger one, or none"
-        )
     layer.prefetch()
     lengths = rows.lengths.copy()
-    lengths[sequence] = end
+    lengths[sequence] = offset + segment.tokens
     layer.reserve(lengths)
     table = layer.table_on_device()[sequence]
-    device = pool.keys.device
+    span = segment.tokens, first, offset
+    place(layer, index, segment, (pool.keys, pool.values), table, rows.rules, span, rotation)
+    count(layer, index, sequence, segment, first)
+
+
+def place(
+    layer: RedKnotLayer,
+    index: int,
+    segment: Segment,
+    pages: tuple[Float[Tensor, "pages page_size key_dim"], Float[Tensor, "pages page_size value_dim"]],
+    table: Int[Tensor, "heads columns"],
+    rules: HeadRules,
+    span: tuple[int, int, int],
+    rotation: Rotation | None,
+) -> None:
+    """Writes one layer of a segment to pages, wherever its data and angles are; the rest is as the kernel takes it.
+
+    Raises:
+        ValueError: The segment keeps less than the layer's heads need.
+    """
+    kept, device = _kept(segment, index, layer), pages[0].device
     keys, values = (x.to(device, non_blocking=True) for x in (segment.keys(index), segment.values(index)))
     if rotation is not None:
         cos, sin = (x.to(device, non_blocking=True) for x in (rotation.cos, rotation.sin))
         rotation = Rotation(cos, sin, rotation.interleaved)
-    span = segment.tokens, first, offset
-    layer.kernels.place(
-        pool.keys, pool.values, keys, values, table, rows.rules, (kept.window, kept.sink), span, rotation
-    )
-    since = offset + np.maximum(kept.tails(segment.tokens), segment.tokens - np.array(rows.rules.ring))
-    rows.splice(sequence, end - int(rows.lengths[sequence]), since)
+    layer.kernels.place(*pages, keys, values, table, rules, (kept.window, kept.sink), span, rotation)
+
+
+def count(layer: RedKnotLayer, index: int, sequence: int, segment: Segment, first: int) -> None:
+    """Counts a segment that was written behind its first tokens, as far as the rows hold it."""
+    rows, _ = layer.storage()
+    offset, tokens = int(rows.lengths[sequence]) - first, segment.tokens
+    tails = _kept(segment, index, layer).tails(tokens)
+    rows.splice(sequence, tokens - first, offset + np.maximum(tails, tokens - np.array(rows.rules.ring)))
+
+
+def check_room(cache: RedKnotCache, end: int) -> None:
+    """Raises if a cache is too small for so many tokens.
+
+    Raises:
+        ValueError: They do not fit `max_cache_len`.
+    """
+    most = cache.get_max_length()
+    if 0 <= most < end:
+        raise ValueError(
+            f"the segments reach to token {end} and exceed max_cache_len={most}: give a larger one, or none"
+        )
 
 
 def settle_slots(layer: RedKnotLayer) -> None:
@@ -94,7 +121,11 @@ def read(
     return keys, values
 
 
-def _check(kept: KeptLayer, layer: RedKnotLayer, index: int) -> None:
+def _kept(segment: Segment, index: int, layer: RedKnotLayer) -> KeptLayer:
+    """What the segment keeps of a layer, if that is enough."""
+    kept = segment.layers[index]
+    if kept is None:
+        raise ValueError(f"layer {index} of the cache holds keys, and the segment has none of it")
     rules = layer.storage()[0].rules
     enough = len(kept.window) == rules.heads
     pairs = zip(kept.window, kept.sink, rules.window, rules.sink, strict=True) if enough else ()
@@ -104,3 +135,4 @@ def _check(kept: KeptLayer, layer: RedKnotLayer, index: int) -> None:
             f"head, and the plan of the cache needs {list(zip(rules.window, rules.sink, strict=True))}: add the text "
             "to a store of this plan"
         )
+    return kept

@@ -126,7 +126,8 @@ def _parts(programs, keys, device):
 
 
 @triton.jit
-def load_rows(p_rows, held, DIM: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):  # [rows] -> [rows, BLOCK]
+def load_rows(p_rows, held, DIM: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows from pointers to their beginnings, `[rows, BLOCK]`; zeros where nothing is held."""
     o_d = tl.arange(0, BLOCK)
     mask = held[:, None] if DIM == BLOCK else held[:, None] & (o_d < DIM)
     block = tl.load(p_rows[:, None] + o_d, mask=mask, other=0.0)
