@@ -200,8 +200,15 @@ class Assembly(Cache):
             keys.redknot.attend = partial(self._attend, layer_idx, keys.redknot, [])
         return keys, values
 
+    # What the mask is made from: it is to say nothing of what stands before, and to be none of a captured step.
+    is_compileable = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """None: the mask is to say nothing of what stands before."""
+        """None."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """None."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

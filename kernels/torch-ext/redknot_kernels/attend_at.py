@@ -2,7 +2,7 @@
 
 import torch
 
-from .attend import add_sink_logit, attend
+from .attend import add_sink_logit, attend, merge
 from .pages import take_heads
 
 # Queries that are attended at once, under a mask of their own.
@@ -29,23 +29,31 @@ def attend_at(query, keys, values, positions, rules, *, scale, softcap=None, s_a
     grouped = query.unflatten(1, (heads, group))
     sinks = None if s_aux is None else s_aux.unflatten(0, (heads, group))
     out = query.new_empty(batch, tokens, heads, group, values.shape[-1])
-    for start, stop in _runs(positions.tolist()):
-        where = positions[start:stop]
-        for part, members in (*kinds, *rules.local_groups):
-            sink, low, high = _seen(part, int(where[0]), int(where[-1]))
-            key, value = (_cut(x, members, sink, low, high) for x in (keys, values))
-            places = torch.cat([torch.arange(sink, device=key.device), torch.arange(low, high, device=key.device)])
-            seen = part.take((0,)).visible(where[None], places[None])[None]
-            asking = take_heads(grouped[:, :, :, start:stop], members).flatten(1, 2)
-            found, lse = attend(asking, key, value, scale=scale, mask=seen, softcap=softcap)
+    runs = list(_runs(positions.tolist()))
+    for part, members in (*kinds, *rules.local_groups):
+        known = [take_heads(x, members) for x in (keys, values)]
+        for start, stop in runs:
+            asking, where = take_heads(grouped[:, :, :, start:stop], members).flatten(1, 2), positions[start:stop]
+            found, lse = _attended(asking, *known, where, part.take((0,)), scale=scale, softcap=softcap)
             found = add_sink_logit(found, lse, None if sinks is None else sinks[list(members)].flatten())
             out[:, start:stop, list(members)] = found.unflatten(1, (len(members), group)).permute(0, 3, 1, 2, 4)
     return out.flatten(2, 3)
 
 
-def _cut(text, members, sink, low, high):  # [batch, heads, text, dim] -> [batch, members, sink + high - low, dim]
-    band = take_heads(text[:, :, low:high], members)
-    return torch.cat([take_heads(text[:, :, :sink], members), band], 2) if sink else band
+def _attended(query, keys, values, where, rule, **options):
+    """Attention, and its log-sum-exp, of tokens that follow each other; all heads have one rule."""
+    first, last = int(where[0]), int(where[-1])
+    if min(rule.window[0], rule.reach) > last:  # all that stands before is seen
+        parts = [attend(query, keys[:, :, first : last + 1], values[:, :, first : last + 1], causal=True, **options)]
+        if first:
+            parts.append(attend(query, keys[:, :, :first], values[:, :, :first], **options))
+        return merge(parts)
+    low = max(first - min(rule.window[0], rule.reach) + 1, 0)
+    sink = min(rule.sink[0], low)
+    places = torch.cat([torch.arange(a, b, device=query.device) for a, b in ((0, sink), (low, last + 1))])
+    seen = rule.visible(where[None], places[None])[None]
+    cut = (torch.cat([x[:, :, :sink], x[:, :, low : last + 1]], 2) for x in (keys, values))
+    return attend(query, *cut, mask=seen, **options)
 
 
 def _runs(positions):
@@ -55,9 +63,3 @@ def _runs(positions):
         if i == len(positions) or i - start == _QUERIES or positions[i] != positions[i - 1] + 1:
             yield start, i
             start = i
-
-
-def _seen(rules, first, last):
-    """What queries from position `first` to `last` see: sinks up to a position, and a band of positions."""
-    low = max(first - min(rules.window[0], rules.reach) + 1, 0)
-    return min(rules.sink[0], low), low, last + 1
