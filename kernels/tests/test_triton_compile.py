@@ -52,6 +52,21 @@ def prefill(chip, past, dtype, dims, group, page=0, split=False, softcap=False, 
     return compile_kernel(chip, kernel, arguments, **tile["options"])
 
 
+def attend_at(chip, dtype, dims, group, softcap=False, sink=False):
+    from redknot_kernels import triton_attend_at
+    from redknot_kernels.configurations import configuration
+
+    tile = configuration("prefill", chip, "text", 4 if dtype == "fp32" else 2, max(dims), group)
+    kernel, power = triton_attend_at._attend_at_kernel, lambda n: 1 << (n - 1).bit_length()
+    arguments = dict.fromkeys(kernel.arg_names, "i32")
+    arguments |= dict.fromkeys(("query", "keys", "values", "s_aux", "out"), f"*{dtype}")
+    arguments |= {"positions": "*i64", "bounds": "*i32", "scale": "fp32", "softcap": "fp32"}
+    arguments |= {"GROUP": group, "DIM": dims[0], "VALUE_DIM": dims[1], "SOFTCAP": softcap, "HAS_SINK": sink}
+    arguments |= {"UPCAST": False, "BLOCK_M": tile["rows"], "BLOCK_N": tile["keys"]}
+    arguments |= {"BLOCK_D": max(16, power(dims[0])), "BLOCK_V": max(16, power(dims[1]))}
+    return compile_kernel(chip, kernel, arguments, **tile["options"])
+
+
 def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, softcap=False):
     """`tokens`: `None` for as many as a launch takes."""
     from redknot_kernels import triton_decode
@@ -135,6 +150,10 @@ CASES = {
     "place": partial(place, dims=(128, 128), pairs=64),
     "place_partial": partial(place, dims=(80, 96), pairs=10, interleaved=True),
     "place_copied": partial(place, dims=(256, 256), pairs=0),
+    "attend_at": partial(attend_at, dtype="bf16", dims=(128, 128), group=4),
+    "attend_at_logits": partial(attend_at, dtype="fp16", dims=(96, 80), group=5, softcap=True, sink=True),
+    "attend_at_256": partial(attend_at, dtype="bf16", dims=(256, 256), group=8),
+    "attend_at_fp32": partial(attend_at, dtype="fp32", dims=(256, 256), group=2),
     "prefill": partial(prefill, past=False, dtype="bf16", dims=(128, 128), group=4),
     "prefill_band": partial(prefill, past=True, dtype="bf16", dims=(128, 128), group=4),
     "prefill_band_logits": partial(

@@ -197,7 +197,7 @@ class Assembly(Cache):
         """Hands the new keys and values on; the attention function will come back here with them."""
         keys, values = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(keys, RedKnotHandle):
-            keys.redknot.attend = partial(self._attend, layer_idx, keys.redknot, [])
+            keys.redknot.attend = partial(self._attend, layer_idx)
         return keys, values
 
     # What the mask is made from: it is to say nothing of what stands before, and to be none of a captured step.
@@ -216,22 +216,22 @@ class Assembly(Cache):
         return query_length, 0
 
     def _attend(
-        self, index: int, step: Step, laid: list[_LaidOut], query: Tensor, mask: Tensor | None, options: dict[str, Any]
+        self, index: int, step: Step, query: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> Float[Tensor, "batch tokens query_heads value_dim"]:
-        """Attends the tokens of all pieces; `laid` is there for layers that attend over the same keys once more."""
+        """Attends the tokens of all pieces; a layer that shares the keys finds the context laid out in `step.past`."""
         if mask is not None and not isinstance(mask, PaddingMask):
             raise ValueError(
                 f"{self.model.config.model_type} attends under a mask of its own, which says nothing of tokens put "
                 "between others: pass boundary=0, or read the text without reuse"
             )
         layer = step.layer
-        if not laid:
+        if step.past is None:
             layer.prefetch()
-            laid += [self._laid_out(index, step, b) for b in range(len(self.batch))]
-            self._keep(index, layer, laid)
+            step.past = [self._laid_out(index, step, b) for b in range(len(self.batch))]
+            self._keep(index, layer, step.past)
         rules, (batch, heads, tokens, _) = layer.storage()[0].rules, query.shape
         out = query.new_zeros(batch, tokens, heads, step.value.shape[-1])
-        for b, text in enumerate(laid):
+        for b, text in enumerate(step.past):
             mine = query[b : b + 1, :, : len(text.places)]
             if len(text.places):
                 found = layer.kernels.attend_at(
@@ -245,10 +245,10 @@ class Assembly(Cache):
         layer, pieces = step.layer, self.batch[sequence]
         rows, pool = layer.storage()
         before, heads, device = int(rows.lengths[sequence]), rows.rules.heads, pool.keys.device
-        end = pieces[-1].end if pieces else before
+        end = pieces[-1].end if pieces else 0
         keys, values = (x.new_zeros(heads, end, x.shape[-1]) for x in (step.key, step.value))
         flat = keys.flatten(0, 1), values.flatten(0, 1)
-        if before and len(self.places[sequence]):
+        if before and len(self.places[sequence]):  # who asks nothing need not see it
             at = [rows.positions_held(sequence, head) for head in range(heads)]
             of = np.repeat(np.arange(heads), [len(x) for x in at])
             where = staged(of * end + np.concatenate(at), device).to(device, non_blocking=True)

@@ -65,7 +65,7 @@ def _attend(query: Query, step: Step, mask: Tensor | None, options: dict[str, An
     query = query.to(step.value.dtype)  # under autocast RoPE leaves it wider
     with _plainly(query.device.type):
         if step.attend is not None:
-            out = step.attend(query, mask, options)
+            out = step.attend(step, query, mask, options)
         elif mask is None or _only_padding(mask, step):
             out = _paged(query, step, mask, options)
         else:

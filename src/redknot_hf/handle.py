@@ -47,8 +47,8 @@ class Step:
         written: The layer has taken them.
         real: Which of them are no padding; `None` if all.
         runs: Which of them are attended together, where they are not attended as they are written.
-        past: What the rows held before, where a mask of the caller's own asked for it.
-        attend: Writes and attends the step in place of the attention function: takes queries, mask and options.
+        past: What the rows held before, where whoever attends asked for it.
+        attend: Writes and attends the step in place of the attention function: takes it, queries, mask and options.
     """
 
     layer: RedKnotLayer
