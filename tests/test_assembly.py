@@ -1,5 +1,8 @@
 """One pass of many segments is held against reading and splicing them one after the other, by hand."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +97,29 @@ def test_sequences_of_a_batch_go_on_by_boundaries_of_different_length():
                 index = np.full(len(held), head)
                 mine, theirs = read(layer, b, index, held), read(wanted, 0, index, held)
                 torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_only_one_layer_is_laid_out_at_a_time(monkeypatch):
+    model = make_model("llama", **LONG)
+    store = SegmentStore(model, random_plan(model.config))
+    refs = [store.add(BOS), *store.add_all(texts(), BOS)]
+    store.verdict()
+    lay_out, laid, alive = assembly.Assembly._laid_out, [], []
+
+    def watched(*args):
+        alive.append(sum(one() is not None for one in laid))
+        text = lay_out(*args)
+        laid.append(weakref.ref(text))
+        return text
+
+    monkeypatch.setattr(assembly.Assembly, "_laid_out", watched)
+    gc.disable()
+    try:
+        assemble(model, refs[::-1], boundary=4)
+    finally:
+        gc.enable()
+    assert len(alive) == model.config.num_hidden_layers
+    assert max(alive) <= 1
 
 
 def test_a_text_that_was_lost_is_computed_before_the_pass_begins():

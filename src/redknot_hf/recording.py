@@ -70,7 +70,7 @@ def forward(model: Any, cache: RedKnotCache, texts: Sequence[Sequence[int]]) -> 
     Padding counts as slots: `settle_slots` makes them plain again.
     """
     for start in range(0, max(map(len, texts)), CHUNK):
-        ids, real = padded([text[start : start + CHUNK] for text in texts])
+        ids, real = _padded([text[start : start + CHUNK] for text in texts])
         slots, lengths = cache.get_seq_length(), _lengths(cache, len(texts))
         places = (lengths[:, None] + real.cumsum(1) - 1).clamp(min=0)
         flags = torch.cat([torch.arange(slots) >= slots - lengths[:, None], real], 1)
@@ -86,7 +86,7 @@ def row_layers(cache: RedKnotCache) -> Iterator[tuple[int, RedKnotLayer]]:
     return ((i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, RedKnotLayer))
 
 
-def padded(texts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
+def _padded(texts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
     """Ids, and which of them are no padding behind a text."""
     longest = max(map(len, texts))
     ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], dtype=torch.long)
