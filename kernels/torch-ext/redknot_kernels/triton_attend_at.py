@@ -9,10 +9,7 @@ import triton.language as tl
 
 from .configurations import chip_name, configuration
 from .triton_pages import INTERPRETING, on_its_device
-from .triton_prefill import accumulate, load_rows, sees
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-1e30)  # a maximum to start from that is finite, so that differences are never NaN
+from .triton_tiles import LOG2E, LOWEST, accumulate, load_rows, sees
 
 
 @on_its_device
@@ -55,12 +52,12 @@ def _attend_at_kernel(
     first_query = tl.min(tl.where(real, position, last_query), 0)
     p_q = query + i_batch * stride_qb + o_head * stride_qh + o_t.to(tl.int64) * stride_qt
     b_q = load_rows(p_q, real, DIM, BLOCK_D, UPCAST)
-    b_max, b_sum = tl.full([BLOCK_M], _LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    b_max, b_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINK:  # one more logit, with no value behind it
-        b_max = tl.load(s_aux + o_head, mask=real, other=0.0).to(tl.float32) * _LOG2E
+        b_max = tl.load(s_aux + o_head, mask=real, other=0.0).to(tl.float32) * LOG2E
         b_sum += 1.0
     b_out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    factor = _LOG2E if SOFTCAP else scale * _LOG2E
+    factor = LOG2E if SOFTCAP else scale * LOG2E
     near, stop = tl.minimum(window, reach), last_query + 1
     sink_stop = tl.minimum(sink, stop)
     sink_first = tl.maximum(first_query - reach + 1, 0)

@@ -15,9 +15,7 @@ import triton.language as tl
 
 from .configurations import chip_name, configuration, processors
 from .triton_pages import INTERPRETING, await_previous, early_launch, on_its_device
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-1e30)  # a maximum to start from that is finite, so that differences are never NaN
+from .triton_tiles import LOG2E, LOWEST, load_rows
 
 # The fewest slots of a split, and about the most: long ones leave the chip idle where programs end unevenly.
 _MIN_SPLIT = 64
@@ -127,14 +125,6 @@ def _programs(rows, slots, wave):
 
 
 @triton.jit
-def _load(p_rows, held, DIM: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):  # [rows] -> [rows, BLOCK]
-    o_d = tl.arange(0, BLOCK)
-    mask = held[:, None] if DIM == BLOCK else held[:, None] & (o_d < DIM)
-    block = tl.load(p_rows[:, None] + o_d, mask=mask, other=0.0)
-    return block.to(tl.float32) if UPCAST else block  # the interpreter computes nothing right in bfloat16
-
-
-@triton.jit
 def _shares(
     counts, bounds, batch, heads, slots, MIN_SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
@@ -157,9 +147,9 @@ def _scores(b_q, b_k, scale, softcap, SOFTCAP: tl.constexpr):
     """Scores as powers of two."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if SOFTCAP:
-        b_s = softcap * (2 * tl.sigmoid(2 * b_s * scale / softcap) - 1) * _LOG2E
+        b_s = softcap * (2 * tl.sigmoid(2 * b_s * scale / softcap) - 1) * LOG2E
     else:
-        b_s *= scale * _LOG2E
+        b_s *= scale * LOG2E
     return b_s
 
 
@@ -204,7 +194,7 @@ def _split_kernel(
     b_q = tl.load(p_q[:, None] + o_d * stride_qd, mask=asked[:, None] & (o_d < DIM), other=0.0)
     b_q = b_q.to(tl.float32) if UPCAST else b_q
     p_table = table + i_batch * stride_tb + i_head * stride_th
-    b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
@@ -259,7 +249,7 @@ def _split_kernel(
             page = tl.load(p_table + slot // PAGE, mask=used, other=0).to(tl.int64)
             p_k = k_pages + page * stride_kp + (slot % PAGE) * stride_ks
             p_v = v_pages + page * stride_vp + (slot % PAGE) * stride_vs
-        b_k = _load(p_k, used, DIM, BLOCK_D, UPCAST)
+        b_k = load_rows(p_k, used, DIM, BLOCK_D, UPCAST)
         b_s = _scores(b_q, b_k, scale, softcap, SOFTCAP)
         if (start < clear_first) | (start + BLOCK_N > clear_stop):
             # A slot of the ring holds the last position that falls on it.
@@ -267,7 +257,7 @@ def _split_kernel(
             seen = (key > position[:, None] - window) | (key < sink)
             seen = seen & (key <= position[:, None]) & (key > position[:, None] - reach) & used
             b_s = tl.where(seen, b_s, float("-inf"))
-        b_v = _load(p_v, used, VALUE_DIM, BLOCK_V, UPCAST)
+        b_v = load_rows(p_v, used, VALUE_DIM, BLOCK_V, UPCAST)
         b_out, b_max, b_sum = _accumulate(b_s, b_v, b_out, b_max, b_sum)
 
     b_sum = tl.where(asked, b_sum, 1.0)
@@ -293,7 +283,7 @@ def _merge_kernel(
     await_previous(EARLY)
     first, splits = tl.load(shares + i_row), tl.load(shares + batch * heads + i_row)
     # Every lane merges splits of its own; the lanes come together last.
-    b_max, b_sum = tl.full([BLOCK_S], _LOWEST, tl.float32), tl.zeros([BLOCK_S], tl.float32)
+    b_max, b_sum = tl.full([BLOCK_S], LOWEST, tl.float32), tl.zeros([BLOCK_S], tl.float32)
     b_out = tl.zeros([BLOCK_S, BLOCK_V], tl.float32)
     for start in range(0, splits, BLOCK_S):
         written = start + o_s < splits
@@ -308,7 +298,7 @@ def _merge_kernel(
     top = tl.max(b_max, 0)
     head = i_head * GROUP + i_m % GROUP
     if HAS_SINK:  # one more logit, with no value behind it
-        logit = tl.load(s_aux + head).to(tl.float32) * _LOG2E
+        logit = tl.load(s_aux + head).to(tl.float32) * LOG2E
         top = tl.maximum(top, logit)
     b_weight = tl.exp2(b_max - top)
     total = tl.sum(b_sum * b_weight, 0)

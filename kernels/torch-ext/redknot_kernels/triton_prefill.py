@@ -18,9 +18,7 @@ from .attend import merge_stacked
 from .configurations import chip_name, configuration, processors
 from .pages import head_index, take_heads
 from .triton_pages import INTERPRETING, on_its_device
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-1e30)  # a maximum to start from that is finite, so that differences are never NaN
+from .triton_tiles import LOG2E, LOWEST, accumulate, load_rows, sees
 
 # Keys that a part of a split must at least have, for its share of the merge to stay small.
 _PART_KEYS = 1024
@@ -126,15 +124,6 @@ def _parts(programs, keys, device):
 
 
 @triton.jit
-def load_rows(p_rows, held, DIM: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows from pointers to their beginnings, `[rows, BLOCK]`; zeros where nothing is held."""
-    o_d = tl.arange(0, BLOCK)
-    mask = held[:, None] if DIM == BLOCK else held[:, None] & (o_d < DIM)
-    block = tl.load(p_rows[:, None] + o_d, mask=mask, other=0.0)
-    return block.to(tl.float32) if UPCAST else block  # the interpreter computes nothing right in bfloat16
-
-
-@triton.jit
 def _band_start(i_member, heads, bounds, kv_heads, length, BLOCK_H: tl.constexpr):
     """The row of the band of all heads where a head's own begins: behind what the heads before it keep."""
     o_h = tl.arange(0, BLOCK_H)
@@ -156,22 +145,6 @@ def _page_row(p_table, first, o_n, held, PAGE: tl.constexpr, BLOCK_N: tl.constex
     return row
 
 
-@triton.jit
-def sees(key, query, window, sink, reach):
-    """Whether the query at one position sees the key at another."""
-    return (key <= query) & ((key > query - window) | (key < sink)) & (key > query - reach)
-
-
-@triton.jit
-def accumulate(b_s, b_v, b_out, b_max, b_sum, factor):
-    """Takes a tile of keys into the softmax; `factor` makes powers of two of the scores."""
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * factor)
-    b_p = tl.exp2(b_s * factor - b_new[:, None])
-    b_old = tl.exp2(b_max - b_new)
-    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_old[:, None], input_precision="ieee")
-    return b_out, b_new, b_sum * b_old + tl.sum(b_p, 1)
-
-
 @triton.jit(do_not_specialize=["stride_tb", "stride_th", "past_rows", "length", "tokens", "parts"])
 def _prefill_kernel(
     query, k_new, v_new, k_past, v_past, table, heads, bounds, s_aux, out, lse,
@@ -191,12 +164,12 @@ def _prefill_kernel(
     real, position = o_t < tokens, length + o_t
     p_q = query + i_batch * stride_qb + o_head * stride_qh + o_t.to(tl.int64) * stride_qt
     b_q = load_rows(p_q, real, DIM, BLOCK_D, UPCAST)
-    b_max, b_sum = tl.full([BLOCK_M], _LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    b_max, b_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINK:  # one more logit, with no value behind it
-        b_logit = tl.load(s_aux + o_head, mask=real, other=0.0).to(tl.float32) * _LOG2E
+        b_logit = tl.load(s_aux + o_head, mask=real, other=0.0).to(tl.float32) * LOG2E
         b_max, b_sum = tl.where(i_part == 0, b_logit, b_max), tl.where(i_part == 0, b_sum + 1.0, b_sum)
     b_out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    factor = _LOG2E if SOFTCAP else scale * _LOG2E
+    factor = LOG2E if SOFTCAP else scale * LOG2E
 
     first_query = length + i_block * BLOCK_M // GROUP
     last_query = length + tl.minimum((i_block * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1)
@@ -244,7 +217,7 @@ def _prefill_kernel(
     row = (i_batch * tokens + o_t) * kv_heads * GROUP + o_head
     if SPLIT:
         row = (((i_part * batch + i_batch) * tokens + o_t) * tl.num_programs(1) + i_member) * GROUP + o_m % GROUP
-        b_lse = tl.where(b_sum > 0, (b_max + tl.log2(b_total)) / _LOG2E, float("-inf"))
+        b_lse = tl.where(b_sum > 0, (b_max + tl.log2(b_total)) / LOG2E, float("-inf"))
         tl.store(lse + row, b_lse, mask=real)
     o_v = tl.arange(0, BLOCK_V)
     b_out = (b_out / b_total[:, None]).to(out.dtype.element_ty)
