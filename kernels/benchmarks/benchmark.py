@@ -99,23 +99,24 @@ class PrefillBenchmark(_Rows, Benchmark):
 
 
 class PlaceBenchmark(_Rows, Benchmark):
-    """A stored document of 4K tokens goes to its pages, and its keys to other positions."""
+    """A stored document of 4K tokens goes to its rows, and its keys to other positions."""
 
     def setup_document(self) -> None:
         self._make(HEADS, 4096, 1)
-        self.stored = [x[0].flatten(0, 1).contiguous() for x in (self.keys / 8, self.values)]
-        tokens = len(self.stored[0])
-        self.target = torch.randperm(tokens, device=self.device)
+        stored = [x[0].flatten(0, 1).contiguous() for x in (self.keys / 8, self.values)]
         angles = torch.rand(self.length, DIM // 2, device=self.device) * 1000
-        self.rotation = self.kernel.Rotation(angles.cos(), angles.sin())
-        self.turn, self.source = (torch.arange(tokens, device=self.device) % n for n in (self.length, tokens))
-        self.pages = torch.zeros(2, -(-tokens // PAGE), PAGE, DIM, device=self.device, dtype=self.dtype)
-        self.out = self.pages[0].view(-1, DIM)[:tokens]
+        columns = -(-self.length // PAGE)
+        table = torch.randperm(HEADS * columns, device=self.device).int().view(HEADS, columns)
+        kept = (self.kernel.UNBOUNDED,) * HEADS, (0,) * HEADS
+        rotation = self.kernel.Rotation(angles.cos(), angles.sin())
+        self.document = *stored, table, self.rules, kept, (self.length, 0, 0), rotation
+        self.pages = torch.zeros(2, HEADS * columns, PAGE, DIM, device=self.device, dtype=self.dtype)
+        self.out = self.pages[0]
 
     def benchmark_document(self) -> None:
-        self.kernels.place(*self.pages, *self.stored, self.source, self.target, self.rotation, self.turn)
+        self.kernels.place(*self.pages, *self.document)
 
     def verify_document(self) -> torch.Tensor:
         plain = torch.zeros_like(self.pages)
-        self.kernel.place(*plain, *self.stored, self.source, self.target, self.rotation, self.turn)
-        return plain[0].view(-1, DIM)[: len(self.target)]
+        self.kernel.place(*plain, *self.document)
+        return plain[0]
