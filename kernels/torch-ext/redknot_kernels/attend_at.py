@@ -31,10 +31,10 @@ def attend_at(query, keys, values, positions, rules, *, scale, softcap=None, s_a
     out = query.new_empty(batch, tokens, heads, group, values.shape[-1])
     runs = list(_runs(positions.tolist()))
     for part, members in (*kinds, *rules.local_groups):
-        known = [take_heads(x, members) for x in (keys, values)]
+        key, value = take_heads(keys, members), take_heads(values, members)
         for start, stop in runs:
             asking, where = take_heads(grouped[:, :, :, start:stop], members).flatten(1, 2), positions[start:stop]
-            found, lse = _attended(asking, *known, where, part.take((0,)), scale=scale, softcap=softcap)
+            found, lse = _attended(asking, key, value, where, part.take((0,)), scale=scale, softcap=softcap)
             found = add_sink_logit(found, lse, None if sinks is None else sinks[list(members)].flatten())
             out[:, start:stop, list(members)] = found.unflatten(1, (len(members), group)).permute(0, 3, 1, 2, 4)
     return out.flatten(2, 3)
