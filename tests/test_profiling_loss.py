@@ -50,6 +50,7 @@ def test_a_profile_confirms_its_plan_on_prompts_held_out(model, profile):
     assert confirmed["kl"] == pytest.approx(float(Divergence(model, held_out)(profile.plan())[0]), abs=1e-5)
     assert 0 <= profile.provenance["overlap"] <= 1
     assert profile.provenance["calibration"]["prompts"] == 4
+    assert profile.provenance["finished"]
 
 
 def test_a_plan_is_confirmed_at_other_lengths(model):
@@ -65,4 +66,6 @@ def test_no_time_makes_a_rougher_profile(model):
     )
     assert profile.plan(global_ratio=0.5).num_global == 4
     assert steps == sorted(steps)
+    assert profile.provenance["passes"] == steps[-1]
+    assert not profile.provenance["finished"]
     assert "held_out" not in profile.provenance  # no budget, no plan

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from redknot_hf.profiling import search
 from redknot_hf.profiling.search import find_path, measure_path, refine
 
 
@@ -53,6 +54,20 @@ def test_out_of_time_the_last_order_stands():
     assert sorted(path.heads) == list(range(40))
     assert path.errors[-1] == costs.sum()
     assert measure.calls < 60
+    assert not path.finished
+    assert find_path(measure, list(range(40))).finished
+
+
+def test_heads_that_a_round_had_no_time_for_stay_behind_in_their_order(monkeypatch):
+    costs = np.ones(40)
+    costs[:20] = np.random.default_rng(0).uniform(1, 2, 20)
+    measure = Counted(costs)
+    monkeypatch.setattr(search.time, "perf_counter", lambda: measure.calls)
+    path = find_path(measure, list(range(40)), seconds=20)
+    assert measure.calls < 25
+    tried = [head for head in path.heads if head < 10]
+    assert tried != sorted(tried)
+    assert path.heads[20:] == list(range(20, 40))
 
 
 def test_a_known_order_is_measured_at_some_points():
@@ -69,3 +84,16 @@ def test_refining_swaps_what_is_better():
     assert refine(Counted(costs), [0, 1, 3], [2, 4, 5]) == [0, 1, 3]
     assert refine(Counted(costs), [0, 1, 2], [3, 4, 5], seconds=0) == [0, 1, 2]
     assert refine(Counted(costs), [0, 1], []) == [0, 1]
+
+
+def test_refining_goes_on_while_swaps_are_better():
+    costs = np.random.default_rng(1).exponential(size=32) ** 2
+    measure = Counted(costs)
+    assert set(refine(measure, list(range(16)), list(range(16, 32)))) == set(np.argsort(costs)[:16])
+    assert measure.calls < 300
+
+
+def test_refining_finds_what_only_a_swap_betters():
+    # Restricting one of the pair costs nothing while the other is global.
+    measure = Counted([0, 0, 0.1, 3, 4], [({0, 1}, 5.0)])
+    assert set(refine(measure, [0, 1], [2, 3, 4])) in ({0, 2}, {1, 2})

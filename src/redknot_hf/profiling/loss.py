@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,6 +30,9 @@ class LossSearch:
         windows: Candidate windows, ascending.
         sink: First tokens that local heads keep.
         tick: Called with the forward passes done so far.
+
+    Attributes:
+        finished: Whether `run` and `refined` had the time that they needed.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class LossSearch:
         sums = measure_drift(model, prompts, windows, sink, lambda: None)
         self.drifts = drift(sums)
         self.divergence = Divergence(model, prompts)
+        self.until: float | None = None
+        self.finished = False
 
     def run(self, seconds: float | int | None = None) -> tuple[Table, tuple[Table, Table]]:
         """Returns the errors of all heads at all windows, and those of either half.
@@ -53,12 +59,13 @@ class LossSearch:
         and are measured too.
 
         Args:
-            seconds: Time for the search, about.
+            seconds: Time for the search, `refined` included: it may take longer by the joint path.
         """
+        self.until = None if seconds is None else time.perf_counter() + seconds
         number = len(self.divergence.prompts)
         halves = [list(range(i, number, 2)) for i in range(2)]
         prior = np.argsort(self.drifts[:, -1], kind="stable").tolist()
-        each = None if seconds is None else 0.4 * seconds  # and a fifth for the joint path
+        each = None if seconds is None else 0.35 * seconds  # the rest is for the joint path and for `refined`
         spec = HeadSpec(self.windows[-1], self.sink)
         paths = [
             find_path(
@@ -67,6 +74,7 @@ class LossSearch:
             for half in halves
         ]
         self.divergence.settled = None
+        self.finished = all(path.finished for path in paths)
         growth = self.drifts / self.drifts[:, -1:].clip(np.finfo(float).tiny)
         rank = sum(np.argsort(path.heads, kind="stable") for path in paths)
         joint = self._errors(measure_path(self._measure(-1), np.argsort(rank, kind="stable").tolist(), _POINTS))
@@ -77,17 +85,19 @@ class LossSearch:
         first, second = (self._errors(path)[:, None] * growth for path in paths)
         return np.stack(table, 1), (first, second)
 
-    def refined(self, errors: Table, plan: HeadPlan, seconds: float | int | None = None) -> Table:
+    def refined(self, errors: Table, plan: HeadPlan) -> Table:
         """Returns errors whose plan for the same budget has swapped local and global heads where that lowers the KL.
 
-        The swapped heads swap their errors, so plans for other budgets change little.
+        The swapped heads swap their errors, so plans for other budgets change little. It takes what `run` left of its
+        time.
         """
         specs = [spec for layer in plan for spec in layer]
         order = np.argsort(errors[:, -1], kind="stable").tolist()
         local = [head for head in order if not specs[head].is_global]
         rest = [head for head in order if specs[head].is_global]
-        each = None if seconds is None else 0.2 * seconds
-        swapped = refine(self._measure(-1), local, rest, each)
+        left = None if self.until is None else self.until - time.perf_counter()
+        swapped = refine(self._measure(-1), local, rest, left)
+        self.finished &= self.until is None or time.perf_counter() < self.until
         errors = errors.copy()
         into, out = [h for h in swapped if h not in local], [h for h in local if h not in swapped]
         errors[into + out] = errors[out + into]

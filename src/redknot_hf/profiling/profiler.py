@@ -65,7 +65,8 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
             trained by distillation; one window.
         held_out: Prompts like `inputs`, of any lengths, on which the plan for the budget is confirmed. By default
             every fourth of four or more inputs is held out; they have no part in the profile.
-        seconds: Time for the search of `"loss"` or the training of `"gates"`, about; less makes a rougher profile.
+        seconds: Time for the search of `"loss"` or the training of `"gates"`, about; less makes a rougher profile, and
+            `finished` in the provenance of `"loss"` says whether it was enough.
         steps: Training steps of `"gates"`, of one prompt each, for each half of the prompts.
         checkpoint: File that the training of `"gates"` is kept in, and goes on from.
         report: Called with the name of a stage, steps done and steps in all, `None` if unknown.
@@ -103,7 +104,7 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
         profile = replace(profile, errors=(first + second) / 2, halves=(first, second))
     else:
         profile = _measured(profile, model, prompts, seconds, report)
-    provenance = _provenance(model, prompts)
+    provenance = {**_provenance(model, prompts), **profile.provenance}
     if target:
         provenance["overlap"] = round(profile.overlap(), 4)
         if confirming:
@@ -129,8 +130,8 @@ def _measured(
     errors, halves = search.run(seconds)
     profile = replace(profile, errors=errors, halves=halves)
     if profile.target:
-        profile = replace(profile, errors=search.refined(profile.errors, profile.plan(), seconds))
-    return profile
+        profile = replace(profile, errors=search.refined(profile.errors, profile.plan()))
+    return replace(profile, provenance={"passes": search.divergence.measured, "finished": search.finished})
 
 
 def _split(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product, takewhile
 
 import numpy as np
 
@@ -11,7 +13,8 @@ import numpy as np
 Measure = Callable[[Sequence[int]], float]
 
 SHARE = 0.3  # of the heads still global are restricted in a round
-BORDER = 5  # heads on either side of the budget that may swap
+BORDER = 16  # heads on either side of the budget that may swap
+PAIRS = 16  # swaps that are tried in a round
 FREE = 0.02  # of the error of restricting all heads: what the first, unmeasured choice may cost
 
 
@@ -21,11 +24,13 @@ class Path:
     Attributes:
         heads: All heads, the most dispensable first.
         errors: Error with this head and all before it restricted; never falling.
+        finished: Whether the search had the time that it needed.
     """
 
     def __init__(self) -> None:
         self.heads: list[int] = []
         self.errors: list[float] = []
+        self.finished = True
 
     def extend(self, heads: Sequence[int], shares: Sequence[float], error: float) -> None:
         """Adds heads that together bring the error to `error`, rising by shares of the difference."""
@@ -52,13 +57,14 @@ def find_path(
     Args:
         measure: Error of restricting these heads.
         prior: All heads, the most dispensable first, by a cheaper measure.
-        seconds: Time to search in; the order of the last round then stands for the rest.
+        seconds: Time to search in, in which one head is tried at least. Heads left then follow in the order of the
+            last round, those that it did not come to at the end.
         settle: Told before each round which heads all of its measurements have in common.
 
     Returns:
         The path; its last head's error is that of restricting all.
     """
-    start = time.perf_counter()
+    late = _timer(seconds)
     path, left = Path(), list(prior)
     everything = measure(left)
     free = _bisect(lambda n: measure(left[:n]) <= FREE * everything, len(left))
@@ -68,13 +74,18 @@ def find_path(
     while left:
         before = path.errors[-1] if path.errors else 0.0
         settle(path.heads)
-        alone = {head: measure([*path.heads, head]) for head in left}
-        left.sort(key=lambda head: alone[head])
-        late = seconds is not None and time.perf_counter() - start > seconds
-        number = len(left) if late else max(1, round(SHARE * len(left)))
-        risen = [max(alone[head] - before, 0.0) for head in left]
+        alone: dict[int, float] = {}
+        for head in left:
+            if alone and late():
+                break
+            alone[head] = measure([*path.heads, head])
+        left.sort(key=lambda head: alone.get(head, np.inf))
+        path.finished = len(alone) == len(left) and (len(left) == 1 or not late())
+        number = max(1, round(SHARE * len(left))) if path.finished else len(left)
+        most = max(alone.values())
+        risen = [max(alone.get(head, most) - before, 0.0) for head in left]
         together = everything if number == len(left) else measure([*path.heads, *left[:number]])
-        while not late and number > 1 and together - before > 4 * sum(risen[:number]) + FREE * everything:
+        while path.finished and number > 1 and together - before > 4 * sum(risen[:number]) + FREE * everything:
             number //= 2
             together = measure([*path.heads, *left[:number]])
         path.extend(left[:number], risen[:number], together)
@@ -97,6 +108,9 @@ def refine(
 ) -> list[int]:
     """Swaps restricted heads with global ones where that lowers the error, among the least certain of both.
 
+    In every round each of them is measured alone: a restricted head set free, and a global one restricted. The pairs
+    that promise most are tried, and the round after begins with the swaps that were better.
+
     Args:
         measure: Error of restricting these heads.
         local: Heads that are restricted, the least certain last.
@@ -106,20 +120,29 @@ def refine(
     Returns:
         As many restricted heads.
     """
-    start = time.perf_counter()
+    late = _timer(seconds)
     local, rest = list(local), list(rest)
-    best = measure(local)
-    for head in local[: -BORDER - 1 : -1]:
-        for other in rest[:BORDER]:
-            if seconds is not None and time.perf_counter() - start > seconds:
-                return local
-            swapped = [other if h == head else h for h in local]
-            error = measure(swapped)
-            if error < best:
-                best, local = error, swapped
-                rest[rest.index(other)] = head
-                break
+    best, better = measure(local), True
+    while better and not late():
+        better = False
+        in_time = partial(takewhile, lambda head: not late())
+        freed = {head: measure([h for h in local if h != head]) for head in in_time(local[-BORDER:])}
+        added = {head: measure([*local, head]) for head in in_time(rest[:BORDER])}
+        pairs = sorted(product(freed, added), key=lambda pair: freed[pair[0]] + added[pair[1]])
+        for head, other in in_time(pairs[:PAIRS]):
+            if head in local and other in rest:
+                swapped = [other if h == head else h for h in local]
+                error = measure(swapped)
+                if error < best:
+                    best, better, local = error, True, swapped
+                    rest[rest.index(other)] = head
     return local
+
+
+def _timer(seconds: float | int | None) -> Callable[[], bool]:
+    """What says whether this time is over."""
+    start = time.perf_counter()
+    return lambda: seconds is not None and time.perf_counter() - start > seconds
 
 
 def _bisect(holds: Callable[[int], bool], most: int) -> int:
