@@ -2,9 +2,10 @@
 
     python -m evals.profile_cost --out evals/results/profile_cost.jsonl
 
-Random weights cost what trained ones do: no step of a profile depends on what the heads have learned, but the search
-of `loss`, which ends with the round that `--loss-seconds` interrupts: `passes` says how many forward passes it made.
-It prints a JSON line a method, and `--out` appends them to a file.
+Random weights cost what trained ones do, but for the rounds that the search of `loss` takes. It ends after
+`--loss-seconds`: `passes` says how many forward passes it made, and `finished` whether it wanted no more.
+`held_out_kl` compares the methods' plans, for what the heads of a random model are worth. It prints a JSON line a
+method, and `--out` appends them to a file.
 """
 
 from __future__ import annotations
@@ -56,11 +57,13 @@ def measure(model: Any, prompts: list[Prompt], method: str, windows: list[int], 
     if on_gpu:
         torch.cuda.synchronize()
     taken = time.perf_counter() - start
+    confirmed = profile.provenance.get("held_out", [])
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     return {
         "method": method, "seconds": round(taken, 2), "peak_bytes": peak, "peak_over_weights_bytes": peak - before,
         "heads": profile.plan().num_heads, "length": profile.length, "windows": list(profile.windows),
         "prompts": len(prompts), "passes": passes, "given_seconds": seconds if method in ("loss", "gates") else None,
+        "finished": profile.provenance.get("finished"), "held_out_kl": [row["kl"] for row in confirmed],
     }  # fmt: skip
 
 

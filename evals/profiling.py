@@ -2,10 +2,11 @@
 
     python -m evals.profiling --figures evals/results/profiling
 
-The bundled model's true head classes are known, since it was trained with them; its plainly trained twin is the hard
-case. Plans are judged on texts of their own, through a RedKnotCache, by the answer tokens that are predicted right and
-by the KL divergence from the dense model. Every measurement is a JSON line of `--out`; those that are there already
-are not made again, so a run that stops goes on. `--figures FOLDER` draws the lines.
+The bundled model's true head classes are known, since it was trained with them: it is profiled on texts of one length,
+and drift on more sets of them. Its plainly trained twin is the hard case: it is profiled on texts of both lengths.
+Plans are judged on texts of their own, through a RedKnotCache, by the answer tokens that are predicted right and by
+the KL divergence from the dense model. Every measurement is a JSON line of `--out`; those that are there already are
+not made again, so a run that stops goes on. `--figures FOLDER` draws the lines.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from redknot_hf.profiling import HeadProfile, Prompt, profile_heads
 
 TINY = Path(os.path.relpath(Path(__file__).parent / "tiny"))  # so profiles name no folder of this machine
 MODELS = {"bundled": TINY, "plain": TINY / "plain"}
+STAGES = ("profile", "seeds", "length", "frontier")
 METHODS = ("drift", "loss", "mass", "gates")
 RATIOS = (0.05, 0.1, 0.2, 0.3125, 0.4, 0.5, 0.75, 1.0)
 RANDOM = ("random 0", "random 1", "random 2")
-LOCAL = HeadSpec(window=128, sink=4)
+LOCAL = {"bundled": HeadSpec(window=128, sink=4), "plain": HeadSpec(window=512, sink=4)}
 # Seeds of `set_exams`: what is profiled, what confirms a profile, and what judges a plan.
 CALIBRATION, CONFIRMATION, JUDGEMENT = 11, 12, 13
+SEEDS = range(101, 113)  # of the texts on which drift is profiled once more
 
 
 class Judge:
@@ -101,7 +104,7 @@ class Run:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             MODELS[name], dtype=torch.float32, attn_implementation="redknot"
         ).to(args.device)
-        self.ratio = 10 / 32 if name == "bundled" else 0.5
+        self.ratio, self.local = 10 / 32 if name == "bundled" else 0.5, LOCAL[name]
         lines = args.out.read_text().splitlines() if args.out.exists() else []
         self.done = {key(row) for row in map(json.loads, lines)}
 
@@ -113,28 +116,44 @@ class Run:
             file.write(json.dumps({**row, "hardware": hardware(self.args.device)}) + "\n")
         print(json.dumps(row), flush=True)
 
+    def calibration(self) -> list[Prompt]:
+        """Texts to profile on: for the twin, long ones among them."""
+        long = [] if self.name == "bundled" else prompts(self.args.long, self.args.long_calibration, CALIBRATION)
+        return [*prompts(self.args.length, self.args.calibration, CALIBRATION), *long]
+
     def profile(self, method: str) -> HeadProfile:
         """The profile by one method, from its file if it is there."""
         path = self.args.profiles / f"{self.name}_{method}.json"
         if path.exists():
             return HeadProfile.load(path)
-        length, reference = self.args.length, HeadPlan.load(TINY / "plan.json")
-        confirming = [prompt for n in (length, self.args.long) for prompt in prompts(n, 2, CONFIRMATION)]
-        start = time.process_time()
+        inputs = self.calibration()
+        lengths, answers = (self.args.length, self.args.long), self.args.confirmation
+        confirming = [prompt for n in lengths for prompt in prompts(n, answers, CONFIRMATION)]
+        start = time.perf_counter()
         found = profile_heads(
-            self.model, prompts(length, self.args.calibration, CALIBRATION), method=method,
-            windows=(LOCAL.window or 0,), sink=LOCAL.sink, global_ratio=self.ratio, held_out=confirming,
-            steps=self.args.steps,
+            self.model, inputs, method=method, windows=(self.local.window or 0,), sink=self.local.sink,
+            global_ratio=self.ratio, held_out=confirming, steps=self.args.steps,
         )  # fmt: skip
-        seconds = round(time.process_time() - start, 1)
+        seconds = round(time.perf_counter() - start, 1)
         path.parent.mkdir(parents=True, exist_ok=True)
         found.save(path)
-        row = {"cpu_seconds": seconds, "ratio": self.ratio, "held_out": found.provenance["held_out"]}
+        row = {"seconds": seconds, "ratio": self.ratio, "lengths": sorted(map(len, inputs))}
+        row["held_out"] = found.provenance["held_out"]
         row["overlap"] = {str(ratio): round(found.overlap(global_ratio=ratio), 3) for ratio in (0.25, self.ratio, 0.5)}
         if self.name == "bundled":
-            row |= recovery(found, reference)
+            row |= recovery(found)
         self.write("profile", method, row)
         return found
+
+    def seeds(self) -> None:
+        """How often drift finds the true heads, on other sets of texts."""
+        for seed in SEEDS if self.name == "bundled" and "drift" in self.args.methods else ():
+            if key({"model": self.name, "stage": "seeds", "what": "drift", "seed": seed}) not in self.done:
+                texts = prompts(self.args.length, self.args.calibration, seed)
+                windows = (self.local.window or 0,)
+                # A profile without a budget confirms nothing.
+                found = profile_heads(self.model, texts, windows=windows, sink=self.local.sink, held_out=texts[:1])
+                self.write("seeds", "drift", {"seed": seed, **recovery(found)})
 
     def plans(self, ratio: float) -> Iterator[tuple[str, HeadPlan]]:
         """A plan by each method, and random ones, with this share of global heads."""
@@ -144,7 +163,7 @@ class Run:
         for name in RANDOM:
             chosen = np.random.default_rng(int(name.split()[1])).permutation(shape[0] * shape[1])
             heads = [divmod(int(head), shape[1]) for head in chosen[: round(ratio * len(chosen))]]
-            yield name, HeadPlan.with_global(self.model.config, heads, LOCAL)
+            yield name, HeadPlan.with_global(self.model.config, heads, self.local)
 
     def lengths(self) -> None:
         """Plans made at one length, judged there and at a longer one."""
@@ -154,7 +173,8 @@ class Run:
                 row = {"model": self.name, "stage": "length", "what": method, "length": length}
                 if method not in RANDOM and key(row) not in self.done:
                     judge = judge or Judge(self.model, length, self.args.answers)
-                    self.write("length", method, {"length": length, "ratio": self.ratio, **judge(plan)})
+                    row = {"length": length, "ratio": self.ratio, "kept": kept(plan, length), **judge(plan)}
+                    self.write("length", method, row)
 
     def frontier(self) -> None:
         """Plans for all shares of global heads."""
@@ -164,12 +184,19 @@ class Run:
                 row = {"model": self.name, "stage": "frontier", "what": method, "ratio": ratio}
                 if key(row) not in self.done:
                     judge = judge or Judge(self.model, self.args.length, self.args.frontier_answers)
-                    kept = plan.nbytes(self.args.length, 32, 2) / plan.nbytes(1, 32, 2) / self.args.length
-                    self.write("frontier", method, {"ratio": ratio, "kept": round(kept, 4), **judge(plan)})
+                    self.write(
+                        "frontier", method, {"ratio": ratio, "kept": kept(plan, self.args.length), **judge(plan)}
+                    )
 
 
-def recovery(profile: HeadProfile, true: HeadPlan) -> dict[str, float]:
+def kept(plan: HeadPlan, length: int) -> float:
+    """Share of the dense cache's bytes that a plan keeps of a text of this length."""
+    return round(plan.nbytes(length, 32, 2) / plan.nbytes(1, 32, 2) / length, 4)
+
+
+def recovery(profile: HeadProfile) -> dict[str, float]:
     """How well a profile finds the heads that are global in truth, at their true number and over all thresholds."""
+    true = HeadPlan.load(TINY / "plan.json")
     plan = profile.plan(global_ratio=true.num_global / true.num_heads)
     pairs = [(x.is_global, y.is_global) for p, q in zip(plan, true, strict=True) for x, y in zip(p, q, strict=True)]
     hits = sum(x and y for x, y in pairs)
@@ -189,7 +216,8 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
         row["stage"],
         row["what"],
         row.get("length"),
-        row.get("ratio") if "length" not in row else None,
+        row.get("seed"),
+        row.get("ratio") if row["stage"] == "frontier" else None,
     )
 
 
@@ -226,7 +254,7 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path, profiles: Path) -> None:
         chance = [np.mean([r["accuracy"] for r in found if r["what"] in RANDOM and r["ratio"] == x]) for x in ratios]
         panel.plot(ratios, chance, color="gray", linestyle=":", label="random (mean of 3)")
         panel.axhline(found[0]["dense_accuracy"], color="black", linewidth=0.8, label="dense")
-        title = f"{name}, {found[0]['tokens']} answer tokens" + worse(found)
+        title = f"{name}, window {LOCAL[name].window}, {found[0]['tokens']} answer tokens" + worse(found)
         panel.set(title=title, xlabel="share of global KV heads")
     panels[0].set_ylabel("answer tokens right")
     panels[0].legend()
@@ -254,12 +282,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument(
-        "--stages", nargs="+", choices=("profile", "length", "frontier"), default=["profile", "length", "frontier"]
-    )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--length", type=int, default=2048, help="tokens of the texts to profile and to judge on")
     parser.add_argument("--long", type=int, default=8192, help="tokens of the longer texts")
     parser.add_argument("--calibration", type=int, default=96, help="answers to profile on")
+    parser.add_argument("--long-calibration", type=int, default=288, help="answers in longer texts for the twin")
+    parser.add_argument("--confirmation", type=int, default=2, help="answers that confirm a profile at both lengths")
     parser.add_argument("--answers", type=int, default=144, help="answers that judge the plans at both lengths")
     parser.add_argument(
         "--frontier-answers", type=int, default=48, help="answers that judge the plans of the frontier"
@@ -277,6 +305,8 @@ def main(argv: list[str] | None = None) -> None:
         if "profile" in args.stages:
             for method in args.methods:
                 run.profile(method)
+        if "seeds" in args.stages:
+            run.seeds()
         if "length" in args.stages:
             run.lengths()
         if "frontier" in args.stages:

@@ -1,6 +1,7 @@
 """The scripts that measure profiles, at a size that takes seconds."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiling, "RATIOS", (0.1, 1.0))
         patch.setattr(profiling, "RANDOM", ("random 0",))
+        patch.setattr(profiling, "SEEDS", (1, 2))
         profiling.main(arguments)
         first = (folder / "rows.jsonl").read_text()
         profiling.main(arguments)  # nothing is left to measure
@@ -27,7 +29,9 @@ def measured(tmp_path_factory):
 
 def test_every_stage_writes_its_lines(measured):
     _, rows = measured
-    assert [row["stage"] for row in rows] == ["profile", *["length"] * 2, *["frontier"] * 4]
+    assert [row["stage"] for row in rows] == ["profile", *["seeds"] * 2, *["length"] * 2, *["frontier"] * 4]
+    assert all(0 < row["recall"] <= 1 for row in rows if row["stage"] == "seeds")
+    assert all(row["kept"] < 0.6 for row in rows if row["stage"] == "length")
     (profile,) = (row for row in rows if row["stage"] == "profile")
     assert 0 <= profile["recall"] <= 1
     assert [found["length"] for found in profile["held_out"]] == [320, 480]
@@ -45,6 +49,14 @@ def test_all_global_is_dense_and_less_keeps_less(measured):
         else:
             assert row["kl"] > 1e-5
             assert row["kept"] < 0.6
+
+
+def test_the_twin_is_profiled_on_long_texts_too(tmp_path):
+    args = Namespace(device="cpu", out=tmp_path / "none", length=320, long=480, calibration=3, long_calibration=6)
+    lengths = {name: [len(text) for text in profiling.Run(name, args).calibration()] for name in ("bundled", "plain")}
+    assert set(lengths["bundled"]) == {320}
+    assert set(lengths["plain"]) == {320, 480}
+    assert lengths["plain"].count(480) == 2
 
 
 def test_figures_are_drawn(measured):
