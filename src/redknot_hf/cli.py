@@ -45,7 +45,7 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
     kinds: Annotated[str | None, typer.Option(help="passkey,pairs,two_hop,repeats,text; all by default.")] = None,
     texts: Annotated[str | None, typer.Option(help="Texts to mix in: a file, or a data set's id on the Hub.")] = None,
     check_length: Annotated[list[int] | None, typer.Option(help="Confirm the plan at this length too.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Time for the search of loss, about.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for the search of loss, or to train gates; about.")] = 800.0,
     steps: Annotated[int, typer.Option(help="Training steps of gates.")] = 100,
     checkpoint: Annotated[Path | None, typer.Option(help="File that the training of gates goes on from.")] = None,
     profile_out: Annotated[Path | None, typer.Option(help="File to write the profile to, for other budgets.")] = None,
