@@ -30,7 +30,7 @@ from .recording import row_layers
 from .rope import Relocation
 from .segment import Segment
 from .segments import SegmentRef, SegmentStore
-from .splice import check_room, count, place, read, settle_slots, splice
+from .splice import count, place, read, settle_slots, splice
 
 # Tokens of one forward pass, those of all sequences together.
 _PASS_TOKENS = 8192
@@ -115,6 +115,19 @@ def put(
         assembly = Assembly(model, cache, store, pieces, ends, relocation)
         with record_function("redknot: assembly"):
             assembly.run()
+
+
+def check_room(cache: RedKnotCache, end: int) -> None:
+    """Raises if a cache is too small for so many tokens.
+
+    Raises:
+        ValueError: They do not fit `max_cache_len`.
+    """
+    most = cache.get_max_length()
+    if 0 <= most < end:
+        raise ValueError(
+            f"the segments reach to token {end} and exceed max_cache_len={most}: give a larger one, or none"
+        )
 
 
 def passes(parts: Sequence[Reused], most: int, nbytes: Callable[[Piece], int]) -> Iterator[list[Piece]]:

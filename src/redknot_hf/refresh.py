@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
-from .assembly import Reused, initialize
+from .assembly import Reused, check_room, initialize
 from .layer import RedKnotLayer
 from .recording import row_layers
 from .reuse import AssembledCache, Refs, as_batch, relocation_of, schedule, store_of
 from .segment import KeptLayer, Segment
-from .splice import check_room, settle_slots, splice
+from .splice import settle_slots, splice
 
 By = Literal["deviation", "attention"]
 _NAME = "redknot_refresh"

@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 from redknot_kernels import UNBOUNDED, HeadRules, Rotation
 from torch import Tensor
 
-from .cache import RedKnotCache
 from .device_rows import staged
 from .history import SlotHistory
 from .layer import RedKnotLayer
@@ -78,19 +77,6 @@ def count(layer: RedKnotLayer, index: int, sequence: int, segment: Segment, firs
     offset, tokens = int(rows.lengths[sequence]) - first, segment.tokens
     tails = _kept(segment, index, layer).tails(tokens)
     rows.splice(sequence, tokens - first, offset + np.maximum(tails, tokens - np.array(rows.rules.ring)))
-
-
-def check_room(cache: RedKnotCache, end: int) -> None:
-    """Raises if a cache is too small for so many tokens.
-
-    Raises:
-        ValueError: They do not fit `max_cache_len`.
-    """
-    most = cache.get_max_length()
-    if 0 <= most < end:
-        raise ValueError(
-            f"the segments reach to token {end} and exceed max_cache_len={most}: give a larger one, or none"
-        )
 
 
 def settle_slots(layer: RedKnotLayer) -> None:
