@@ -10,8 +10,7 @@ from families import make_model
 from oracle import random_plan
 from test_reuse import BOS, LONG, QUESTION, joined, next_logits, texts
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, assembly
-from redknot_hf.assembly import Reused, passes
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, assembly, pieces
 from redknot_hf.recording import forward, row_layers
 from redknot_hf.splice import read, settle_slots, splice
 
@@ -51,7 +50,7 @@ def test_one_pass_does_what_many_do(family, boundary, monkeypatch):
     want = next_logits(model, by_hand)
     torch.testing.assert_close(next_logits(model, cache), want, atol=1e-4, rtol=1e-4)
     for name, most in (("_PASS_TOKENS", 40), ("_PASS_TOKENS", 16), ("_PASS_BYTES", 1)):
-        monkeypatch.setattr(assembly, name, most)
+        monkeypatch.setattr(pieces, name, most)
         before = len(sizes)
         other = assemble(model, order, boundary=boundary)
         torch.testing.assert_close(next_logits(model, other), want, atol=1e-4, rtol=1e-4)
@@ -131,27 +130,6 @@ def test_a_text_that_was_lost_is_computed_before_the_pass_begins():
     found = assemble(model, refs[::-1], boundary=3)
     assert store.counts.recomputed == 3  # the two short ones are read whole
     torch.testing.assert_close(next_logits(model, found), next_logits(model, want), atol=1e-4, rtol=1e-4)
-
-
-def test_a_pass_takes_what_its_bounds_let_in():
-    model = make_model("llama")
-    store = SegmentStore(model, HeadPlan.uniform(model.config, HeadSpec()))
-    a, b = store.ref([1, 2, 3, 4, 5]), store.ref([6, 7, 8])
-    parts = [Reused(a, 4, 5, True), Reused(b, 9, 1, True), Reused(b, 12, 0, True)]
-    pieces = [
-        [(p.part.ref, p.first, p.stop, p.rest, p.end) for p in some] for some in passes(parts, 3, lambda piece: 0)
-    ]
-    assert pieces == [
-        [(a, 0, 3, False, 7)],
-        [(a, 3, 5, False, 9), (b, 0, 1, True, 12), (b, 0, 0, True, 15)],
-    ]
-    assert [p.places.tolist() for some in passes(parts, 3, lambda piece: 0) for p in some] == [
-        [4, 5, 6],
-        [7, 8],
-        [9],
-        [],
-    ]
-    assert [len(some) for some in passes(parts, 100, lambda piece: 2**29 + 1)] == [1, 1, 1]
 
 
 def test_a_model_with_a_mask_of_its_own_is_refused():

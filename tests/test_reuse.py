@@ -9,7 +9,7 @@ from families import VOCABULARY, make_model
 from oracle import masked_logits, random_plan, under_plan
 from transformers import DynamicCache
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, assembly, prompt
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, pieces, prompt
 
 LONG = {"max_position_embeddings": 2048}
 BOS = [3, 4]
@@ -168,7 +168,7 @@ def test_a_reserved_cache_can_be_assembled(llama, documents):
 
 @pytest.mark.parametrize("tokens", [8192, 1])
 def test_kernels_of_triton_assemble_the_same_also_where_steps_are_captured(tokens, monkeypatch):
-    monkeypatch.setattr(assembly, "_PASS_TOKENS", tokens)
+    monkeypatch.setattr(pieces, "_PASS_TOKENS", tokens)
     model = make_model("llama", num_hidden_layers=1)
     store = SegmentStore(model, HeadPlan([[HeadSpec(), HeadSpec(3, 2), HeadSpec(17, 4), HeadSpec(1, 0)]]))
     first, *others = [store.add(BOS), *store.add_all(texts((30, 20)), BOS)]

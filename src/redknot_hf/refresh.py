@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
-from .assembly import Reused, check_room, initialize
+from .assembly import check_room, initialize
 from .layer import RedKnotLayer
+from .pieces import Reused
 from .recording import row_layers
 from .reuse import AssembledCache, Refs, as_batch, relocation_of, schedule, store_of
 from .segment import KeptLayer, Segment

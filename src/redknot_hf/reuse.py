@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .assembly import Reused, is_spliced, put
+from .assembly import put
 from .cache import RedKnotCache
+from .pieces import Reused, is_spliced
 from .rope import Relocation
 from .segments import SegmentRef, SegmentStore
 

@@ -1,0 +1,102 @@
+"""Segments on their way into a sequence: where each will stand, and in which forward pass what of it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TypeGuard
+
+import numpy as np
+from jaxtyping import Int
+
+from .segments import SegmentRef, SegmentStore
+
+# Tokens of one forward pass, those of all sequences together.
+_PASS_TOKENS = 8192
+# Bytes of stored segments that a pass brings to the device beside the cache; a single segment may be more.
+_PASS_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Reused:
+    """How one segment came into a sequence of a cache.
+
+    Attributes:
+        ref: The segment.
+        start: Position of its first token.
+        boundary: First tokens that were recomputed.
+        moved: The rest stands elsewhere than it was computed, so its keys were rotated.
+    """
+
+    ref: SegmentRef
+    start: int
+    boundary: int
+    moved: bool
+
+
+def is_spliced(part: Reused | None) -> TypeGuard[Reused]:
+    """Whether some of a segment is taken as it is stored."""
+    return part is not None and part.boundary < len(part.ref)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a sequence goes on by: tokens of a segment's boundary, and behind the last of them the stored rest.
+
+    Attributes:
+        part: The segment and its place.
+        first, stop: Which of its tokens run through the model.
+    """
+
+    part: Reused
+    first: int
+    stop: int
+
+    @property
+    def rest(self) -> bool:
+        """Whether the stored rest follows."""
+        return self.stop == self.part.boundary and is_spliced(self.part)
+
+    @property
+    def places(self) -> Int[np.ndarray, " tokens"]:
+        """Positions of the tokens that run through the model."""
+        return self.part.start + np.arange(self.first, self.stop)
+
+    @property
+    def end(self) -> int:
+        """Position behind the piece."""
+        return self.part.start + (len(self.part.ref) if self.rest else self.stop)
+
+
+def passes(batch: Sequence[Sequence[Reused]], store: SegmentStore) -> Iterator[tuple[Sequence[Piece], ...]]:
+    """What every sequence goes on by, one forward pass after the other, each as large as its bounds let it be."""
+    most, nbytes = max(_PASS_TOKENS // len(batch), 1), _stored_bytes(store)
+    return zip_longest(*(_grouped(parts, most, nbytes) for parts in batch), fillvalue=())
+
+
+def _grouped(parts: Sequence[Reused], most: int, nbytes: Callable[[Piece], int]) -> Iterator[list[Piece]]:
+    """Pieces of one sequence in order, as many in a pass as its bounds let in, and at least one."""
+    some: list[Piece] = []
+    tokens = stored = 0
+    for piece in _pieces(parts, most):
+        tokens, stored = tokens + piece.stop - piece.first, stored + nbytes(piece)
+        if some and (tokens > most or stored > _PASS_BYTES):
+            yield some
+            some, tokens, stored = [], piece.stop - piece.first, nbytes(piece)
+        some.append(piece)
+    if some:
+        yield some
+
+
+def _pieces(parts: Sequence[Reused], most: int) -> Iterator[Piece]:
+    for part in parts:
+        for first in range(0, max(part.boundary, 1), most):
+            yield Piece(part, first, min(first + most, part.boundary))
+
+
+def _stored_bytes(store: SegmentStore) -> Callable[[Piece], int]:
+    """Tells about how many bytes the stored rest of a piece is."""
+    config = store.model.config.get_text_config(decoder=True)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return lambda piece: store.plan.nbytes(len(piece.part.ref), dim, store.model.dtype) if piece.rest else 0

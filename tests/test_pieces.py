@@ -1,0 +1,43 @@
+"""Segments are cut into passes of bounded size, and every token of a boundary is in just one of them."""
+
+import pytest
+from families import make_model
+
+from redknot_hf import HeadPlan, HeadSpec, SegmentStore, pieces
+from redknot_hf.pieces import Reused, passes
+
+
+@pytest.fixture(scope="module")
+def store():
+    model = make_model("llama")
+    return SegmentStore(model, HeadPlan.uniform(model.config, HeadSpec()))
+
+
+@pytest.fixture
+def sequence(store):
+    """Two segments, the second one twice: all of the first are recomputed, one token, and none."""
+    a, b = store.ref([1, 2, 3, 4, 5]), store.ref([6, 7, 8])
+    return [Reused(a, 4, 5, True), Reused(b, 9, 1, True), Reused(b, 12, 0, True)]
+
+
+def told(found):
+    return [[[(p.part.start, p.places.tolist(), p.rest, p.end) for p in some] for some in batch] for batch in found]
+
+
+def test_one_pass_takes_everything_that_fits(store, sequence):
+    all_three = [(4, [4, 5, 6, 7, 8], False, 9), (9, [9], True, 12), (12, [], True, 15)]
+    assert told(passes([sequence], store)) == [[all_three]]
+    assert told(passes([sequence, sequence[:1]], store)) == [[all_three, all_three[:1]]]
+
+
+def test_long_boundaries_are_cut(store, sequence, monkeypatch):
+    monkeypatch.setattr(pieces, "_PASS_TOKENS", 6)
+    assert told(passes([sequence, []], store)) == [
+        [[(4, [4, 5, 6], False, 7)], []],
+        [[(4, [7, 8], False, 9), (9, [9], True, 12), (12, [], True, 15)], []],
+    ]
+
+
+def test_stored_bytes_are_bounded(store, sequence, monkeypatch):
+    monkeypatch.setattr(pieces, "_PASS_BYTES", 1)
+    assert [[len(some) for some in batch] for batch in passes([sequence], store)] == [[1], [1], [1]]
