@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_model
-from test_profiling_drift import prompts
+from test_drift import prompts
 
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.profiling import profile_heads

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_model
-from test_profiling_drift import prompts
+from test_drift import prompts
 
 from redknot_hf.profiling import Prompt, profile_heads
 from redknot_hf.profiling.mass import measure_mass
