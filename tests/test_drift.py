@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from families import make_model
-from oracle import masked_logits, random_plan
 from transformers import AutoModelForCausalLM
 
 from evals.tiny.corpus import Corpus, Lexicon
@@ -21,16 +20,6 @@ BLOCKS = ("llama", "gemma2", "gemma3", "olmo2", "glm4", "granite", "phi3", "qwen
 def prompts(length=40, count=2, vocabulary=97):
     generator = torch.Generator().manual_seed(1)
     return [Prompt(torch.randint(1, vocabulary, (length,), generator=generator)) for _ in range(count)]
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral_sliding", "gpt_oss"])
-def test_restricted_is_the_masked_oracle(family):
-    model, ids = make_model(family), prompts()[0].ids[None]
-    plan = random_plan(model.config)
-    with torch.no_grad(), watching(model, restricted(plan)):
-        logits = model(ids, use_cache=False).logits
-    torch.testing.assert_close(logits, masked_logits(model, plan, ids), rtol=1e-4, atol=1e-4)
-    assert model.config._attn_implementation == "redknot"
 
 
 @pytest.mark.parametrize("family", BLOCKS)
@@ -81,14 +70,6 @@ def test_drift_falls_with_the_window_and_weighs_scored_queries_most():
     assert (scored[:, 0] > 1e-6).all()
     assert (reading[:, 1] > 1e-6).all(), "later queries of the text see more"
     assert drift(sums) == pytest.approx(np.sqrt((scored + 0.1 * reading) / 1.1))
-
-
-def test_hooks_and_attributes_are_gone_afterwards():
-    model, before = make_model("llama"), prompts()
-    profile_heads(model, before, windows=(4,), method="drift")
-    modules = list(model.modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    assert not any(hasattr(module, "redknot_watcher") for module in modules)
 
 
 def test_true_heads_of_the_bundled_model():

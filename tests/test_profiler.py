@@ -4,7 +4,7 @@ from families import make_model
 from test_drift import prompts
 
 from redknot_hf import HeadPlan
-from redknot_hf.profiling import Prompt, profile_heads
+from redknot_hf.profiling import profile_heads
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,3 @@ def test_prompts_may_be_plain_rows_of_ids(model):
     first = profile_heads(model, ids, windows=(4,))
     assert (first.errors == profile_heads(model, prompts(), windows=(4,)).errors).all()
     assert (first.errors == profile_heads(model, ids.tolist(), windows=(4,)).errors).all()
-
-
-def test_a_prompt_scores_something():
-    with pytest.raises(ValueError, match="set one behind the first"):
-        Prompt(torch.arange(4), torch.tensor([True, False, False, False]))
