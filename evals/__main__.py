@@ -43,6 +43,7 @@ Batch = Annotated[int, typer.Option(min=1, help="questions that are answered tog
 Seed = Annotated[int, typer.Option(help="of the examples")]
 Dtype = Annotated[str, typer.Option(help="a torch dtype; auto is float32 on CPUs")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one")]
+Chat = Annotated[bool, typer.Option("--chat", help="ask in the words of the model's chat template")]
 Source = Annotated[str | None, typer.Option(help="local file or folder that the task reads in place of the Hub")]
 OFFLINE = ("dense", "all-global", "redknot", "wrong-heads", "streaming", "adakv-expected-attention")
 
@@ -61,9 +62,11 @@ def run(  # noqa: PLR0913 - options of a command
     dtype: Dtype = "auto",
     device: Device = None,
     source: Source = None,
+    chat: Chat = False,
 ) -> None:
     """Answer tasks with methods, and write down what was answered, how near to dense, at what cost."""
-    _run(load_bench(model, dtype, device), task, out, method, plan, length, (count, seed, batch_size, source))
+    bench = _load(model, chat, dtype, device)
+    _run(bench, task, out, method, plan, length, (count, seed, batch_size, source))
     _show(summarize(Records.load([out])))
 
 
@@ -92,10 +95,11 @@ def frontier(  # noqa: PLR0913 - options of a command
     count: Count = 100,
     batch_size: Batch = 1,
     seed: Seed = 0,
+    chat: Chat = False,
 ) -> None:
     """Draw fidelity over resident bytes for several plans and methods, and the classes of their heads."""
     records = out / "frontier.jsonl"
-    _run(load_bench(model), task, records, method, plans, length, (count, seed, batch_size, None))
+    _run(_load(model, chat), task, records, method, plans, length, (count, seed, batch_size, None))
     drawn = [(path.name, HeadPlan.load(path)) for path in plans]
     rows = summarize(Records.load([records]))
     _show(rows)
@@ -111,16 +115,17 @@ def gate(  # noqa: PLR0913 - options of a command
     count: Count = 120,
     batch_size: Batch = 1,
     seed: Seed = 0,
+    chat: Chat = False,
     points: Annotated[float, typer.Option(help="most points of score that may be lost")] = Limits.points,
     top1: Annotated[float, typer.Option(help="least share of tokens as dense, in points")] = Limits.top1,
     kl: Annotated[float, typer.Option(help="most mean KL of a token, in nats")] = Limits.kl,
 ) -> None:
     """Pass or fail a plan, with the figures; the exit status is 1 if it fails."""
-    bench = load_bench(model)
+    bench = _load(model, chat)
     ((_, held),) = _plans(bench, [plan] if plan else [])
     passage = pass_gate(
         bench.model, held, tokenizer=bench.tokenizer, task=task, length=length, count=count, seed=seed,
-        batch_size=batch_size, limits=Limits(points, top1, kl), name=bench.name,
+        batch_size=batch_size, limits=Limits(points, top1, kl), name=bench.name, chat=chat,
     )  # fmt: skip
     print(passage)
     raise typer.Exit(0 if passage.passed else 1)
@@ -161,6 +166,13 @@ def speed(ctx: typer.Context, gpu: Annotated[bool, typer.Option(help="a whole mo
 def list_tasks() -> None:
     """List the names of all tasks."""
     print("\n".join(tasks.names()))
+
+
+def _load(model: str, chat: bool, dtype: str = "auto", device: str | None = None) -> Bench:
+    try:
+        return load_bench(model, dtype, device, chat)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from e
 
 
 def _run(

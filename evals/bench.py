@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evals.chat import ChatTemplate
 from evals.questions import Reader, end_tokens
 
 BUNDLED = Path(__file__).resolve().parent / "tiny"
@@ -31,13 +32,17 @@ class Bench:
     name: str
 
 
-def load_bench(name: str, dtype: str = "auto", device: str | None = None) -> Bench:
+def load_bench(name: str, dtype: str = "auto", device: str | None = None, chat: bool = False) -> Bench:
     """Load a model from a folder or the Hub.
 
     Args:
         name: The folder or id; "bundled" is the model in `evals/tiny`.
         dtype: A torch dtype's name; "auto" is that of the weights on accelerators, and float32 on CPUs.
         device: By default a GPU if there is one.
+        chat: Ask in the words of the model's chat template.
+
+    Raises:
+        ValueError: The model has no chat template, and is to be asked in it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = str(BUNDLED) if name == "bundled" else name
@@ -46,9 +51,10 @@ def load_bench(name: str, dtype: str = "auto", device: str | None = None) -> Ben
         kind = torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind, attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    return make_bench(model.to(device).eval(), tokenizer, name)
+    return make_bench(model.to(device).eval(), tokenizer, name, chat)
 
 
-def make_bench(model: Any, tokenizer: Any, name: str) -> Bench:
+def make_bench(model: Any, tokenizer: Any, name: str, chat: bool = False) -> Bench:
     """Return a bench with a model that is loaded already."""
-    return Bench(model, tokenizer, Reader(tokenizer, end_tokens(model)), name)
+    template = ChatTemplate.of(tokenizer) if chat else None
+    return Bench(model, tokenizer, Reader(tokenizer, end_tokens(model), template), name)

@@ -83,6 +83,7 @@ def gate(  # noqa: PLR0913 - each says what is asked of whom
     batch_size: int = 1,
     limits: Limits | None = None,
     name: str = "model",
+    chat: bool = False,
 ) -> Passage:
     """Measure a plan, or any method, against the dense cache; the result is true if it passes.
 
@@ -97,6 +98,7 @@ def gate(  # noqa: PLR0913 - each says what is asked of whom
         batch_size: Questions that are answered together.
         limits: What to hold it against.
         name: How the model is called in the figures.
+        chat: Ask in the words of the tokenizer's chat template.
 
     Raises:
         ValueError: The plan does not fit the model, or the task does not fit the tokenizer.
@@ -110,7 +112,7 @@ def gate(  # noqa: PLR0913 - each says what is asked of whom
     work = Plan(tasks.load(task) if isinstance(task, str) else task, length, count, seed, batch_size)
     attention = model.config._attn_implementation
     try:
-        row = _measured(make_bench(model, tokenizer, name), work, method)
+        row = _measured(make_bench(model, tokenizer, name, chat), work, method)
     finally:
         model.set_attn_implementation(attention)
     limits = limits or Limits()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evals.answering import Question
+from evals.chat import ChatTemplate
 from evals.identity import digest
 from evals.measuring import Asked
 from evals.method import Context
@@ -52,11 +53,18 @@ class Reader:
     Args:
         tokenizer: The model's.
         end: Tokens that end a text by themselves.
+        chat: What stands around context and question; `None` leaves them as they are.
     """
 
-    def __init__(self, tokenizer: Any, end: Iterable[int]) -> None:
+    def __init__(self, tokenizer: Any, end: Iterable[int], chat: ChatTemplate | None = None) -> None:
         self.tokenizer = tokenizer
         self.end = frozenset(end)
+        self.chat = chat
+
+    @property
+    def overhead(self) -> int:
+        """Tokens of a prompt that are not the task's."""
+        return 0 if self.chat is None else self.chat.tokens(self.tokenizer)
 
     def groups(self, examples: Iterable[Example], batch_size: int) -> Iterator[Group]:
         """Yield examples in groups: as many contexts as give `batch_size` questions, one at least."""
@@ -97,12 +105,16 @@ class Reader:
 
     def _documents(self, example: Example) -> tuple[Tensor, ...]:
         """The context's parts, tokenized apart, so that all methods read the same tokens."""
-        parts = example.documents or (example.context,)
-        tokens = (self._ids(part, add_special_tokens=i == 0) for i, part in enumerate(parts))
+        first, *others = example.documents or (example.context,)
+        begins = self.chat is None  # a template writes what begins a text itself
+        if self.chat is not None:
+            first = self.chat.opening + first
+        tokens = (self._ids(part, begins and i == 0) for i, part in enumerate((first, *others)))
         return tuple(ids for ids in tokens if len(ids))
 
     def _question(self, example: Example) -> Question:
-        ids = self._ids(example.question + example.answer_prefix, add_special_tokens=False)
+        closing = "" if self.chat is None else self.chat.closing
+        ids = self._ids(example.question + closing + example.answer_prefix, add_special_tokens=False)
         if not len(ids):
             raise ValueError(f"example {example.id} asks nothing: give it a question or an answer prefix")
         given = self._ids(example.answers[0], add_special_tokens=False).tolist() if example.given else ()

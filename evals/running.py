@@ -48,8 +48,13 @@ def run(bench: Bench, work: Plan, methods: Sequence[Method | Press], file: Recor
 
     Raises:
         AuditError: Answers did not come from the cache that was measured. They are in the file, marked.
-        ValueError: A method cannot serve the model or the task's contexts.
+        ValueError: A method cannot serve the model or the task's contexts, or the task is no question and a chat
+            template stands around it.
     """
+    if bench.reader.chat is not None and work.task.metric == "likelihood":
+        raise ValueError(
+            f"{work.task.name} asks how likely a text is, and nothing of an assistant: ask without --chat"
+        )
     torch.manual_seed(work.seed)
     ours = [method for method in methods if isinstance(method, Method)]
     presses = [method for method in methods if isinstance(method, Press)]
@@ -57,7 +62,7 @@ def run(bench: Bench, work: Plan, methods: Sequence[Method | Press], file: Recor
     runs |= {press.name: _run(bench, work, press, PressWorker.versions()) for press in presses}
     for one in runs.values():
         file.begin(one)
-    examples = work.task.examples(bench.tokenizer, work.length, work.count, work.seed)
+    examples = work.task.examples(bench.tokenizer, work.length - bench.reader.overhead, work.count, work.seed)
     groups = list(bench.reader.groups(examples, work.batch_size))
     title = f"{work.task.name} at {work.length}"
     left = {name: [_left(group, one, file) for group in groups] for name, one in runs.items()}
@@ -149,7 +154,7 @@ def _run(bench: Bench, work: Plan, method: Method | Press, by: dict[str, str] | 
         task=work.task.name,
         length=work.length,
         seed=work.seed,
-        model=model_identity(bench.model, bench.name),
+        model=model_identity(bench.model, bench.name) | ({"chat": True} if bench.reader.chat else {}),
         method={"name": method.name, **method.identity},
         versions=by or versions(),
         hardware={**hardware(bench.model.device), "batch": work.batch_size},
