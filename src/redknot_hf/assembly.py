@@ -245,11 +245,15 @@ class _LaidOut:
     places: Int[Tensor, " tokens"]
 
 
-@lru_cache(maxsize=8)
 def _of_text(rules: HeadRules, tokens: int, device: torch.device) -> tuple[HeadRules, Int[Tensor, "heads tokens"]]:
     """Rules and table under which a text in order is rows of pages of one token."""
-    table = torch.arange(rules.heads * tokens, dtype=torch.int32, device=device).view(rules.heads, tokens)
-    return HeadRules(rules.window, rules.sink, (UNBOUNDED,) * rules.heads, 1, rules.reach), table
+    in_order = HeadRules(rules.window, rules.sink, (UNBOUNDED,) * rules.heads, 1, rules.reach)
+    return in_order, _table(rules.heads, tokens, device)
+
+
+@lru_cache(maxsize=1)  # all layers ask for the same
+def _table(heads: int, tokens: int, device: torch.device) -> Int[Tensor, "heads tokens"]:
+    return torch.arange(heads * tokens, dtype=torch.int32, device=device).view(heads, tokens)
 
 
 def _rotations(part: Reused, segment: Segment, relocation: Relocation | None) -> Sequence[Rotation | None]:
