@@ -97,6 +97,7 @@ def assemble(
     lead = sum(1 for _ in takewhile(lambda same: len(set(same)) == 1, zip(*cache.reused, strict=False)))
     if lead:
         put(model, cache, store, [cache.reused[0][:lead]], relocation)
+    if lead and len(batch) > 1:
         cache.batch_repeat_interleave(len(batch))
     if any(len(parts) > lead for parts in cache.reused):
         put(model, cache, store, [parts[lead:] for parts in cache.reused], relocation)
