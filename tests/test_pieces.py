@@ -41,3 +41,13 @@ def test_long_boundaries_are_cut(store, sequence, monkeypatch):
 def test_stored_bytes_are_bounded(store, sequence, monkeypatch):
     monkeypatch.setattr(pieces, "_PASS_BYTES", 1)
     assert [[len(some) for some in batch] for batch in passes([sequence], store)] == [[1], [1], [1]]
+
+
+@pytest.mark.parametrize(("keep", "sizes"), [("plan", [[2]]), ("full", [[1], [1]])])
+def test_what_a_store_keeps_counts(store, keep, sizes, monkeypatch):
+    """8 tokens of 4 layers of 4 heads, of a window of 1: 2 KiB of them, or 16 KiB."""
+    other = SegmentStore(store.model, HeadPlan.uniform(store.model.config, HeadSpec(1)), keep=keep)
+    texts = [other.ref([i] * 8) for i in (1, 2)]
+    sequence = [Reused(text, 8 * i, 0, True) for i, text in enumerate(texts)]
+    monkeypatch.setattr(pieces, "_PASS_BYTES", 20_000)
+    assert [[len(some) for some in batch] for batch in passes([sequence], other)] == sizes

@@ -10,6 +10,7 @@ from typing import TypeGuard
 import numpy as np
 from jaxtyping import Int
 
+from .plan import HeadPlan, HeadSpec
 from .segments import SegmentRef, SegmentStore
 
 # Tokens of one forward pass, those of all sequences together.
@@ -99,4 +100,5 @@ def _stored_bytes(store: SegmentStore) -> Callable[[Piece], int]:
     """Tells about how many bytes the stored rest of a piece is."""
     config = store.model.config.get_text_config(decoder=True)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return lambda piece: store.plan.nbytes(len(piece.part.ref), dim, store.model.dtype) if piece.rest else 0
+    kept = store.plan if store.keep == "plan" else HeadPlan.uniform(config, HeadSpec())
+    return lambda piece: kept.nbytes(len(piece.part.ref), dim, store.model.dtype) if piece.rest else 0
