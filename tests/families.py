@@ -62,3 +62,12 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+def make_model_with_idle_heads() -> PreTrainedModel:
+    """A Llama two of whose heads do nothing, whatever they see: 2 of layer 0, and 0 of layer 1."""
+    model = make_model("llama", num_hidden_layers=2)
+    with torch.no_grad():
+        for layer, head in ((0, 2), (1, 0)):
+            model.model.layers[layer].self_attn.o_proj.weight[:, 32 * head : 32 * head + 32] = 0
+    return model

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from families import make_model
+from families import make_model, make_model_with_idle_heads
 from test_drift import prompts
 
 from redknot_hf import HeadSpec
@@ -13,12 +13,7 @@ from redknot_hf.profiling.watching import watching
 
 @pytest.fixture(scope="module")
 def model():
-    """A model two of whose heads do nothing, whatever they see."""
-    model = make_model("llama", num_hidden_layers=2)
-    with torch.no_grad():
-        for layer, head in ((0, 2), (1, 0)):
-            model.model.layers[layer].self_attn.o_proj.weight[:, 32 * head : 32 * head + 32] = 0
-    return model
+    return make_model_with_idle_heads()
 
 
 def test_gates_of_heads_that_do_nothing_close(model):

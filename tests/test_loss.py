@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-import torch
-from families import make_model
+from families import make_model_with_idle_heads
 from test_drift import prompts
 
 from redknot_hf import HeadPlan, HeadSpec
@@ -11,12 +10,7 @@ from redknot_hf.profiling.divergence import Divergence
 
 @pytest.fixture(scope="module")
 def model():
-    """A model two of whose heads do nothing, whatever they see."""
-    model = make_model("llama", num_hidden_layers=2)
-    with torch.no_grad():
-        for layer, head in ((0, 2), (1, 0)):
-            model.model.layers[layer].self_attn.o_proj.weight[:, 32 * head : 32 * head + 32] = 0
-    return model
+    return make_model_with_idle_heads()
 
 
 @pytest.fixture(scope="module")
