@@ -12,7 +12,7 @@ from test_reuse import BOS, LONG, QUESTION, joined, next_logits, texts
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, assembly, pieces
 from redknot_hf.recording import forward, row_layers
-from redknot_hf.splice import read, settle_slots, splice
+from redknot_hf.splice import count, place, read, settle_slots
 
 
 def one_after_the_other(model, store, parts) -> RedKnotCache:
@@ -28,7 +28,11 @@ def one_after_the_other(model, store, parts) -> RedKnotCache:
         for i, layer in row_layers(cache):
             if not layer.is_initialized:
                 assembly.initialize(layer, i, model, segment, 1)
-            splice(layer, i, 0, segment, part.boundary, turns[i])
+            rows, pool = layer.storage()
+            layer.reserve(np.array([part.start + segment.tokens]))
+            table, span = layer.table_on_device()[0], (segment.tokens, part.boundary, part.start)
+            place(layer, i, segment, (pool.keys, pool.values), table, rows.rules, span, turns[i])
+            count(layer, i, 0, segment, part.boundary)
             settle_slots(layer)
     return cache
 

@@ -97,7 +97,7 @@ class Assembly(Cache):
         with record_function("redknot: fetch"):  # now, since what was lost is computed anew, by passes of its own
             held = store.fetch([part.ref for part in parts])
         with record_function("redknot: angles"):
-            turns = [_rotations(part, one.segment, relocation) for part, one in zip(parts, held, strict=True)]
+            turns = [turns_of(part, one.segment, relocation) for part, one in zip(parts, held, strict=True)]
         self._held = {id(part): one for part, one in zip(parts, held, strict=True)}
         self._turns = {id(part): turn for part, turn in zip(parts, turns, strict=True)}
         self._here: dict[int, Segment] = {}
@@ -220,7 +220,7 @@ class Assembly(Cache):
                     initialize(layer, index, self.model, segment, len(self.batch))
                 layer.reserve(self.ends)
                 with record_function("redknot: splice"):
-                    splice(layer, index, b, segment, 0, self._turns[id(piece.part)][index])
+                    splice(layer, index, b, segment, self._turns[id(piece.part)][index])
         settle_slots(layer)
         layer.on_device()
 
@@ -256,12 +256,17 @@ def _table(heads: int, tokens: int, device: torch.device) -> Int[Tensor, "heads 
     return torch.arange(heads * tokens, dtype=torch.int32, device=device).view(heads, tokens)
 
 
-def _rotations(part: Reused, segment: Segment, relocation: Relocation | None) -> Sequence[Rotation | None]:
-    """How far the keys of each layer turn."""
+def turns_of(part: Reused, segment: Segment, relocation: Relocation | None) -> Sequence[Rotation | None]:
+    """How far the keys of a segment turn in each layer.
+
+    Raises:
+        ValueError: They have to turn, and there is no relocation.
+    """
     if not part.moved:
         return [None] * len(segment.layers)
     if relocation is None:
-        raise ValueError(f"the keys of this model cannot be moved, and {part.ref} must be")
+        kind = "this model" if part.ref.store is None else part.ref.store.model.config.model_type
+        raise ValueError(f"{kind}: its keys cannot be moved, and {part.ref} must be")
     there = torch.arange(len(part.ref)) + len(part.ref.prefix)
     return relocation.rotations(there, there - there[0] + part.start, segment.data.device)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
-from .assembly import check_room, initialize
+from .assembly import check_room, initialize, turns_of
 from .layer import RedKnotLayer
 from .pieces import Reused
 from .recording import row_layers
@@ -74,13 +74,7 @@ def refresh(  # noqa: PLR0913 - all but two have defaults
     context = _Context(model, cache)
     for part in parts:
         segment = store.get(part.ref)
-        there = torch.arange(len(part.ref))
-        turns: Sequence[Rotation | None] = [None] * len(segment.layers)
-        if part.moved:
-            if relocation is None:
-                raise ValueError(f"{model.config.model_type}: its keys cannot be moved, and {part.ref} must be")
-            turns = relocation.rotations(there + len(part.ref.prefix), there + part.start, segment.data.device)
-        context.add(segment, turns)
+        context.add(segment, turns_of(part, segment, relocation))
     context.join()
     chosen = torch.zeros(0, dtype=torch.long)
     if share:

@@ -16,36 +16,32 @@ from .segment import KeptLayer, Segment
 Packed = Int[np.ndarray, " kept"]
 
 
-def splice(
-    layer: RedKnotLayer, index: int, sequence: int, segment: Segment, first: int = 0, rotation: Rotation | None = None
-) -> None:
-    """Continues one sequence with a segment's stored tokens from `first` on; its pages are mutated.
+def splice(layer: RedKnotLayer, index: int, sequence: int, segment: Segment, rotation: Rotation | None = None) -> None:
+    """Continues one sequence with a segment as it is stored; its pages are mutated.
 
-    The sequence ends with the segment's first `first` tokens already. Every row takes what its rule lets it keep: all
-    tokens, or the sinks that fall among the first positions of the context, and the last ones. The caller settles the
-    layer's slots when all sequences are done.
+    Every row takes what its rule lets it keep: all tokens, or the sinks that fall among the first positions of the
+    context, and the last ones. The caller settles the layer's slots when all sequences are done.
 
     Args:
         layer: Where to; it has been initialized.
         index: Which layer of the segment that is.
         sequence: Which sequence of the batch.
         segment: What is stored.
-        first: Tokens of the segment that the sequence holds.
         rotation: How far the key of each token of the segment turns; `None` where it stands where it was computed.
 
     Raises:
         ValueError: The segment keeps less than the layer's heads need.
     """
     rows, pool = layer.storage()
-    offset = int(rows.lengths[sequence]) - first
+    start = int(rows.lengths[sequence])
     layer.prefetch()
     lengths = rows.lengths.copy()
-    lengths[sequence] = offset + segment.tokens
+    lengths[sequence] = start + segment.tokens
     layer.reserve(lengths)
     table = layer.table_on_device()[sequence]
-    span = segment.tokens, first, offset
+    span = segment.tokens, 0, start
     place(layer, index, segment, (pool.keys, pool.values), table, rows.rules, span, rotation)
-    count(layer, index, sequence, segment, first)
+    count(layer, index, sequence, segment, 0)
 
 
 def place(
