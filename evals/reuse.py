@@ -35,7 +35,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from evals.tiny.corpus import DEPENDENT_KINDS, KINDS, Corpus, Lexicon, Question
+from evals.tiny.corpus import DEPENDENT_KINDS, KINDS, Corpus, Question
+from evals.tiny.lexicon import Lexicon
 from redknot_hf import AssembledCache, HeadPlan, RedKnotCache, SegmentRef, SegmentStore, assemble, refresh
 
 TINY = Path(__file__).parent / "tiny"

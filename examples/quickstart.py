@@ -27,7 +27,8 @@ from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evals/ lies beside examples/, outside the package
 
-from evals.tiny.corpus import Collection, Corpus, Lexicon
+from evals.tiny.corpus import Collection, Corpus
+from evals.tiny.lexicon import Lexicon
 
 MODEL = Path(__file__).resolve().parents[1] / "evals" / "tiny"
 CHUNK = 1024  # tokens the model reads at once

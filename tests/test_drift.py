@@ -6,7 +6,8 @@ import torch
 from families import make_model
 from transformers import AutoModelForCausalLM
 
-from evals.tiny.corpus import Corpus, Lexicon
+from evals.tiny.corpus import Corpus
+from evals.tiny.lexicon import Lexicon
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.profiling import Prompt, profile_heads
 from redknot_hf.profiling.drift import drift, measure_drift

@@ -8,7 +8,8 @@ from families import VOCABULARY, make_model
 from oracle import masked_logits, random_plan
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from evals.tiny.corpus import Corpus, Lexicon
+from evals.tiny.corpus import Corpus
+from evals.tiny.lexicon import Lexicon
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, captured_decoding
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]

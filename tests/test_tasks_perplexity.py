@@ -13,7 +13,8 @@ from evals.records import RecordFile, Records
 from evals.running import Plan, run
 from evals.task import Example
 from evals.tasks import load
-from evals.tiny.corpus import Corpus, Lexicon
+from evals.tiny.corpus import Corpus
+from evals.tiny.lexicon import Lexicon
 
 
 @pytest.fixture(scope="module")

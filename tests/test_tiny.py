@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from evals.tiny.corpus import ANSWER, DEPENDENT_KINDS, FACT_TOKENS, KINDS, QUESTION_TOKENS, Collection, Corpus, Lexicon
+from evals.tiny.corpus import ANSWER, DEPENDENT_KINDS, FACT_TOKENS, KINDS, QUESTION_TOKENS, Collection, Corpus
+from evals.tiny.lexicon import Lexicon
 from redknot_hf import HeadPlan
 
 FOLDER = Path(__file__).parents[1] / "evals" / "tiny"

@@ -10,9 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evals.tiny import card, checkpoint
-from evals.tiny.corpus import Corpus, Lexicon
+from evals.tiny.corpus import Corpus
 from evals.tiny.curriculum import CURRICULUM, RANDOM, REPEATED, Lessons, Order, draw_counts, order
 from evals.tiny.examination import Score, grade, set_exams
+from evals.tiny.lexicon import Lexicon
 from evals.tiny.network import Network
 from evals.tiny.train import Settings, Training, first_model, main
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache

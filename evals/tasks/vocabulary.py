@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from evals.tiny.corpus import ADJECTIVES, NOUNS, VERBS
+from evals.tiny.lexicon import ADJECTIVES, NOUNS, VERBS
 
 
 def listed(text: str) -> list[str]:

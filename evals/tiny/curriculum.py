@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from evals.tiny.corpus import FACT_TOKENS, PADDING, QUESTION_TOKENS, Corpus, Family, Lexicon
+from evals.tiny.corpus import FACT_TOKENS, PADDING, QUESTION_TOKENS, Corpus, Family
+from evals.tiny.lexicon import Lexicon
 
 # What the words weigh in a text of random words, which cannot be guessed, and where they come again, which can.
 RANDOM, REPEATED = 0.02, 1.0
