@@ -151,43 +151,6 @@ def test_a_fork_shares_pages_until_one_side_writes():
     assert cache.nbytes < grown
 
 
-@pytest.mark.parametrize("reserved", [None, 200])
-def test_decoding_reads_rows_in_place_however_they_grow_and_are_cut(reserved):
-    model, cache, ids = planned(batch=2, length=20, max_cache_len=reserved)
-    in_place = lambda: all(layer.views() for layer in cache.layers)  # noqa: E731
-    for i in range(100):
-        token = some_ids(2, 1, seed=i)
-        feed(model, cache, token)
-        ids = torch.cat([ids, token], 1)
-        assert in_place(), f"step {i}"
-    cache.crop(-PAGE // 2)
-    ids = ids[:, : -PAGE // 2]
-    assert in_place()
-    token = some_ids(2, 1)
-    expected = masked_logits(model, cache.plan, torch.cat([ids, token], 1))[:, -1:]
-    torch.testing.assert_close(feed(model, cache, token), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_forks_are_read_in_place_too():
-    model, cache, ids = planned(batch=2, length=3 * PAGE + 5)
-    fork = copy.deepcopy(cache)
-    for i in range(2 * PAGE):
-        token = some_ids(2, 1, seed=i)
-        ids = torch.cat([ids, token], 1)
-        logits = feed(model, fork, token)
-        assert all(layer.views() for layer in fork.layers), f"step {i}"
-    torch.testing.assert_close(logits, masked_logits(model, cache.plan, ids)[:, -1:], atol=1e-4, rtol=1e-4)
-
-
-def test_rows_of_different_length_are_not_read_in_place():
-    model, cache, _ = planned(batch=2, length=20)
-    mask = torch.ones(2, 21, dtype=torch.long)
-    mask[0, -1] = 0
-    with torch.no_grad():
-        model(some_ids(2, 1), attention_mask=mask, past_key_values=cache)
-    assert not any(layer.views() for layer in cache.layers)
-
-
 def test_batch_is_repeated_selected_and_reordered_by_page_tables():
     model, cache, ids = planned(2, 70)
     before = cache.nbytes
