@@ -28,7 +28,7 @@ class _Rows:
             (unbounded,) * global_heads + (WINDOW,) * local, (0,) * global_heads + (SINK,) * local, page_size=PAGE
         )
         self.query = 3 * self._random(HEADS * GROUP, self.tokens)  # a few keys matter to each
-        # The library compares outputs by an absolute bound: in bfloat16 they are small, so that a rounding is below it.
+        # Outputs are compared by an absolute bound: in bfloat16 they are small, so that a rounding stays below it.
         self.small = 8 if on_gpu else 1
         self.keys, self.values = self._random(HEADS, self.length), self._random(HEADS, self.length) / self.small
         last = torch.arange(self.length, device=self.device)
