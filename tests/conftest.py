@@ -11,6 +11,10 @@ if not torch.cuda.is_available():
 # Tests are many and small: one thread each is faster than two that wait for each other.
 torch.set_num_threads(1)
 
+# `with device:` knows `torch.empty` by what it is when first used, and must not take the poisoned one for it.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
