@@ -80,7 +80,8 @@ def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, so
     arguments |= dict.fromkeys(("table", "counts", "bounds", "shares"), "*i32")
     arguments |= {"flags": "*i1" if flags else "*i32", "part_out": "*fp32", "part_lse": "*fp32"}
     arguments |= {"scale": "fp32", "softcap": "fp32"}
-    arguments |= {"GROUP": group, "TOKENS": tokens, "DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": page}
+    arguments |= {"tokens": 1} if tokens == 1 else {}
+    arguments |= {"GROUP": group, "DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": page}
     arguments |= {"FUSED": fused, "HAS_FLAGS": flags, "MIN_SPLIT": 64, "BLOCK_R": 8, "BLOCK_T": max(16, power(tokens))}
     arguments |= {"BLOCK_M": min(triton_decode._QUERIES, power(max(16, group * tokens))), "BLOCK_N": tile["keys"]}
     arguments |= {"BLOCK_D": max(16, power(dims[0])), "BLOCK_V": max(16, power(dims[1]))}
@@ -95,7 +96,7 @@ def merge(chip, splits, sink=False):
     arguments = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= {"part_out": "*fp32", "part_lse": "*fp32", "s_aux": "*bf16", "out": "*bf16"}
     arguments |= dict.fromkeys(("shares", "counts", "flags"), "*i32")
-    arguments |= {"GROUP": 4, "TOKENS": 1, "VALUE_DIM": 128, "FUSED": True, "HAS_FLAGS": False, "BLOCK_T": 16}
+    arguments |= {"GROUP": 4, "tokens": 1, "VALUE_DIM": 128, "FUSED": True, "HAS_FLAGS": False, "BLOCK_T": 16}
     arguments |= {"BLOCK_B": 2, "BLOCK_S": splits, "BLOCK_V": min(128, 4096 // splits), "HAS_SINK": sink}
     arguments |= {"EARLY": chip in ("sm90", "sm100")}
     return compile_kernel(chip, kernel, arguments, num_warps=2)

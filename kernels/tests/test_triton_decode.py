@@ -12,8 +12,10 @@ from redknot_kernels import step as plain_step
 
 pytest.importorskip("triton")
 
+from redknot_kernels import triton_decode
 from redknot_kernels.triton_decode import decode, step
 from redknot_kernels.triton_pages import append
+from triton import knobs
 
 TRITON = SimpleNamespace(append=append, step=step, prefill=PLAIN.prefill)
 
@@ -38,6 +40,41 @@ def test_page_sizes_groups_and_dims(page_size, group, dims):
     for tokens in (130, 1, 9):
         out, expected = rows.step(tokens, group=group, scale=0.1)
     torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=1e-5)
+
+
+class Unlaunched:
+    """In place of a kernel: notes what its launches would be compiled for."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.seen.add(tuple(sorted(constants.items())))
+
+
+def test_steps_of_all_lengths_share_few_kernels(monkeypatch):
+    kernels = {name: Unlaunched() for name in ("_split_kernel", "_merge_kernel")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(triton_decode, name, kernel)
+    rows = Rows(1, HEADS["mixed"], (16, 16), 64, 4000, kernels=TRITON)
+    counts = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    for tokens in range(1, 65):
+        query, new = (torch.zeros(1, heads, tokens, 16, device=DEVICE) for heads in (16, 4))
+        step(query, rows.k_pages, rows.v_pages, new, new, rows.table, counts, None, rows.rules, scale=0.3)
+    assert 1 < len(kernels["_split_kernel"].seen) <= 6
+    assert 1 < len(kernels["_merge_kernel"].seen) <= 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles")
+def test_nothing_is_compiled_for_another_length(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **made: compiled.append(made["repr"]))
+    for room, steps in ((4000, (1, 2, 8, 12, 22, 40)), (4096, (1, 3, 4, 5, 7, 9, 16, 33, 208))):  # pages, and tokens
+        rows, before = Rows(1, HEADS["mixed"], (16, 16), 16, room, kernels=TRITON), len(compiled)
+        for tokens in steps:
+            rows.step(tokens, group=4, scale=0.3)
+    assert before > 0
+    assert compiled[before:] == []
 
 
 @pytest.mark.parametrize("reach", [12, 40])

@@ -91,7 +91,7 @@ def _launch(query, k_pages, v_pages, new, table, counts, bounds, most_kept, reac
     shares = torch.empty(2, batch * heads, dtype=torch.int32, device=device)
     k_new, v_new, real = new or (query, query, None)
     flags = counts if real is None else real.contiguous()
-    sizes = {"GROUP": group, "TOKENS": tokens, "VALUE_DIM": value_dim, "FUSED": new is not None}
+    sizes = {"GROUP": group, "VALUE_DIM": value_dim, "FUSED": new is not None}
     sizes |= {"HAS_FLAGS": real is not None, "BLOCK_T": max(16, power(tokens))}
     strides = *query.stride(), *k_new.stride(), *v_new.stride(), *k_pages.stride()[:2], *v_pages.stride()[:2]
     early = early_launch(device)
@@ -99,7 +99,7 @@ def _launch(query, k_pages, v_pages, new, table, counts, bounds, most_kept, reac
     # Tiles of the same keys run next to each other: all but one find them in the chip's cache.
     _split_kernel[(triton.cdiv(group * tokens, block_m), programs)](
         query, k_pages, v_pages, k_new, v_new, table, counts, flags, bounds, part_out, part_lse, shares,
-        *strides, *table.stride()[:2], scale, softcap or 0.0, reach, batch, heads, slots,
+        *strides, *table.stride()[:2], scale, softcap or 0.0, reach, batch, heads, slots, tokens,
         **sizes, DIM=dim, PAGE=page, MIN_SPLIT=_MIN_SPLIT, BLOCK_R=power(batch * heads),
         BLOCK_M=block_m, BLOCK_N=tile["keys"], BLOCK_D=max(16, power(dim)),
         BLOCK_V=max(16, power(value_dim)), SOFTCAP=softcap is not None, UPCAST=INTERPRETING,
@@ -110,7 +110,7 @@ def _launch(query, k_pages, v_pages, new, table, counts, bounds, most_kept, reac
     block_s = min(power(-(-slots // _MIN_SPLIT)), power(expected), _MERGED[0])
     block_v = min(max(16, power(value_dim)), _MERGED[0] * _MERGED[1] // block_s)
     _merge_kernel[(tokens * group * triton.cdiv(value_dim, block_v), heads, batch)](
-        part_out, part_lse, shares, counts, flags, out if s_aux is None else s_aux, out,
+        part_out, part_lse, shares, counts, flags, out if s_aux is None else s_aux, out, tokens,
         **sizes, BLOCK_B=power(batch + 1), BLOCK_S=block_s, BLOCK_V=block_v, HAS_SINK=s_aux is not None,
         num_warps=2 if tokens == 1 else 4, **early,
     )  # fmt: skip
@@ -163,13 +163,14 @@ def _accumulate(b_s, b_v, b_out, b_max, b_sum):
     return b_out, b_new, b_sum * b_old + tl.sum(b_p, 1)
 
 
-@triton.jit(do_not_specialize=["batch", "slots"])
+# Of `tokens` only 1 is a case of its own, lest questions of every length be compiled for.
+@triton.jit(do_not_specialize=["stride_tb", "stride_th", "batch", "slots"], do_not_specialize_on_alignment=["tokens"])
 def _split_kernel(
     q, k_pages, v_pages, k_new, v_new, table, counts, flags, bounds, part_out, part_lse, shares,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_nkb, stride_nkh, stride_nkt, stride_nkd,
     stride_nvb, stride_nvh, stride_nvt, stride_nvd, stride_kp, stride_ks, stride_vp, stride_vs, stride_tb, stride_th,
-    scale, softcap, reach, batch, heads, slots,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
+    scale, softcap, reach, batch, heads, slots, tokens,
+    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
     FUSED: tl.constexpr, HAS_FLAGS: tl.constexpr, MIN_SPLIT: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
@@ -189,7 +190,7 @@ def _split_kernel(
     o_m, o_n, o_new = i_tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
     o_d, o_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     o_t, o_g = o_m // GROUP, o_m % GROUP  # the rows of the tile: tokens, and in each the heads of the group
-    asked = o_m < GROUP * TOKENS
+    asked = o_m < GROUP * tokens
     p_q = q + i_batch * stride_qb + (i_head * GROUP + o_g) * stride_qh + o_t * stride_qt
     b_q = tl.load(p_q[:, None] + o_d * stride_qd, mask=asked[:, None] & (o_d < DIM), other=0.0)
     b_q = b_q.to(tl.float32) if UPCAST else b_q
@@ -198,15 +199,15 @@ def _split_kernel(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
-    real = o_new < TOKENS
+    real = o_new < tokens
     if HAS_FLAGS:
-        real = real & (tl.load(flags + i_batch * TOKENS + o_new, mask=real, other=0) != 0)
+        real = real & (tl.load(flags + i_batch * tokens + o_new, mask=real, other=0) != 0)
     if FUSED:
         before = (o_new[None, :] <= o_t[:, None]) & real[None, :]
         position = length + tl.sum(before.to(tl.int32), 1) - 1
         end = length + tl.sum(real.to(tl.int32), 0)
     else:
-        position, end = length - TOKENS + o_t, length
+        position, end = length - tokens + o_t, length
     if i_program == first_program:
         tl.store(shares + i_row, first_program)
         own = tl.sum(tl.where(tl.arange(0, BLOCK_R) == i_row, stops, 0), 0) - first_program
@@ -234,7 +235,7 @@ def _split_kernel(
 
     # Slots that every query sees, as long as slots are positions, and where the last round of the ring begins.
     clear_first = tl.where(length > held, held, end - tl.minimum(window, reach))
-    clear_stop = tl.where(FUSED, held, length - TOKENS + 1)
+    clear_stop = tl.where(FUSED, held, length - tokens + 1)
     last = length - 1 - sink
     turn = last - last % ring
     first = (i_program - first_program) * split
@@ -263,20 +264,20 @@ def _split_kernel(
     b_sum = tl.where(asked, b_sum, 1.0)
     b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
     b_lse = tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
-    part = i_program.to(tl.int64) * GROUP * TOKENS + o_m
+    part = i_program.to(tl.int64) * GROUP * tokens + o_m
     tl.store(part_lse + part, b_lse, mask=asked)
     tl.store(part_out + part[:, None] * VALUE_DIM + o_v, b_out, mask=asked[:, None] & (o_v < VALUE_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens"])
 def _merge_kernel(
-    part_out, part_lse, shares, counts, flags, s_aux, out,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, VALUE_DIM: tl.constexpr, FUSED: tl.constexpr, HAS_FLAGS: tl.constexpr,
+    part_out, part_lse, shares, counts, flags, s_aux, out, tokens,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, FUSED: tl.constexpr, HAS_FLAGS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
     HAS_SINK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    i_m, i_head, i_batch = tl.program_id(0) % (GROUP * TOKENS), tl.program_id(1), tl.program_id(2)
-    o_v = tl.program_id(0) // (GROUP * TOKENS) * BLOCK_V + tl.arange(0, BLOCK_V)
+    i_m, i_head, i_batch = tl.program_id(0) % (GROUP * tokens), tl.program_id(1), tl.program_id(2)
+    o_v = tl.program_id(0) // (GROUP * tokens) * BLOCK_V + tl.arange(0, BLOCK_V)
     o_s = tl.arange(0, BLOCK_S)
     heads, batch = tl.num_programs(1), tl.num_programs(2)
     i_row = i_batch * heads + i_head
@@ -287,7 +288,7 @@ def _merge_kernel(
     b_out = tl.zeros([BLOCK_S, BLOCK_V], tl.float32)
     for start in range(0, splits, BLOCK_S):
         written = start + o_s < splits
-        part = (first + start + o_s).to(tl.int64) * GROUP * TOKENS + i_m
+        part = (first + start + o_s).to(tl.int64) * GROUP * tokens + i_m
         b_lse = tl.load(part_lse + part, mask=written, other=float("-inf"))
         mask = written[:, None] & (o_v < VALUE_DIM)
         b_part = tl.load(part_out + part[:, None] * VALUE_DIM + o_v, mask=mask, other=0.0)
@@ -305,24 +306,22 @@ def _merge_kernel(
     if HAS_SINK:
         total += tl.exp2(logit - top)
     b_row = tl.sum(b_out * b_weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    row = (i_batch * TOKENS + i_m // GROUP).to(tl.int64) * heads * GROUP + head
+    row = (i_batch * tokens + i_m // GROUP).to(tl.int64) * heads * GROUP + head
     tl.store(out + row * VALUE_DIM + o_v, b_row.to(out.dtype.element_ty), mask=o_v < VALUE_DIM)
     if FUSED:  # noqa: SIM102 - a constant, and the other is not
         if (tl.program_id(0) == 0) & (i_row == 0):  # nobody reads the counts in this launch
-            _count(counts, flags, batch, TOKENS, HAS_FLAGS, BLOCK_B, BLOCK_T)
+            _count(counts, flags, batch, tokens, HAS_FLAGS, BLOCK_B, BLOCK_T)
 
 
 @triton.jit
-def _count(
-    counts, flags, batch, TOKENS: tl.constexpr, HAS_FLAGS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr
-):
+def _count(counts, flags, batch, tokens, HAS_FLAGS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr):
     """Adds the new tokens to the lengths, and all slots of the step to the slots, which stand behind them."""
     o_b = tl.arange(0, BLOCK_B)
-    more = tl.full([BLOCK_B], TOKENS, tl.int32)
+    more = tl.full([BLOCK_B], tokens, tl.int32)
     if HAS_FLAGS:
         o_t = tl.arange(0, BLOCK_T)
-        here = (o_b < batch)[:, None] & (o_t < TOKENS)[None, :]
-        b_real = tl.load(flags + o_b[:, None] * TOKENS + o_t[None, :], mask=here, other=0)
+        here = (o_b < batch)[:, None] & (o_t < tokens)[None, :]
+        b_real = tl.load(flags + o_b[:, None] * tokens + o_t[None, :], mask=here, other=0)
         more = tl.where(o_b < batch, tl.sum((b_real != 0).to(tl.int32), 1), more)
     before = tl.load(counts + o_b, mask=o_b <= batch, other=0)
     tl.store(counts + o_b, before + more, mask=o_b <= batch)

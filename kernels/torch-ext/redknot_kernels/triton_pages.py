@@ -37,7 +37,7 @@ def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
     """Writes a step's tokens behind the rows' ends; see the plain `append`. Rows may be of any length."""
     batch, heads, tokens, dim = k_new.shape
     value_dim = v_new.shape[-1]
-    block = min(64, triton.next_power_of_2(tokens))
+    block = 16 if tokens <= 16 else 64
     _append_kernel[(triton.cdiv(tokens, block), heads, batch)](
         k_pages, v_pages, k_new, v_new, table, lengths, rules.tensors(k_new.device),
         *k_pages.stride()[:2], *v_pages.stride()[:2], *k_new.stride(), *v_new.stride(), *table.stride()[:2],
@@ -84,7 +84,7 @@ def await_previous(EARLY: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_tb", "stride_th", "tokens"])
 def _append_kernel(
     k_pages, v_pages, k_new, v_new, table, lengths, bounds,
     stride_kp, stride_ks, stride_vp, stride_vs, stride_kb, stride_kh, stride_kt, stride_kd,
@@ -114,7 +114,7 @@ def _append_kernel(
     tl.store((v_pages + page * stride_vp + slot % PAGE * stride_vs)[:, None] + o_v, b_v, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "first", "offset"])
+@triton.jit(do_not_specialize=["stride_th", "tokens", "first", "offset"])
 def _place_kernel(
     k_pages, v_pages, keys, values, table, bounds, kept, cos, sin,
     stride_kt, stride_kd, stride_vt, stride_vd, stride_th, tokens, first, offset, heads,

@@ -23,13 +23,16 @@ from .triton_tiles import LOG2E, LOWEST, accumulate, load_rows, sees
 # Keys that a part of a split must at least have, for its share of the merge to stay small.
 _PART_KEYS = 1024
 _MAX_PARTS = 64
-# The fastest first.
+# The fastest first, but that cuDNN plans a call of every new shape, for as long as it takes to attend 16K tokens.
 _DENSE = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+_UNPLANNED = [SDPBackend.FLASH_ATTENTION, *_DENSE]
+# From so many tokens on one KV head fills the chip.
+_HEAD_ALONE = 4096
 
 
 @on_its_device
@@ -40,11 +43,11 @@ def prefill(query, k_new, v_new, context, rules, *, scale, softcap=None, s_aux=N
     past = context is not None and context.length > 0
     full = () if past or softcap is not None or s_aux is not None else _seeing_all(rules, tokens)
     if full == every:
-        return _dense(query, k_new, v_new, full, rules.heads, scale).contiguous()
+        return _dense(query, k_new, v_new, full, rules.heads, scale, _DENSE).contiguous()
     out = query.new_empty(len(query), tokens, query.shape[1], v_new.shape[-1])
-    if full:
-        found = _dense(query, k_new, v_new, full, rules.heads, scale).unflatten(2, (len(full), -1))
-        out.unflatten(2, (rules.heads, -1)).index_copy_(2, head_index(full, out.device), found)
+    for members, backends in _dense_calls(full, tokens):
+        found = _dense(query, k_new, v_new, members, rules.heads, scale, backends).unflatten(2, (len(members), -1))
+        out.unflatten(2, (rules.heads, -1)).index_copy_(2, head_index(members, out.device), found)
     arguments = query, k_new, v_new, rules, scale, softcap, s_aux, out
     if not past:
         _launch(*arguments, tuple(h for h in every if h not in full))
@@ -63,15 +66,26 @@ def _seeing_all(rules, tokens):
     return tuple(h for h, window in enumerate(rules.window) if min(window, rules.reach) >= tokens)
 
 
+def _dense_calls(full, tokens):
+    """Calls of SDPA for some of the heads. Their shapes must not depend on how many heads that is in a layer."""
+    if tokens >= _HEAD_ALONE:
+        return [((head,), _DENSE) for head in full]
+    return [(full, _UNPLANNED)] if full else []
+
+
 def _one_band(bands):  # of [batch, heads, rows, dim] -> [batch, rows of all heads, dim]
     flat = [band.flatten(1, 2) for band in bands]
     return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
 
-def _dense(query, k_new, v_new, members, heads, scale):  # -> [batch, tokens, query heads of the members, value dim]
+def _dense(
+    query, k_new, v_new, members, heads, scale, backends
+):  # -> [batch, tokens, query heads of the members, value dim]
     query = take_heads(query.unflatten(1, (heads, -1)), members).flatten(1, 2)
     key, value = take_heads(k_new, members), take_heads(v_new, members)
-    with sdpa_kernel(_DENSE, set_priority=True) if query.is_cuda else nullcontext():
+    if query.element_size() > 2:  # shared heads would take the backend that writes out all scores
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    with sdpa_kernel(backends, set_priority=True) if query.is_cuda else nullcontext():
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
         )
