@@ -1,5 +1,7 @@
 """Tokens at any places of a text attend as the explicit mask says, in both implementations."""
 
+import sys
+
 import pytest
 import torch
 from paged_rows import DEVICE, GLOBAL
@@ -58,6 +60,16 @@ def check(
 @pytest.mark.parametrize("name", NAMES)
 def test_every_token_sees_what_stands_before_it(name, places):
     check(name, PLACES[places])
+
+
+@pytest.mark.parametrize(("queries", "span"), [(7, 1024), (256, 20), (3, 4), (1, 1)])
+@pytest.mark.parametrize("places", PLACES)
+def test_tokens_are_attended_in_chunks_of_what_stands_near(places, queries, span, monkeypatch):
+    module = sys.modules["redknot_kernels.attend_at"]
+    monkeypatch.setattr(module, "_QUERIES", queries)
+    monkeypatch.setattr(module, "_SPAN", span)
+    check("torch", PLACES[places])
+    check("torch", PLACES[places], softcap=3.0, reach=33)
 
 
 @pytest.mark.parametrize("group", [1, 3, 16])

@@ -5,8 +5,8 @@ import torch
 from .attend import add_sink_logit, attend, merge
 from .pages import take_heads
 
-# Queries that are attended at once, under a mask of their own.
-_QUERIES = 256
+# Queries that are attended at once, and how far apart they stand at the most where others stand between them.
+_QUERIES, _SPAN = 256, 1024
 
 
 def attend_at(query, keys, values, positions, rules, *, scale, softcap=None, s_aux=None):
@@ -29,10 +29,10 @@ def attend_at(query, keys, values, positions, rules, *, scale, softcap=None, s_a
     grouped = query.unflatten(1, (heads, group))
     sinks = None if s_aux is None else s_aux.unflatten(0, (heads, group))
     out = query.new_empty(batch, tokens, heads, group, values.shape[-1])
-    runs = list(_runs(positions.tolist()))
+    chunks = list(_chunks(positions.tolist()))
     for part, members in (*kinds, *rules.local_groups):
         key, value = take_heads(keys, members), take_heads(values, members)
-        for start, stop in runs:
+        for start, stop in chunks:
             asking, where = take_heads(grouped[:, :, :, start:stop], members).flatten(1, 2), positions[start:stop]
             found, lse = _attended(asking, key, value, where, part.take((0,)), scale=scale, softcap=softcap)
             found = add_sink_logit(found, lse, None if sinks is None else sinks[list(members)].flatten())
@@ -41,10 +41,13 @@ def attend_at(query, keys, values, positions, rules, *, scale, softcap=None, s_a
 
 
 def _attended(query, keys, values, where, rule, **options):
-    """Attention, and its log-sum-exp, of tokens that follow each other; all heads have one rule."""
+    """Attention, and its log-sum-exp, of tokens that stand near each other; all heads have one rule."""
     first, last = int(where[0]), int(where[-1])
     if min(rule.window[0], rule.reach) > last:  # all that stands before is seen
-        parts = [attend(query, keys[:, :, first : last + 1], values[:, :, first : last + 1], causal=True, **options)]
+        among = {"causal": True}
+        if last - first >= len(where):
+            among = {"mask": (torch.arange(first, last + 1, device=query.device) <= where[:, None])[None, None]}
+        parts = [attend(query, keys[:, :, first : last + 1], values[:, :, first : last + 1], **among, **options)]
         if first:
             parts.append(attend(query, keys[:, :, :first], values[:, :, :first], **options))
         return merge(parts)
@@ -56,10 +59,10 @@ def _attended(query, keys, values, where, rule, **options):
     return attend(query, *cut, mask=seen, **options)
 
 
-def _runs(positions):
-    """Tokens that follow each other, at most `_QUERIES` together, as ranges."""
+def _chunks(positions):
+    """Tokens that follow each other or stand near each other, at most `_QUERIES` together, as ranges."""
     start = 0
     for i in range(1, len(positions) + 1):
-        if i == len(positions) or i - start == _QUERIES or positions[i] != positions[i - 1] + 1:
+        if i == len(positions) or i - start == _QUERIES or positions[i] - positions[start] >= _SPAN:
             yield start, i
             start = i
