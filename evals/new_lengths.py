@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from evals.identity import hardware, versions
 from evals.random_llama import SHAPES
 from evals.speed_gpu import LOCAL, Bench
 from redknot_hf import HeadPlan
@@ -74,9 +74,7 @@ def uneven(config: Any) -> HeadPlan:
 
 def tables(found: dict[str, list[dict[str, Any]]]) -> list[Table]:
     """What was found, for people."""
-    first = Table(
-        "method", "tokens", "new, ms", "again, ms", title="time to the first token, by whether a length is new"
-    )
+    first = Table("method", "tokens", "new, ms", "again, ms", title="first token of prompts of new and known lengths")
     for row in found["prompts"]:
         first.add_row(row["method"], str(row["length"]), f"{1e3 * row['new_s']:.0f}", f"{1e3 * row['s']:.0f}")
     second = Table("method", "median, ms", "all, s", "slow", title=f"questions of new lengths behind {CONTEXT} tokens")
@@ -95,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="file to append the JSON line to")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    bench = Bench(args.shape, max(*args.lengths, CONTEXT + args.longest**2), device)
+    bench = Bench(args.shape, max(*args.lengths, CONTEXT + sum(range(args.longest + 1))), device)
     bench.plans["uneven"] = uneven(bench.model.config)
     # Each method at lengths of its own: a plan of one would serve another.
     found: dict[str, list[dict[str, Any]]] = {"prompts": [], "questions": []}
@@ -104,11 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found["prompts"].append(prompts(bench, method, length, [10 * i + n for n in (1, 2, 3)]))
     found["questions"] = [questions(bench, method, args.longest) for method in METHODS]
     Console(width=120).print(*tables(found))
-    hardware = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }  # fmt: skip
-    line = json.dumps({"benchmark": "new_lengths", "shape": args.shape, "hardware": hardware, **found})
+    about = {**hardware(device), **versions(("torch", "transformers"))}
+    line = json.dumps({"benchmark": "new_lengths", "shape": args.shape, "hardware": about, **found})
     if args.out:
         with args.out.open("a") as file:
             file.write(line + "\n")

@@ -6,21 +6,9 @@ from evals import speed_gpu, speed_gpu_bars
 def test_rows_and_bars_of_a_toy(tmp_path):
     out = tmp_path / "speed.jsonl"
     methods = ["dynamic", "1/8 global", "1/8 global, captured"]
-    size = [
-        "--shape",
-        "toy",
-        "--device",
-        "cpu",
-        "--lengths",
-        "300",
-        "--batch",
-        "2",
-        "--batch-length",
-        "128",
-        "--tokens",
-        "4",
-    ]
-    speed_gpu.main([*size, "--methods", *methods, "--out", str(out)])
+    size = ["--shape", "toy", "--device", "cpu", "--lengths", "300", "--tokens", "4"]
+    batch = ["--batch", "2", "--batch-length", "128"]
+    speed_gpu.main([*size, *batch, "--methods", *methods, "--out", str(out)])
     found = json.loads(out.read_text())
     assert {(row["method"], row["batch"]) for row in found["rows"]} == {
         *((method, 1) for method in methods), ("1/8 global, captured", 2), ("dynamic", 2), ("static", 2),

@@ -78,9 +78,8 @@ def _one_band(bands):  # of [batch, heads, rows, dim] -> [batch, rows of all hea
     return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
 
-def _dense(
-    query, k_new, v_new, members, heads, scale, backends
-):  # -> [batch, tokens, query heads of the members, value dim]
+def _dense(query, k_new, v_new, members, heads, scale, backends):
+    """Attends the queries of some KV heads by SDPA: `[batch, tokens, query heads of the members, value dim]`."""
     query = take_heads(query.unflatten(1, (heads, -1)), members).flatten(1, 2)
     key, value = take_heads(k_new, members), take_heads(v_new, members)
     if query.element_size() > 2:  # shared heads would take the backend that writes out all scores
