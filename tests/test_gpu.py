@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import VOCABULARY, make_model
 from oracle import masked_logits, random_plan
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from evals.tiny.corpus import Corpus
@@ -84,6 +85,26 @@ def test_greedy_tokens_are_the_twins_on_the_bundled_model(how):
         assert torch.equal(model.generate(ids, past_key_values=cache, **options, **extra), expected)
         assert cache.get_seq_length() == expected.shape[1] - 1
         cache.reset()
+
+
+def test_generate_compiles_once_and_captures_one_graph(monkeypatch):
+    begin, captured = torch.cuda.CUDAGraph.capture_begin, []
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "capture_begin", lambda self, *a, **k: captured.append(self) or begin(self, *a, **k)
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    model = make_model("llama").cuda()
+    ids, mask = prompts()
+    plan = random_plan(model.config, seed=3)
+    options = {"attention_mask": mask, "do_sample": False}
+    cache = RedKnotCache(model.config, plan, max_cache_len=256)
+    for new in (20, 40, 7):
+        model.generate(ids, past_key_values=cache, max_new_tokens=new, **options)
+        cache.reset()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert len(captured) == 2  # PyTorch's first is empty: it keeps their memory
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
