@@ -12,7 +12,6 @@ appends it to a file.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,8 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from evals.identity import hardware, versions
 from evals.random_llama import SHAPES
+from evals.result_file import write_line
 from evals.speed_gpu import LOCAL, Bench
 from redknot_hf import HeadPlan
 
@@ -102,12 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found["prompts"].append(prompts(bench, method, length, [10 * i + n for n in (1, 2, 3)]))
     found["questions"] = [questions(bench, method, args.longest) for method in METHODS]
     Console(width=120).print(*tables(found))
-    about = {**hardware(device), **versions(("torch", "transformers"))}
-    line = json.dumps({"benchmark": "new_lengths", "shape": args.shape, "hardware": about, **found})
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(line + "\n")
-    print(line)
+    write_line(args.out, {"benchmark": "new_lengths", "shape": args.shape, **found}, device)
 
 
 if __name__ == "__main__":

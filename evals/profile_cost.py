@@ -11,16 +11,15 @@ method, and `--out` appends them to a file.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.progress import Progress
 
 from evals.random_llama import SHAPES, random_llama
+from evals.result_file import write_line
 from redknot_hf.profiling import Prompt, profile_heads
 
 
@@ -84,17 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     prompts = make_prompts(model.config.vocab_size, args.length, args.prompts, args.scored)
     # Kernels are compiled by a first, short run.
     measure(model, make_prompts(model.config.vocab_size, max(args.windows) + 64, 2, 8), "drift", args.windows, 0)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    hardware = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
     for method in args.methods:
         windows = args.windows[-1:] if method == "gates" else args.windows
         found = measure(model, prompts, method, windows, args.loss_seconds)
-        line = json.dumps({"benchmark": "profile_cost", "shape": args.shape, "hardware": hardware, **found})
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            with args.out.open("a") as file:
-                file.write(line + "\n")
-        print(line, flush=True)
+        write_line(args.out, {"benchmark": "profile_cost", "shape": args.shape, **found}, device)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from rich.progress import track
 from transformers import AutoModelForCausalLM
 
+from evals.result_file import write_line
 from evals.tiny.corpus import Exam
 from evals.tiny.examination import Part, set_exams
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
@@ -111,10 +110,7 @@ class Run:
     def write(self, stage: str, what: str, row: dict[str, Any]) -> None:
         """Appends a line."""
         row = {"benchmark": "profiling", "model": self.name, "stage": stage, "what": what, **row}
-        self.args.out.parent.mkdir(parents=True, exist_ok=True)
-        with self.args.out.open("a") as file:
-            file.write(json.dumps({**row, "hardware": hardware(self.args.device)}) + "\n")
-        print(json.dumps(row), flush=True)
+        write_line(self.args.out, row, torch.device(self.args.device))
 
     def calibration(self) -> list[Prompt]:
         """Texts to profile on: for the twin, long ones among them."""
@@ -219,13 +215,6 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
         row.get("seed"),
         row.get("ratio") if row["stage"] == "frontier" else None,
     )
-
-
-def hardware(device: str) -> dict[str, Any]:
-    """What the numbers were taken on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"device": name, "threads": torch.get_num_threads(), **versions}
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path, profiles: Path) -> None:

@@ -13,7 +13,6 @@ they start on the device (overlapping, so the sum exceeds the time). `--out` app
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -24,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import DynamicCache, PreTrainedModel
 
+from evals.result_file import write_line
 from evals.speed_gpu import Bench
 from redknot_hf import RedKnotCache, SegmentRef, SegmentStore, assemble
 
@@ -181,8 +180,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {
         "shape": args.shape, "segments": args.segments, "tokens": args.tokens, "suffix": args.suffix,
         "plan": "1/8 global, window 256, sink 4", "dtype": str(bench.model.dtype), "repeats": args.repeats,
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     found = {}
@@ -190,9 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = methods(prompt, args.boundaries, args.places, Path(folder))
         for name, one in measure(bench, runs, args.repeats):
             found[name] = one
-            if args.out:
-                with args.out.open("a") as file:
-                    file.write(json.dumps({"method": name, **one, **about}) + "\n")
+            write_line(args.out, {"method": name, **one, **about}, device)
     Console(width=180).print(table(found))
     return 0
 

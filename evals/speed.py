@@ -8,18 +8,15 @@ The last line is one JSON object; `--out` appends it to a file.
 """
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from evals.result_file import write_line
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 
 TINY = Path(__file__).parent / "tiny"
@@ -106,22 +103,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def hardware() -> dict[str, str | int]:
-    """What the numbers were taken on."""
-    name = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        found = [
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-        name = found[0] if found else name
-    return {
-        "processor": name, "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
-
-
 def main(argv: list[str] | None = None) -> None:
     """Runs the measurements that the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,12 +121,7 @@ def main(argv: list[str] | None = None) -> None:
             for n in args.lengths
         ]
     print(table(rows))
-    line = json.dumps({"benchmark": "speed", "hardware": hardware(), "rows": rows})
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write(line + "\n")
-    print(line)
+    write_line(args.out, {"benchmark": "speed", "rows": rows}, torch.device("cpu"))
 
 
 if __name__ == "__main__":

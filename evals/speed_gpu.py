@@ -15,7 +15,6 @@ The last line is one JSON object; `--out` appends it to a file, also when the ru
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from evals.random_llama import SHAPES, random_llama
+from evals.result_file import write_line
 from evals.speed_gpu_bars import bars
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, captured_decoding
 
@@ -338,18 +337,9 @@ def main(argv: list[str] | None = None) -> None:
         for measure in measures:
             rows += _unless_full(bench, measure)
     finally:
-        hardware = {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__,
-            "transformers": transformers.__version__, "read_bytes_per_s": read,
-            "weights_bytes": sum(p.nbytes for p in bench.model.parameters()),
-        }  # fmt: skip
-        found = {"benchmark": "speed_gpu", "shape": args.shape, "hardware": hardware, "rows": rows}
-        line = json.dumps({**found, "bars": bars(rows, read)})
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            with args.out.open("a") as file:
-                file.write(line + "\n")
-        print(line)
+        found = {"benchmark": "speed_gpu", "shape": args.shape, "rows": rows, "bars": bars(rows, read)}
+        weights = sum(p.nbytes for p in bench.model.parameters())
+        write_line(args.out, found, device, read_bytes_per_s=read, weights_bytes=weights)
 
 
 def _unless_full(bench: Bench, measure: Callable[[], list[dict]]) -> list[dict]:

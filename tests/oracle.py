@@ -51,10 +51,21 @@ def masked_logits(model: PreTrainedModel, plan: HeadPlan, ids: Tensor, mask: Ten
         ).logits
 
 
+def _kept_by(module) -> int:
+    """The layer that keeps what this one attends: the last of its kind before those that share."""
+    index, shared = module.layer_idx, getattr(module.config, "num_kv_shared_layers", 0)
+    first = module.config.num_hidden_layers - shared
+    if not shared or index < first:
+        return index
+    kinds = module.config.layer_types
+    return max(i for i in range(first) if kinds[i] == kinds[index])
+
+
 def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
     """Every step spelled out; positions count real tokens."""
     assert _plan is not None
-    window = DynamicCache(config=module.config).layers[module.layer_idx]
+    layer = _kept_by(module)
+    window = DynamicCache(config=module.config).layers[layer]
     reach = getattr(window, "sliding_window", None) or 1 << 30
     if attention_mask.shape[2] == 1:  # flags of padding
         real = attention_mask[:, 0, 0]
@@ -65,7 +76,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
         q, k = torch.arange(query.shape[2])[None, :, None], torch.arange(key.shape[2])[None, None]
         shown = attention_mask[:, 0]
     shown = shown & (k > q - reach)
-    seen = [shown & ((k > q - (s.window or 1 << 30)) | (k < s.sink)) for s in _plan[module.layer_idx]]
+    seen = [shown & ((k > q - (s.window or 1 << 30)) | (k < s.sink)) for s in _plan[layer]]
     group = query.shape[1] // key.shape[1]
     seen = torch.stack(seen, 1).repeat_interleave(group, 1)
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

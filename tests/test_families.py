@@ -8,10 +8,9 @@ from transformers import DynamicCache
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 
-# Some of the families also run on the oldest supported transformers.
+CORE = "llama", "gemma3", "gemma3n", "gpt_oss"  # also run on the oldest supported transformers
 families = pytest.mark.parametrize(
-    "family",
-    [pytest.param(f, marks=pytest.mark.core if f in ("llama", "gemma3", "gpt_oss") else ()) for f in FAMILIES],
+    "family", [pytest.param(f, marks=pytest.mark.core if f in CORE else ()) for f in FAMILIES]
 )
 
 

@@ -33,6 +33,10 @@ def test_repr_shows_no_element(handle, show):
     assert show(handle) == "RedKnotHandle(shape=(2, 4, 5, 16), dtype=torch.float32, device=cpu)"
 
 
+def test_moving_to_where_it_is_changes_nothing(handle):
+    assert handle.to(torch.device("cpu")) is handle
+
+
 @pytest.mark.parametrize(
     ("name", "operation"),
     [

@@ -71,8 +71,8 @@ class RedKnotHandle(torch.Tensor):
     """The new keys or values of one layer, on their way from `update` to the attention function.
 
     Models pass what `update` returns to the attention function untouched, so the handle carries the layer there.
-    Shape, dtype and device can be asked; any other operation means that another attention implementation, or the model
-    itself, reads keys that are not there, and raises.
+    Shape, dtype and device can be asked, and a move to the same device changes nothing. Any other operation means that
+    another attention implementation, or the model itself, reads keys that are not there, and raises.
     """
 
     redknot: Step
@@ -89,6 +89,8 @@ class RedKnotHandle(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **(kwargs or {}))
         if func is Tensor.as_subclass or is_answer(func, out):
+            return out
+        if func is Tensor.to and out is args[0]:  # layers that share keys see to it that they are on their own device
             return out
         raise RuntimeError(
             f"{getattr(func, '__name__', func)} was called on keys or values that a RedKnotCache holds, so the "
