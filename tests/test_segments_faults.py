@@ -16,6 +16,7 @@ from oracle import random_plan
 
 import redknot_hf.segments
 from redknot_hf import SegmentStore, assemble
+from redknot_hf.assembly import ROOM
 from redknot_hf.recording import record
 from redknot_hf.segment import Segment, empty
 from redknot_hf.splice import read
@@ -148,7 +149,7 @@ class Session:
         (layer,) = cache.layers
         rows, pool = layer.storage()
         assert (pool.refs() <= 1).all()
-        assert pool.refs().sum() == rows.pages_needed(np.array([length])).sum()
+        assert pool.refs().sum() == rows.pages_needed(np.array([length + length // ROOM + ROOM])).sum()
         (kept,) = self.store.get(ref).layers
         heads, tokens = kept.packed(len(ref))
         last = tokens == len(ref) - 1

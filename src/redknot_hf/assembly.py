@@ -32,6 +32,10 @@ from .segment import Segment
 from .segments import SegmentStore
 from .splice import count, place, read, settle_slots, splice
 
+# Tokens that find room behind the segments, and of how many tokens of theirs one more does: a question follows as a
+# rule, and a pool that must grow for it copies all that it holds.
+ROOM = 64
+
 
 def put(
     model: Any,
@@ -53,8 +57,9 @@ def put(
     ends = np.zeros(len(batch), np.int64) if rows is None else rows.lengths.copy()
     ends += [sum(len(part.ref) for part in parts) for parts in batch]
     check_room(cache, int(ends.max()))
+    room = ends + ends // ROOM + ROOM
     for pieces in passes(batch, store):
-        assembly = Assembly(model, cache, store, pieces, ends, relocation)
+        assembly = Assembly(model, cache, store, pieces, room, relocation)
         with record_function("redknot: assembly"):
             assembly.run()
 
@@ -78,7 +83,7 @@ class Assembly(Cache):
     Args:
         model, cache, store, relocation: As for `put`.
         batch: The pieces of the pass, of each sequence.
-        ends: Tokens that the sequences will have after the last pass, for which pages are reserved.
+        room: Tokens of the sequences for which pages are reserved.
     """
 
     def __init__(
@@ -87,11 +92,11 @@ class Assembly(Cache):
         cache: RedKnotCache,
         store: SegmentStore,
         batch: Sequence[Sequence[Piece]],
-        ends: Int[np.ndarray, " batch"],
+        room: Int[np.ndarray, " batch"],
         relocation: Relocation | None,
     ) -> None:
         super().__init__(layers=cache.layers)
-        self.model, self.cache, self.batch, self.ends = model, cache, batch, ends
+        self.model, self.cache, self.batch, self.room = model, cache, batch, room
         self.places = [np.concatenate([np.arange(0), *(piece.places for piece in pieces)]) for pieces in batch]
         parts = [piece.part for pieces in batch for piece in pieces if piece.rest]
         with record_function("redknot: fetch"):  # now, since what was lost is computed anew, by passes of its own
@@ -197,7 +202,7 @@ class Assembly(Cache):
     def _keep(self, index: int, layer: RedKnotLayer, laid: Sequence[_LaidOut]) -> None:
         """Lets the rows take what their rules keep."""
         rows, pool = layer.storage()
-        layer.reserve(self.ends)
+        layer.reserve(self.room)
         table, everything = layer.table_on_device(), ((UNBOUNDED,) * rows.rules.heads, (0,) * rows.rules.heads)
         for b, (text, pieces) in enumerate(zip(laid, self.batch, strict=True)):
             span = text.keys.shape[1], int(rows.lengths[b]), 0
@@ -218,7 +223,7 @@ class Assembly(Cache):
                 segment = self._segment(piece.part)
                 if not layer.is_initialized:
                     initialize(layer, index, self.model, segment, len(self.batch))
-                layer.reserve(self.ends)
+                layer.reserve(self.room)
                 with record_function("redknot: splice"):
                     splice(layer, index, b, segment, self._turns[id(piece.part)][index])
         settle_slots(layer)
