@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 TINY = Path(__file__).parents[1] / "evals" / "tiny"
 IMPLS = ["torch", "triton"]
-FAMILIES = ["llama", "mistral_sliding", "gemma2", "gemma3", "gpt_oss", "phi3"]
+FAMILIES = ["llama", "mistral_sliding", "gemma2", "gemma3", "gemma3n", "gpt_oss", "phi3"]
 
 
 def prompts():
@@ -107,7 +107,7 @@ def test_generate_compiles_once_and_captures_one_graph(monkeypatch):
     assert len(captured) == 2  # PyTorch's first is empty: it keeps their memory
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3n", "gpt_oss"])
 def test_captured_batches_with_padding(family):
     model = make_model(family).cuda()
     ids, mask = prompts()

@@ -245,18 +245,31 @@ def test_a_token_beyond_the_last_page_is_not_written():
 
 
 def test_the_operator_is_what_the_compiler_takes_it_for():
-    from redknot_kernels.triton_decode import captured_step
-
     rules = HeadRules.make((UNBOUNDED, 7), (0, 2), page_size=16)
     pages = [torch.randn(6, 16, 24, device=DEVICE) for _ in range(2)]
     table = torch.arange(6, dtype=torch.int32, device=DEVICE).view(1, 2, 3)
     counts = torch.tensor([20, 20], dtype=torch.int32, device=DEVICE)
     query, k_new, v_new = (torch.randn(1, n, 1, 24, device=DEVICE) for n in (4, 2, 2))
     rows = table, counts, None, rules.tensors(torch.device(DEVICE)), rules.most_kept(3), rules.reach
-    torch.library.opcheck(
-        captured_step, (query, *pages, k_new, v_new, *rows, 0.3, None, None),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    for new in ((k_new, v_new), (None, None)):
+        torch.library.opcheck(
+            triton_decode.captured_step,
+            (query, *pages, *new, *rows, 0.3, None, None),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_the_operator_without_new_tokens_decodes_what_the_pages_hold():
+    rules = HeadRules.make((UNBOUNDED, 7), (0, 2), page_size=16)
+    pages = [torch.randn(6, 16, 24, device=DEVICE) for _ in range(2)]
+    table = torch.arange(6, dtype=torch.int32, device=DEVICE).view(1, 2, 3)
+    counts = torch.tensor([20, 20], dtype=torch.int32, device=DEVICE)
+    query = torch.randn(1, 4, 2, 24, device=DEVICE)
+    held = [x.clone() for x in (*pages, counts)]
+    rows = table, counts, None, rules.tensors(torch.device(DEVICE)), rules.most_kept(3), rules.reach
+    found = triton_decode.captured_step(query, *pages, None, None, *rows, 0.3, None, None)
+    torch.testing.assert_close(found, decode(query, *pages, table, counts[:1], rules, scale=0.3))
+    assert all(map(torch.equal, held, (*pages, counts)))
 
 
 @pytest.mark.parametrize("group", [3, 8])

@@ -53,9 +53,11 @@ def redknot_attention(
     _refuse(module, dropout, kwargs)
     step = key.redknot
     if torch.compiler.is_compiling():
-        tokens, fresh = query.shape[2], not step.written and step.attend is None
+        tokens = query.shape[2]
         plain = attention_mask is None or describes_new_tokens(attention_mask, tokens)
-        if fresh and plain and step.layer.captures(tokens):
+        # Where a layer shares the keys, several tokens with padding among them are not the last of their rows.
+        level = not step.written or attention_mask is None or tokens == 1
+        if step.attend is None and plain and level and step.layer.captures(tokens):
             return captured(query, step, attention_mask, options), None
         return _attend_eagerly(query, step, attention_mask, options), None  # pyright: ignore
     return _attend(query, step, attention_mask, options), None

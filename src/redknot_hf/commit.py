@@ -64,16 +64,19 @@ def write_and_attend(query: Query, step: Step, real: Real | None, options: dict[
 
 
 def captured(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
-    """What `write_and_attend` does, inside of `torch.compile`: the device counts, and the host will ask it."""
+    """What `write_and_attend` does, inside of `torch.compile`: the device counts, and the host will ask it.
+
+    What another layer has written already, of the same keys, is attended as it is.
+    """
     layer = step.layer
     pool, on_device, run = layer.pool, layer.rows_on_device, layer.kernels.captured
     assert pool is not None and run is not None  # noqa: PT018 - `layer.captures` has said so
+    new = (None, None) if step.written else (step.key, step.value)
     real = None if mask is None else mask[:, 0, 0]
     step.written = True
     return run(
-        query, pool.keys, pool.values, step.key, step.value, on_device.table, on_device.counts, real,
-        on_device.bounds, on_device.most_kept, layer.rules.reach, options["scale"], options["softcap"],
-        options["s_aux"],
+        query, pool.keys, pool.values, *new, on_device.table, on_device.counts, real, on_device.bounds,
+        on_device.most_kept, layer.rules.reach, options["scale"], options["softcap"], options["s_aux"],
     )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ class RedKnotHandle(torch.Tensor):
         if func is Tensor.as_subclass or is_answer(func, out):
             return out
         if func is Tensor.to and out is args[0]:  # layers that share keys see to it that they are on their own device
-            return out
+            return args[0]
         raise RuntimeError(
             f"{getattr(func, '__name__', func)} was called on keys or values that a RedKnotCache holds, so the "
             "attention did not run through redknot. Call model.set_attn_implementation('redknot') before generating. "

@@ -19,7 +19,8 @@ class Kernels(NamedTuple):
 
     Attributes:
         step_in_views: `step` of one token where rows are plain tensors; `None` where pages cost nothing.
-        captured: `step` as an operator for `torch.compile` and CUDA graphs; `None` where the host must know lengths.
+        captured: `step` as an operator for `torch.compile` and CUDA graphs, and without new keys and values `decode`;
+            `None` where the host must know lengths.
     """
 
     append: Callable

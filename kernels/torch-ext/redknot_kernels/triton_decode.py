@@ -43,15 +43,20 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
 @torch.library.custom_op(
     f"{__package__}::step",  # beside a build of the package, each has its own
     mutates_args=("k_pages", "v_pages", "counts"),
-    schema="(Tensor query, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor k_new, Tensor v_new, Tensor table, "
+    schema="(Tensor query, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor? k_new, Tensor? v_new, Tensor table, "
     "Tensor(c!) counts, Tensor? real, Tensor bounds, int most_kept, int reach, float scale, float? softcap, "
     "Tensor? s_aux) -> Tensor",
 )
 def captured_step(
     query, k_pages, v_pages, k_new, v_new, table, counts, real, bounds, most_kept, reach, scale, softcap, s_aux
 ):  # fmt: skip
-    """`step` as one operator, which `torch.compile` takes whole; bounds, most_kept and reach say the `HeadRules`."""
+    """`step` as one operator, which `torch.compile` takes whole; bounds, most_kept and reach say the `HeadRules`.
+
+    Without new keys and values it is `decode`: it attends tokens that the pages hold already, and counts nothing.
+    """
     rows = table, counts, bounds, most_kept, reach
+    if k_new is None:
+        return _launch(query, k_pages, v_pages, None, *rows, scale, softcap, s_aux)
     return _steps(query, k_pages, v_pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
 
 
