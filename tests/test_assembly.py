@@ -38,7 +38,7 @@ def one_after_the_other(model, store, parts) -> RedKnotCache:
 
 
 @pytest.mark.parametrize("boundary", [1, 20, 0.5, [2, 0, 70, "all", 1]])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "mistral_sliding"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3n", "gpt_oss", "mistral_sliding"])
 def test_one_pass_does_what_many_do(family, boundary, monkeypatch):
     model = make_model(family, **LONG)
     store = SegmentStore(model, random_plan(model.config, seed=2))

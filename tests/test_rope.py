@@ -49,7 +49,7 @@ def computed(model, positions, token=40):
     cache = DynamicCache(config=model.config)
     ids = torch.full((len(positions), 1), token)
     model(ids, attention_mask=torch.ones_like(ids), position_ids=positions[:, None], past_key_values=cache)
-    return [layer.keys[:, :, 0].transpose(0, 1) for layer in cache.layers]
+    return [layer.keys[:, :, 0].transpose(0, 1) for layer in cache.layers if layer.keys is not None]
 
 
 def assert_moves(model, positions=POSITIONS, targets=TARGETS, error=1e-5):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -54,7 +54,8 @@ class Relocation:
     Source: RoFormer, arXiv 2104.09864, section 3.2; position-independent reuse of RedKnot, arXiv 2606.06256.
 
     Attributes:
-        layers: Of each layer of the model's cache, how its keys turn; `None` where they do not (NoPE).
+        layers: Of each layer of the model's cache, how its keys turn; `None` where they do not (NoPE), or where it has
+            none of its own.
     """
 
     def __init__(self, layers: tuple[Turning | None, ...]) -> None:
@@ -81,7 +82,7 @@ class Relocation:
         limits = [turning.limit for turning in found if turning.limit is not None]
         probed = _probed_positions(min([*limits, getattr(config, "max_position_embeddings", None) or _FARTHEST]))
         keys = _computed_keys(model, config, probed)
-        layers = tuple(_layout(name, i, layer, found, probed) for i, layer in enumerate(keys))
+        layers = tuple(None if k is None else _layout(name, i, k, found, probed) for i, k in enumerate(keys))
         if all(layer is None for layer in layers):
             raise _refused(name, "none turn with their position, which must enter by other means, such as ALiBi")
         return cls(layers)
@@ -167,7 +168,8 @@ def _unmovable(config: PreTrainedConfig) -> str | None:
     if "mrope_section" in str(getattr(config, "rope_parameters", None)):
         return "its positions are multimodal (mRoPE: time, height, width), and not one number per token"
     for i, layer in enumerate(DynamicCache(config=config).layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        none_of_its_own = type(layer).__name__ == "DummyLayer"  # older releases leave such layers out
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and not none_of_its_own:
             return f"layer {i} keeps its past in a {type(layer).__name__}, which holds no keys of single tokens"
     return None
 
@@ -211,7 +213,7 @@ def _probed_positions(limit: int) -> Int[Tensor, " probed"]:
 @torch.no_grad()
 def _computed_keys(
     model: Any, config: PreTrainedConfig, probed: Int[Tensor, " probed"]
-) -> list[Float[Tensor, "tried probed heads dim"]]:
+) -> list[Float[Tensor, "tried probed heads dim"] | None]:
     """Keys that every layer caches for some tokens, each alone in its sequence, at each of the positions."""
     tried = torch.tensor([config.vocab_size // n for n in (2, 3, 5)])
     ids = tried.repeat_interleave(len(probed))[:, None].to(model.device)
@@ -225,8 +227,8 @@ def _computed_keys(
         )  # fmt: skip
     finally:
         model.train(training)
-    keys = [layer.keys for layer in cache.layers if isinstance(layer, DynamicLayer) and layer.keys is not None]
-    return [k[:, :, 0].unflatten(0, (len(tried), len(probed))).cpu() for k in keys]
+    alone, layers = (len(tried), len(probed)), cast(list[Any], cache.layers)
+    return [None if at.keys is None else at.keys[:, :, 0].unflatten(0, alone).cpu() for at in layers]
 
 
 def _layout(
