@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
-from redknot_hf.recording import row_layers
+from redknot_hf.cache.cache import row_layers
 
 pytest.importorskip("triton")
 

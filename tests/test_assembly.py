@@ -10,9 +10,12 @@ from families import make_model
 from oracle import random_plan
 from test_reuse import BOS, LONG, joined, next_logits, texts
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, assembly, pieces
-from redknot_hf.recording import forward, row_layers
-from redknot_hf.splice import count, place, read, settle_slots
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble
+from redknot_hf.cache.cache import row_layers
+from redknot_hf.cache.packing import count, place, read, settle_slots
+from redknot_hf.reuse import assembly
+from redknot_hf.reuse import schedule as pieces
+from redknot_hf.reuse.recording import forward
 
 
 def one_after_the_other(model, store, parts) -> RedKnotCache:

@@ -5,8 +5,8 @@ import torch
 from families import make_model
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
-from redknot_hf.attention import redknot_attention
-from redknot_hf.mask import PaddingMask
+from redknot_hf.attention.attention import redknot_attention
+from redknot_hf.attention.mask import PaddingMask
 
 MODULE = torch.nn.Identity()
 

@@ -5,7 +5,7 @@ import torch
 from families import make_model
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
-from redknot_hf.commit import runs, write, write_and_attend
+from redknot_hf.cache.commit import runs, write, write_and_attend
 
 OPTIONS = {"scale": 0.25, "softcap": None, "s_aux": None}
 PAGE = 16

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from test_rows import grow, make_rows
 
-from redknot_hf.device_rows import DeviceRows, staged
+from redknot_hf.cache.device_rows import DeviceRows, staged
 
 CPU = torch.device("cpu")
 

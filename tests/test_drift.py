@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from evals.tiny.corpus import Corpus
 from evals.tiny.lexicon import Lexicon
 from redknot_hf import HeadPlan, HeadSpec
+from redknot_hf.attention.watching import restricted, watching
 from redknot_hf.profiling import Prompt, profile_heads
 from redknot_hf.profiling.drift import drift, measure_drift
-from redknot_hf.profiling.watching import restricted, watching
 
 TINY = Path(__file__).parents[1] / "evals" / "tiny"
 # Blocks that norm or scale their attention's output before they add it are among them.

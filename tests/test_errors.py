@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, L
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
-from redknot_hf.attention import redknot_attention
+from redknot_hf.attention.attention import redknot_attention
 
 IDS = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
 LOCAL = HeadSpec(8, 2)

@@ -5,10 +5,10 @@ from families import make_model, make_model_with_idle_heads
 from test_drift import prompts
 
 from redknot_hf import HeadSpec
+from redknot_hf.attention.watching import watching
 from redknot_hf.profiling import profile_heads
 from redknot_hf.profiling.divergence import Divergence
 from redknot_hf.profiling.gates import Gates, train_gates
-from redknot_hf.profiling.watching import watching
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from families import make_model
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
-from redknot_hf.handle import RedKnotHandle
+from redknot_hf.cache.handle import RedKnotHandle
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from redknot_hf.history import SlotHistory
+from redknot_hf.cache.history import SlotHistory
 
 
 def padded_history():

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from redknot_hf import HeadPlan, HeadSpec
-from redknot_hf.identity import model_identity, segment_address, weights_state
+from redknot_hf.reuse.identity import model_identity, segment_address, weights_state
 
 
 @pytest.fixture(scope="module")

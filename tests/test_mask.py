@@ -13,7 +13,7 @@ from transformers.masking_utils import (
 )
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
-from redknot_hf.mask import PaddingMask, redknot_mask
+from redknot_hf.attention.mask import PaddingMask, redknot_mask
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "attn_implementation": "redknot"}
 LLAMA = LlamaConfig(**SIZES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from redknot_hf.metadata import is_answer
+from redknot_hf.cache.handle import is_answer
 
 
 class Recorder(torch.Tensor):

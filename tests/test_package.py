@@ -33,7 +33,7 @@ before = [dict(m) for m in maps]
 import redknot_hf
 after = [dict(m) for m in maps]
 assert after[0].pop("redknot") is redknot_hf.redknot_attention
-assert after[1].pop("redknot").__module__ == "redknot_hf.mask"
+assert after[1].pop("redknot").__module__ == "redknot_hf.attention.mask"
 assert before == after
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

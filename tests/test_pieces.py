@@ -3,8 +3,9 @@
 import pytest
 from families import make_model
 
-from redknot_hf import HeadPlan, HeadSpec, SegmentStore, pieces
-from redknot_hf.pieces import Reused, passes
+from redknot_hf import HeadPlan, HeadSpec, SegmentStore
+from redknot_hf.reuse import schedule as pieces
+from redknot_hf.reuse.schedule import Reused, passes
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, LlavaConfig
 
-from redknot_hf.plan import HeadPlan, HeadSpec
+from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
 LOCAL = HeadSpec(window=256, sink=4)
 

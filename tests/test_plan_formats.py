@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from redknot_hf.plan import HeadPlan, HeadSpec
+from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
 GLOBAL = HeadSpec()
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from redknot_kernels import UNBOUNDED, HeadRules
 
-from redknot_hf.pool import PagePool
-from redknot_hf.rows import Rows
+from redknot_hf.cache.pool import PagePool
+from redknot_hf.cache.rows import Rows
 
 
 def make_pool(pages=None):

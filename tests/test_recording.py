@@ -5,7 +5,7 @@ from oracle import random_plan, under_plan
 from redknot_kernels import UNBOUNDED
 from transformers import DynamicCache
 
-from redknot_hf.recording import record
+from redknot_hf.reuse.recording import record
 
 PREFIX = [5, 6, 7]
 

@@ -9,7 +9,8 @@ from families import VOCABULARY, make_model
 from oracle import masked_logits, random_plan, under_plan
 from transformers import DynamicCache
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, pieces, prompt
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, prompt
+from redknot_hf.reuse import schedule as pieces
 
 LONG = {"max_position_embeddings": 2048}
 BOS = [3, 4]

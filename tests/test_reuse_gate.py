@@ -4,7 +4,7 @@ from families import make_model
 from oracle import random_plan
 
 from redknot_hf import HeadPlan, HeadSpec, SegmentStore, assemble
-from redknot_hf.reuse_gate import gate
+from redknot_hf.reuse.gate import gate
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

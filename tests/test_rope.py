@@ -7,7 +7,7 @@ from families import FAMILIES, make_model
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from redknot_hf.rope import Relocation
+from redknot_hf.reuse.relocation import Relocation
 
 pytestmark = pytest.mark.core
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from redknot_kernels import UNBOUNDED, HeadRules
 
-from redknot_hf.pool import PagePool
-from redknot_hf.row_views import RowViews
-from redknot_hf.rows import Rows
+from redknot_hf.cache.pool import PagePool
+from redknot_hf.cache.row_views import RowViews
+from redknot_hf.cache.rows import Rows
 
 
 def make_rows(lengths):

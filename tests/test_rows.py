@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from redknot_kernels import UNBOUNDED, HeadRules
 
-from redknot_hf.rows import ABSENT, Rows, Run
+from redknot_hf.cache.rows import ABSENT, Rows, Run
 
 
 class Shelf:

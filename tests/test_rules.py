@@ -4,7 +4,7 @@ import pytest
 from redknot_kernels import UNBOUNDED
 
 from redknot_hf import HeadSpec
-from redknot_hf.rules import head_rules, local_specs
+from redknot_hf.plan.rules import head_rules, local_specs
 
 SPECS = (HeadSpec(), HeadSpec(window=20, sink=3), HeadSpec(window=100, sink=2))
 

@@ -13,8 +13,8 @@ import torch
 from redknot_kernels import UNBOUNDED
 from safetensors import safe_open
 
-from redknot_hf.segment import KeptLayer, Segment, places
-from redknot_hf.segment_file import SegmentFileError, SegmentFolder
+from redknot_hf.cache.span import KeptLayer, Segment, places
+from redknot_hf.reuse.files import SegmentFileError, SegmentFolder
 
 LAYERS = (KeptLayer((UNBOUNDED, 2), (0, 1), 3, 4), None, KeptLayer((UNBOUNDED, UNBOUNDED), (0, 0), 3, 4))
 

@@ -14,12 +14,12 @@ import torch
 from families import VOCABULARY, make_model
 from oracle import random_plan
 
-import redknot_hf.segments
 from redknot_hf import SegmentStore, assemble
-from redknot_hf.assembly import ROOM
-from redknot_hf.recording import record
-from redknot_hf.segment import Segment, empty
-from redknot_hf.splice import read
+from redknot_hf.cache.packing import read
+from redknot_hf.cache.span import Segment, empty
+from redknot_hf.reuse import store as store_module
+from redknot_hf.reuse.assembly import ROOM
+from redknot_hf.reuse.recording import record
 
 OPERATIONS = 10_000
 TEXTS = [tuple(random.Random(i).choices(range(1, VOCABULARY), k=1 + 7 * (i % 9))) for i in range(40)]
@@ -31,7 +31,7 @@ class Disk:
     def __init__(self, monkeypatch) -> None:
         self.failing = Counter()
         monkeypatch.setattr(os, "fsync", lambda descriptor: self._fail("write"))
-        monkeypatch.setattr("redknot_hf.segment_file._read_into", self._read)
+        monkeypatch.setattr("redknot_hf.reuse.files._read_into", self._read)
 
     def _fail(self, kind: str) -> None:
         if self.failing[kind]:
@@ -64,7 +64,7 @@ class Session:
             ]
             return [one.with_data(content(one)) for one in made]
 
-        monkeypatch.setattr(redknot_hf.segments, "record", computed)
+        monkeypatch.setattr(store_module, "record", computed)
         self.open()
         self.done = Counter()
 

@@ -7,8 +7,8 @@ from families import make_model
 from redknot_kernels import UNBOUNDED
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
-from redknot_hf.segment import KeptLayer, empty
-from redknot_hf.splice import read, settle_slots, splice
+from redknot_hf.cache.packing import read, settle_slots, splice
+from redknot_hf.cache.span import KeptLayer, empty
 
 HEADS = (HeadSpec(), HeadSpec(3, 2), HeadSpec(40, 0), HeadSpec(1, 5))
 WINDOW, SINK = (UNBOUNDED, 3, 40, 1), (0, 2, 0, 5)

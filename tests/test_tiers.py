@@ -2,8 +2,8 @@ from collections import Counter
 
 import torch
 
-from redknot_hf.segment import KeptLayer, Segment
-from redknot_hf.tiers import Tier, Tiers
+from redknot_hf.cache.span import KeptLayer, Segment
+from redknot_hf.reuse.tiers import Tier, Tiers
 
 KILO = 1024
 

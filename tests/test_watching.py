@@ -4,8 +4,8 @@ from families import make_model
 from oracle import masked_logits, random_plan
 from test_drift import prompts
 
+from redknot_hf.attention.watching import restricted, watching
 from redknot_hf.profiling import profile_heads
-from redknot_hf.profiling.watching import restricted, watching
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral_sliding", "gpt_oss"])

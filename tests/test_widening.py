@@ -5,9 +5,9 @@ import pytest
 import torch
 from redknot_kernels import UNBOUNDED, HeadRules, gather_tokens, scatter_tokens
 
-from redknot_hf.pool import PagePool
-from redknot_hf.rows import Rows
-from redknot_hf.widening import widen
+from redknot_hf.cache.pool import PagePool
+from redknot_hf.cache.rows import Rows
+from redknot_hf.cache.widening import widen
 
 WINDOWS, SINKS = (UNBOUNDED, 5, 9), (0, 2, 0)
 

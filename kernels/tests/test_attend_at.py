@@ -65,7 +65,7 @@ def test_every_token_sees_what_stands_before_it(name, places):
 @pytest.mark.parametrize(("queries", "span"), [(7, 1024), (256, 20), (3, 4), (1, 1)])
 @pytest.mark.parametrize("places", PLACES)
 def test_tokens_are_attended_in_chunks_of_what_stands_near(places, queries, span, monkeypatch):
-    module = sys.modules["redknot_kernels.attend_at"]
+    module = sys.modules["redknot_kernels.plain.attend_at"]
     monkeypatch.setattr(module, "_QUERIES", queries)
     monkeypatch.setattr(module, "_SPAN", span)
     check("torch", PLACES[places])

@@ -43,8 +43,8 @@ def test_its_triton_side_is_its_own(repository):
     assert ours.captured is not theirs.captured
     assert ours.captured._qualname == f"{kernel.__name__}::step"
     named = {name for name in sys.modules if name.startswith(kernel.__name__)}
-    assert f"{kernel.__name__}.triton_decode" in named
-    configuration = sys.modules[f"{kernel.__name__}.configurations"].configuration
+    assert f"{kernel.__name__}.triton.decode" in named
+    configuration = sys.modules[f"{kernel.__name__}.triton.configurations"].configuration
     assert configuration("decode", "sm90", "rows", 2, 128, 4)["keys"] > 0
 
 

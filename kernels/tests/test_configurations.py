@@ -1,7 +1,7 @@
 """Tuned tiles: the files are whole, and the most specific entry wins."""
 
 import pytest
-from redknot_kernels import configurations
+from redknot_kernels.triton import configurations
 
 
 @pytest.mark.parametrize(("kernel", "names"), [("prefill", {"rows", "keys"}), ("decode", {"programs", "keys"})])

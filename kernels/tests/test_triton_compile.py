@@ -36,8 +36,8 @@ def compile_kernel(chip, kernel, arguments, **options):
 
 
 def prefill(chip, past, dtype, dims, group, page=0, split=False, softcap=False, sink=False):
-    from redknot_kernels import triton_prefill
-    from redknot_kernels.configurations import configuration
+    from redknot_kernels.triton import prefill as triton_prefill
+    from redknot_kernels.triton.configurations import configuration
 
     kind, itemsize = "paged" if page else "local", 4 if dtype == "fp32" else 2
     tile = configuration("prefill", chip, kind, itemsize, max(dims), group)
@@ -53,8 +53,8 @@ def prefill(chip, past, dtype, dims, group, page=0, split=False, softcap=False, 
 
 
 def attend_at(chip, dtype, dims, group, softcap=False, sink=False):
-    from redknot_kernels import triton_attend_at
-    from redknot_kernels.configurations import configuration
+    from redknot_kernels.triton import attend_at as triton_attend_at
+    from redknot_kernels.triton.configurations import configuration
 
     tile = configuration("prefill", chip, "text", 4 if dtype == "fp32" else 2, max(dims), group)
     kernel, power = triton_attend_at._attend_at_kernel, lambda n: 1 << (n - 1).bit_length()
@@ -69,8 +69,8 @@ def attend_at(chip, dtype, dims, group, softcap=False, sink=False):
 
 def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, softcap=False):
     """`tokens`: `None` for as many as a launch takes."""
-    from redknot_kernels import triton_decode
-    from redknot_kernels.configurations import configuration
+    from redknot_kernels.triton import decode as triton_decode
+    from redknot_kernels.triton.configurations import configuration
 
     tile = configuration("decode", chip, "rows", 4 if dtype == "fp32" else 2, max(dims), group)
     kernel, power = triton_decode._split_kernel, lambda n: 1 << (n - 1).bit_length()
@@ -90,7 +90,7 @@ def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, so
 
 
 def merge(chip, splits, sink=False):
-    from redknot_kernels import triton_decode
+    from redknot_kernels.triton import decode as triton_decode
 
     kernel = triton_decode._merge_kernel
     arguments = dict.fromkeys(kernel.arg_names, "i32")
@@ -103,7 +103,7 @@ def merge(chip, splits, sink=False):
 
 
 def append(chip, dims, page):
-    from redknot_kernels import triton_pages
+    from redknot_kernels.triton import pages as triton_pages
 
     kernel, power = triton_pages._append_kernel, lambda n: 1 << (n - 1).bit_length()
     arguments = dict.fromkeys(kernel.arg_names, "i32")
@@ -115,7 +115,7 @@ def append(chip, dims, page):
 
 
 def place(chip, dims, pairs, interleaved=False):
-    from redknot_kernels import triton_pages
+    from redknot_kernels.triton import pages as triton_pages
 
     kernel, power = triton_pages._place_kernel, lambda n: 1 << (n - 1).bit_length()
     arguments = dict.fromkeys(kernel.arg_names, "i32")

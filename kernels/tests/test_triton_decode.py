@@ -12,9 +12,9 @@ from redknot_kernels import step as plain_step
 
 pytest.importorskip("triton")
 
-from redknot_kernels import triton_decode
-from redknot_kernels.triton_decode import decode, step
-from redknot_kernels.triton_pages import append
+from redknot_kernels.triton import decode as triton_decode
+from redknot_kernels.triton.decode import decode, step
+from redknot_kernels.triton.pages import append
 from triton import knobs
 
 TRITON = SimpleNamespace(append=append, step=step, prefill=PLAIN.prefill)
@@ -227,7 +227,8 @@ def test_a_step_as_long_as_the_slack_overwrites_nothing_that_is_still_seen():
 
 
 def test_splits_are_whole_tiles():
-    from redknot_kernels import configurations, triton_decode
+    from redknot_kernels.triton import configurations
+    from redknot_kernels.triton import decode as triton_decode
 
     tiles = [e["keys"] for entries in configurations.configurations("decode").values() for e in entries.values()]
     assert all(triton_decode._MIN_SPLIT % keys == 0 for keys in tiles)  # else splits would share slots

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from redknot_kernels import triton_pages
+from redknot_kernels.triton import pages as triton_pages
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -11,7 +11,7 @@ from redknot_kernels import prefill as plain_prefill
 
 pytest.importorskip("triton")
 
-from redknot_kernels import triton_prefill
+from redknot_kernels.triton import prefill as triton_prefill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"rows": 32, "keys": 16, "options": {"num_warps": 4, "num_stages": 1}}

@@ -4,13 +4,13 @@ Importing the package registers the attention and the mask function `"redknot"`,
 not ask for it.
 """
 
-from .attention import redknot_attention
-from .cache import RedKnotCache
-from .captured_decoding import captured_decoding
-from .plan import HeadPlan, HeadSpec
-from .refresh import refresh
-from .reuse import AssembledCache, assemble, prompt
-from .segments import SegmentRef, SegmentStore
+from .attention.attention import redknot_attention
+from .cache.cache import RedKnotCache
+from .decoding import captured_decoding
+from .plan.plan import HeadPlan, HeadSpec
+from .reuse.assemble import AssembledCache, assemble, prompt
+from .reuse.refresh import refresh
+from .reuse.store import SegmentRef, SegmentStore
 
 __all__ = [
     "AssembledCache",

@@ -15,9 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .plan import HeadPlan
+from redknot_hf.plan.plan import HeadPlan
+from redknot_hf.profiling.head_profile import FORMAT
+
 from .profiling import HeadProfile, Prompt, calibration_prompts, profile_heads, read_texts
-from .profiling.head_profile import FORMAT
 
 app = typer.Typer(no_args_is_help=True, help="A head-aware KV cache: which heads of a model need everything?")
 plans = typer.Typer(no_args_is_help=True, help="Look at head plans, convert and compare them.")
@@ -83,7 +84,7 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
         if profile_out:
             found.save(profile_out)
         if figure:
-            from .profiling.figure import heat_map
+            from redknot_hf.profiling.figure import heat_map
 
             heat_map(found, plan).savefig(figure, dpi=150)
     _show(plan)

@@ -1,13 +1,13 @@
 """Attention over pages of single KV heads: every function in plain PyTorch, which defines its meaning."""
 
-from .attend import add_sink_logit, attend, merge
-from .attend_at import attend_at
-from .decode import decode, step
 from .implementations import NAMES, Kernels, implementation
-from .pages import append, copy_pages, gather, gather_tokens, place, scatter_tokens
-from .prefill import Context, prefill, read_context
-from .rotation import Rotation, rotate
-from .row_views import Piece, RowView, step_in_views, view_rows
+from .plain.attend import add_sink_logit, attend, merge
+from .plain.attend_at import attend_at
+from .plain.decode import decode, step
+from .plain.pages import append, copy_pages, gather, gather_tokens, place, scatter_tokens
+from .plain.prefill import Context, prefill, read_context
+from .plain.rotation import Rotation, rotate
+from .plain.views import Piece, RowView, step_in_views, view_rows
 from .rules import UNBOUNDED, HeadRules
 
 __all__ = [

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple, Optional
 
-from .attend_at import attend_at
-from .decode import decode, step
-from .pages import append, place
-from .prefill import prefill
-from .row_views import step_in_views
+from .plain.attend_at import attend_at
+from .plain.decode import decode, step
+from .plain.pages import append, place
+from .plain.prefill import prefill
+from .plain.views import step_in_views
 
 NAMES = ("torch", "triton")
 _TRITON_DEVICES = ("cuda", "xpu")
@@ -48,7 +48,10 @@ def implementation(name, device=None):
         raise ValueError(f"impl={name!r}: choose one of {NAMES}, or None to choose by device")
     if find_spec("triton") is None:
         raise ImportError("impl='triton' needs Triton: pip install triton, or pass impl='torch'")
-    from . import triton_attend_at, triton_decode, triton_pages, triton_prefill
+    from .triton import attend_at as triton_attend_at
+    from .triton import decode as triton_decode
+    from .triton import pages as triton_pages
+    from .triton import prefill as triton_prefill
 
     return Kernels(
         triton_pages.append, triton_decode.step, triton_decode.decode, triton_prefill.prefill,

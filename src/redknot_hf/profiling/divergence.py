@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from redknot_hf.plan import HeadPlan, HeadSpec
+from redknot_hf.attention.watching import blocks, restricted, watching
+from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
 from .prompt import Prompt, evenly
-from .watching import blocks, restricted, watching
 
 _MOST = 256  # scored tokens of a prompt, evenly taken; each holds a distribution over the vocabulary
 

@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from redknot_hf.plan import HeadSpec
+from redknot_hf.attention.watching import Attended, Call, attention_layers, blocks, watching
+from redknot_hf.plan.plan import HeadSpec
 
 from .prompt import Prompt
-from .watching import Attended, Call, attention_layers, blocks, watching
 
 # What queries all over a text weigh beside those that predict its scored tokens: some heads do their work where a text
 # is read, so that an answer finds it done. On the bundled model both together find its heads more surely than either.

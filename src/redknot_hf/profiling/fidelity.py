@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from redknot_hf.plan import HeadPlan
+from redknot_hf.plan.plan import HeadPlan
 
 from .divergence import Divergence
 from .prompt import Prompt

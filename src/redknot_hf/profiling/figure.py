@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from redknot_hf.plan import HeadPlan
+from redknot_hf.plan.plan import HeadPlan
 
 from .head_profile import HeadProfile
 

@@ -21,14 +21,14 @@ from redknot_kernels import implementation
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from redknot_hf.dense import dense_attention
-from redknot_hf.plan import HeadSpec
-from redknot_hf.plan_formats import AnyPath
-from redknot_hf.rules import head_rules
+from redknot_hf.attention.dense import dense_attention
+from redknot_hf.attention.watching import Attended, Call, blocks, kv_shape, watching
+from redknot_hf.plan.formats import AnyPath
+from redknot_hf.plan.plan import HeadSpec
+from redknot_hf.plan.rules import head_rules
 
 from .divergence import Divergence
 from .prompt import Prompt, fingerprint
-from .watching import Attended, Call, blocks, kv_shape, watching
 
 RATE = 0.1  # of Adam, falling to a tenth
 PRICE = 0.1  # of the mean gate, in nats

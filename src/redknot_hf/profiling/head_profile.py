@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from redknot_hf.plan import HeadPlan, HeadSpec
-from redknot_hf.plan_formats import AnyPath
+from redknot_hf.plan.formats import AnyPath
+from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
 FORMAT, VERSION = "redknot-profile", 1
 Number = int | float

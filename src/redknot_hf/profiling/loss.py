@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from redknot_hf.plan import HeadPlan, HeadSpec
+from redknot_hf.attention.watching import kv_shape
+from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
 from .divergence import Divergence
 from .drift import drift, measure_drift
 from .prompt import Prompt
 from .search import Path, find_path, measure_path, refine
-from .watching import kv_shape
 
 _POINTS = 16  # of the joint path at which the error is measured; half as many for the narrower windows
 Table = Float[np.ndarray, "heads windows"]

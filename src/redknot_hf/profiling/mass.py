@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from redknot_hf.plan import HeadSpec
+from redknot_hf.attention.watching import Attended, Call, watching
+from redknot_hf.plan.plan import HeadSpec
 
 from .prompt import Prompt, evenly
-from .watching import Attended, Call, watching
 
 _ROWS = 64  # queries of a prompt whose weights are looked at
 

@@ -14,8 +14,9 @@ import transformers
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from redknot_hf.plan import HeadSpec
-from redknot_hf.plan_formats import AnyPath
+from redknot_hf.attention.watching import check_model, kv_shape
+from redknot_hf.plan.formats import AnyPath
+from redknot_hf.plan.plan import HeadSpec
 
 from .drift import drift, measure_drift
 from .fidelity import fidelity
@@ -24,7 +25,6 @@ from .head_profile import HeadProfile, Number, check_target
 from .loss import LossSearch
 from .mass import measure_mass
 from .prompt import Prompt, as_prompts, fingerprint
-from .watching import check_model, kv_shape
 
 METHODS = ("drift", "loss", "mass", "gates")
 # Name of a stage, steps done, and steps in all where that is known.

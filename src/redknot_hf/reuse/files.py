@@ -18,7 +18,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from .segment import KeptLayer, Segment, places
+from redknot_hf.cache.span import KeptLayer, Segment, places
 
 _FORMAT = "redknot segment 1"
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from .device_rows import staged
 from .history import SlotHistory
 from .layer import RedKnotLayer
-from .segment import KeptLayer, Segment
+from .span import KeptLayer, Segment
 
 Packed = Int[np.ndarray, " kept"]
 

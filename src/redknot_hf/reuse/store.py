@@ -13,12 +13,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from redknot_hf.cache.span import Segment
+from redknot_hf.plan.plan import HeadPlan
+
+from .files import SegmentFileError, SegmentFolder
+from .gate import Verdict, gate
 from .identity import model_identity, segment_address, weights_state
-from .plan import HeadPlan
 from .recording import Keep, record
-from .reuse_gate import Verdict, gate
-from .segment import Segment
-from .segment_file import SegmentFileError, SegmentFolder
 from .tiers import Counts, Held, Tiers
 
 GIB = 2**30

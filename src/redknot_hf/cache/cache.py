@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy, deepcopy
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from redknot_hf.plan.plan import HeadPlan
+
+from .handle import BROKEN_OFF
 from .layer import RedKnotLayer
-from .mask import BROKEN_OFF
-from .plan import HeadPlan
 
 PAGE_SIZES = (16, 32, 64, 128)
 
@@ -229,3 +231,8 @@ def _size(nbytes: int) -> str:
     while amount >= 1024 and unit != "GiB":
         amount, unit = amount / 1024, next(units)
     return f"{amount:.1f} {unit}" if unit != "B" else f"{nbytes} B"
+
+
+def row_layers(cache: RedKnotCache) -> Iterator[tuple[int, RedKnotLayer]]:
+    """The layers that hold keys, with their index."""
+    return ((i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, RedKnotLayer))

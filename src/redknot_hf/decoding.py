@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .cache import RedKnotCache
+from redknot_hf.cache.cache import RedKnotCache
 
 # Tokens after which the host looks whether all sequences have ended; a page at most, so that they can be taken back.
 LOOK = 16

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from .metadata import is_answer
+from redknot_hf.cache.handle import BROKEN_OFF, is_answer
 
 # What models and device hooks do to a mask on its way to the attention function.
 _PASSING_ON = {
@@ -19,12 +19,6 @@ _PASSING_ON = {
     *(getattr(Tensor, name) for name in ("__getitem__", "narrow", "expand", "index_select", "repeat_interleave")),
     Tensor.__repr__,
 }
-
-
-BROKEN_OFF = (
-    "the layers of the cache hold different numbers of tokens: a forward pass broke off between them. Call "
-    "cache.reset() and read the text again."
-)
 
 
 _TOO_FEW_COLUMNS = (

@@ -6,10 +6,10 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from ..rules import UNBOUNDED
 from .attend import add_sink_logit, attend, merge
 from .decode import attend_pages
 from .pages import take_heads, token_index
-from .rules import UNBOUNDED
 
 # Bytes of keys and values laid out at once for the bands of a local head.
 _CHUNK_BYTES = 16 << 20

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from .rules import bounds_tensor
+from ..rules import bounds_tensor
 
 _PLACED = 32  # tokens that a program places
 

@@ -20,17 +20,17 @@ from torch import Tensor
 from torch.profiler import record_function
 from transformers import Cache
 
-from .cache import RedKnotCache
-from .device_rows import staged
-from .handle import RedKnotHandle, Step
-from .layer import RedKnotLayer
-from .mask import PaddingMask
-from .pieces import Piece, Reused, passes
-from .recording import row_layers
-from .rope import Relocation
-from .segment import Segment
-from .segments import SegmentStore
-from .splice import count, place, read, settle_slots, splice
+from redknot_hf.attention.mask import PaddingMask
+from redknot_hf.cache.cache import RedKnotCache, row_layers
+from redknot_hf.cache.device_rows import staged
+from redknot_hf.cache.handle import RedKnotHandle, Step
+from redknot_hf.cache.layer import RedKnotLayer
+from redknot_hf.cache.packing import count, place, read, settle_slots, splice
+from redknot_hf.cache.span import Segment
+
+from .relocation import Relocation
+from .schedule import Piece, Reused, passes
+from .store import SegmentStore
 
 # Tokens that find room behind the segments, and of how many tokens of theirs one more does: a question follows as a
 # rule, and a pool that must grow for it copies all that it holds.

@@ -5,7 +5,6 @@ of RedKnot (arXiv 2606.06256). A plan is data: plain Python without tensors.
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,16 +12,11 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-from redknot_hf import plan_formats
-from redknot_hf.plan_formats import AnyPath, Pairs
+from . import formats
+from .formats import AnyPath, Pairs
+from .picture import picture, shape
 
 _ITEMSIZE = {"float8_e4m3fn": 1, "float8_e5m2": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-
-# Global heads are full blocks. A local head's glyph grows with its window.
-_GLOBAL_GLYPH = "█"
-_LOCAL_GLYPHS = "·▁▂▃▄▅▆"
-_MAX_ROWS = 20
-_MAX_WIDTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +97,7 @@ class HeadPlan:
         chosen = {(index(layer), index(head)) for layer, head in global_heads}
         for layer, head in sorted(chosen):
             if not (0 <= layer < len(counts) and 0 <= head < counts[layer]):
-                where = f"({layer}, {head}) lies outside the model, which has {_shape(counts)}"
+                where = f"({layer}, {head}) lies outside the model, which has {shape(counts)}"
                 raise ValueError(f"global head {where}: give (layer, KV head) pairs that count from 0")
         spec = {True: HeadSpec(), False: local}
         return cls(tuple(tuple(spec[(i, h) in chosen] for h in range(n)) for i, n in enumerate(counts)))
@@ -119,7 +113,7 @@ class HeadPlan:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or of another format, or the plan does not fit the config.
         """
-        pairs, provenance = plan_formats.read_plan(path)
+        pairs, provenance = formats.read_plan(path)
         plan = cls._from_pairs(path, pairs, provenance, config)
         if other := _made_for_another(provenance, config):
             warnings.warn(
@@ -139,7 +133,7 @@ class HeadPlan:
             ValueError: The file is damaged, of another format or of an MLA model, or does not fit the config.
         """
         provenance = {"source": "redknot", "file": Path(path).name}
-        return cls._from_pairs(path, plan_formats.read_redknot(path), provenance, config)
+        return cls._from_pairs(path, formats.read_redknot(path), provenance, config)
 
     @classmethod
     def from_duo_attention(
@@ -162,7 +156,7 @@ class HeadPlan:
             ValueError: Not exactly one of `global_ratio` and `threshold` is given, the ratio is outside 0 to 1, a
                 file is damaged, or the plan does not fit the config.
         """
-        pairs = plan_formats.read_duo_attention(path, global_ratio, threshold)
+        pairs = formats.read_duo_attention(path, global_ratio, threshold)
         choice = {"threshold": threshold} if global_ratio is None else {"global_ratio": global_ratio}
         provenance = {"source": "duo-attention", "file": Path(path).name, **choice}
         return cls._from_pairs(path, pairs, provenance, config)
@@ -184,7 +178,7 @@ class HeadPlan:
             ValueError: JSON cannot hold the provenance.
         """
         pairs = tuple(tuple((spec.window, spec.sink) for spec in layer) for layer in self.heads)
-        plan_formats.write_plan(path, pairs, self.provenance)
+        formats.write_plan(path, pairs, self.provenance)
 
     def check(self, config: Any) -> None:
         """Check that the plan fits the model with this transformers config.
@@ -197,7 +191,7 @@ class HeadPlan:
             names = [*(getattr(config, "architectures", None) or []), getattr(config, "model_type", None)]
             model = " / ".join(filter(None, names)) or type(config).__name__
             raise ValueError(
-                f"the plan has {_shape(mine)}, the model ({model}) has {_shape(theirs)}: "
+                f"the plan has {shape(mine)}, the model ({model}) has {shape(theirs)}: "
                 "load the plan of this model, or make one with HeadPlan.with_global(model.config, ...)"
             )
 
@@ -238,10 +232,10 @@ class HeadPlan:
         return iter(self.heads)
 
     def __repr__(self) -> str:
-        return f"HeadPlan({_shape(tuple(map(len, self.heads)))}, {self.num_global} global)"
+        return f"HeadPlan({shape(tuple(map(len, self.heads)))}, {self.num_global} global)"
 
     def __str__(self) -> str:
-        return "\n".join([_header(self), *_picture(self), _saving(self)])
+        return picture(self)
 
 
 def _made_for_another(provenance: Mapping[str, Any], config: Any) -> str | None:
@@ -270,11 +264,6 @@ def _kv_heads(config: Any) -> tuple[int, ...]:
     raise ValueError(f"{type(config).__name__} has {found}: give the config of a decoder, model.config")
 
 
-def _shape(counts: tuple[int, ...]) -> str:
-    heads = str(counts[0]) if len(set(counts)) == 1 else str(list(counts))
-    return f"{len(counts)} layers x {heads} KV heads"
-
-
 def _itemsize(dtype: Any) -> int:
     size = getattr(dtype, "itemsize", dtype)
     if isinstance(size, str):
@@ -282,38 +271,3 @@ def _itemsize(dtype: Any) -> int:
     if type(size) is not int or size < 1:
         raise ValueError(f"dtype is {dtype!r}: give a torch or numpy dtype, bytes, or one of {', '.join(_ITEMSIZE)}")
     return size
-
-
-def _header(plan: HeadPlan) -> str:
-    kinds = Counter(spec for spec in chain.from_iterable(plan) if not spec.is_global).most_common()
-    text = "; ".join(f"window {spec.window}, sink {spec.sink}" for spec, _ in kinds[:3])
-    more = f"; {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""
-    local = f"{plan.num_heads - plan.num_global} local" + (f" ({text}{more})" if kinds else "")
-    return f"HeadPlan: {_shape(tuple(map(len, plan.heads)))}, {plan.num_global} global, {local}"
-
-
-def _picture(plan: HeadPlan) -> list[str]:
-    """Return a row of glyphs for each layer, in columns, and the legend."""
-    windows = sorted({spec.window for spec in chain.from_iterable(plan) if spec.window is not None})
-    glyphs: dict[int | None, str] = {None: _GLOBAL_GLYPH}
-    glyphs |= {window: _LOCAL_GLYPHS[i * len(_LOCAL_GLYPHS) // len(windows)] for i, window in enumerate(windows)}
-    digits, width = len(str(len(plan) - 1)), max(map(len, plan.heads))
-    rows_of = ("".join(glyphs[spec.window] for spec in layer) for layer in plan)
-    cells = [f"  {i:>{digits}}  {row:<{width}}" for i, row in enumerate(rows_of)]
-    columns = min(-(-len(cells) // _MAX_ROWS), max(1, _MAX_WIDTH // len(cells[0])))
-    rows = -(-len(cells) // columns)
-    legend = f"  {_GLOBAL_GLYPH} global" + ("   window:" if windows else "")
-    for glyph in _LOCAL_GLYPHS:
-        if shared := [window for window in windows if glyphs[window] == glyph]:
-            legend += f"  {glyph} {shared[0]}" + (f" to {shared[-1]}" if len(shared) > 1 else "")
-    return [*("  ".join(cells[row::rows]).rstrip() for row in range(rows)), legend]
-
-
-def _saving(plan: HeadPlan) -> str:
-    parts = []
-    for thousands in (8, 32, 128):
-        length = thousands * 1024
-        share = plan._kept(length) / (plan.num_heads * length)
-        percent = f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.1f}"
-        parts.append(f"{thousands}K {percent} % ({1 / share:.1f}x less)")
-    return "KV kept: " + ", ".join(parts)

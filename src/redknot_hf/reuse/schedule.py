@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from jaxtyping import Int
 
-from .plan import HeadPlan, HeadSpec
-from .segments import SegmentRef, SegmentStore
+from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
+from .store import SegmentRef, SegmentStore
+
+# Share of a segment that is recomputed in its new context, unless said otherwise.
+BOUNDARY = 0.1
+
+Amount = int | float | Literal["all"]
+Policy = Callable[[SegmentRef, int], Amount]
+Boundary = Amount | Sequence[Amount] | Policy
+Refs = Sequence[SegmentRef] | Sequence[Sequence[SegmentRef]]
 # Tokens of one forward pass, those of all sequences together.
 _PASS_TOKENS = 8192
 # Bytes of stored segments that a pass brings to the device beside the cache; a single segment may be more.
@@ -68,6 +77,61 @@ class Piece:
     def end(self) -> int:
         """Position behind the piece."""
         return self.part.start + (len(self.part.ref) if self.rest else self.stop)
+
+
+def as_batch(segments: Refs) -> list[list[SegmentRef]]:
+    """One list of segments a sequence, of which at least one has some."""
+    single = all(isinstance(one, SegmentRef) for one in segments)
+    batch: list[list[SegmentRef]] = [list(one) for one in ([segments] if single else segments)]  # pyright: ignore
+    if not any(batch):
+        raise ValueError("there are no segments to assemble: begin with RedKnotCache(model.config, plan)")
+    return batch
+
+
+def store_of(batch: Sequence[Sequence[SegmentRef]], model: Any) -> SegmentStore:
+    """The one store that all segments are in, which must be the model's."""
+    stores = {id(ref.store): ref.store for sequence in batch for ref in sequence}
+    if len(stores) > 1:
+        raise ValueError(f"the segments come from {len(stores)} stores: add them all to one")
+    (store,) = stores.values()
+    if store is None:
+        raise ValueError(
+            "the segments come from another process: name them anew, store.ref(segment.ids, segment.prefix)"
+        )
+    if store.model is not model:
+        raise ValueError("the segments belong to another model: add the texts to a SegmentStore of this one")
+    return store
+
+
+def schedule(sequence: Sequence[SegmentRef], boundary: Boundary) -> tuple[Reused, ...]:
+    """Where each segment will stand, and how much of it is recomputed there."""
+    if isinstance(boundary, Sequence) and not isinstance(boundary, str) and len(boundary) != len(sequence):
+        raise ValueError(f"boundary has {len(boundary)} entries for {len(sequence)} segments: give one for each")
+    context: tuple[int, ...] = ()
+    parts = []
+    for index, ref in enumerate(sequence):
+        per_segment = isinstance(boundary, Sequence) and not isinstance(boundary, str)
+        asked = boundary[index] if per_segment else boundary  # pyright: ignore[reportIndexIssue]
+        tokens = _tokens(asked, ref, len(context))
+        if boundary != "all" and ref.prefix == context:
+            tokens = 0  # it is right as it is
+        parts.append(Reused(ref, len(context), tokens, len(context) != len(ref.prefix)))
+        context += ref.ids
+    return tuple(parts)
+
+
+def _tokens(asked: Any, ref: SegmentRef, start: int) -> int:
+    if callable(asked):
+        asked = asked(ref, start)
+    if asked == "all":
+        return len(ref)
+    if isinstance(asked, bool) or not isinstance(asked, int | float) or asked < 0 or (asked > 1 and asked % 1):
+        raise ValueError(f"boundary={asked!r}: give tokens (an int), a share (a float from 0 to 1), or 'all'")
+    if isinstance(asked, float):
+        if asked > 1:
+            raise ValueError(f"boundary={asked!r} is a float, so a share, and above 1: give tokens as an int")
+        return math.ceil(asked * len(ref))
+    return min(asked, len(ref))
 
 
 def passes(batch: Sequence[Sequence[Reused]], store: SegmentStore) -> Iterator[tuple[Sequence[Piece], ...]]:

@@ -12,9 +12,10 @@ from redknot_kernels import add_sink_logit, attend, gather, read_context
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from .commit import Output, Query, captured, runs, write, write_and_attend
+from redknot_hf.cache.commit import Output, Query, captured, runs, write, write_and_attend
+from redknot_hf.cache.handle import RedKnotHandle, Run, Step
+
 from .dense import dense_attention
-from .handle import RedKnotHandle, Run, Step
 from .mask import PaddingMask, describes_new_tokens, real_tokens
 
 _NOTHING = nullcontext()

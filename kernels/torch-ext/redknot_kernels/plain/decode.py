@@ -4,9 +4,9 @@ from functools import lru_cache
 
 import torch
 
+from ..rules import UNBOUNDED
 from .attend import add_sink_logit, attend, merge
 from .pages import append, head_index, take_heads
-from .rules import UNBOUNDED
 
 # Bytes of keys and values gathered at once: they stay in the processor's cache, and under the size from which the
 # allocator asks the system for fresh memory on every call.

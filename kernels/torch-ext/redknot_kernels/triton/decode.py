@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from .configurations import chip_name, configuration, processors
-from .triton_pages import INTERPRETING, await_previous, early_launch, on_its_device
-from .triton_tiles import LOG2E, LOWEST, load_rows
+from .pages import INTERPRETING, await_previous, early_launch, on_its_device
+from .tiles import LOG2E, LOWEST, load_rows
 
 # The fewest slots of a split, and about the most: long ones leave the chip idle where programs end unevenly.
 _MIN_SPLIT = 64
@@ -41,7 +41,7 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
 
 
 @torch.library.custom_op(
-    f"{__package__}::step",  # beside a build of the package, each has its own
+    f"{__package__.rpartition('.')[0]}::step",  # beside a build of the package, each has its own
     mutates_args=("k_pages", "v_pages", "counts"),
     schema="(Tensor query, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor? k_new, Tensor? v_new, Tensor table, "
     "Tensor(c!) counts, Tensor? real, Tensor bounds, int most_kept, int reach, float scale, float? softcap, "

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
+from redknot_hf.cache.cache import row_layers
+from redknot_hf.cache.layer import RedKnotLayer
+from redknot_hf.cache.packing import settle_slots, splice
+from redknot_hf.cache.span import KeptLayer, Segment
+
+from .assemble import AssembledCache, relocation_of
 from .assembly import check_room, initialize, turns_of
-from .layer import RedKnotLayer
-from .pieces import Reused
-from .recording import row_layers
-from .reuse import AssembledCache, Refs, as_batch, relocation_of, schedule, store_of
-from .segment import KeptLayer, Segment
-from .splice import settle_slots, splice
+from .schedule import Refs, Reused, as_batch, schedule, store_of
 
 By = Literal["deviation", "attention"]
 _NAME = "redknot_refresh"

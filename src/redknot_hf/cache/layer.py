@@ -12,14 +12,15 @@ from redknot_kernels import HeadRules, Kernels, RowView, implementation
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from redknot_hf.plan.plan import HeadSpec
+from redknot_hf.plan.rules import head_rules, local_specs
+
 from .device_rows import DeviceRows
 from .handle import RedKnotHandle, Step
 from .history import SlotHistory
-from .plan import HeadSpec
 from .pool import PagePool
 from .row_views import RowViews
 from .rows import Rows
-from .rules import head_rules, local_specs
 from .widening import widen
 
 # Tokens that a local row keeps beyond its window while the past is recorded, so that they can be taken back.

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attend import merge_stacked
+from ..plain.attend import merge_stacked
+from ..plain.pages import head_index, take_heads
 from .configurations import chip_name, configuration, processors
-from .pages import head_index, take_heads
-from .triton_pages import INTERPRETING, on_its_device
-from .triton_tiles import LOG2E, LOWEST, accumulate, load_rows, sees
+from .pages import INTERPRETING, on_its_device
+from .tiles import LOG2E, LOWEST, accumulate, load_rows, sees
 
 # Keys that a part of a split must at least have, for its share of the merge to stay small.
 _PART_KEYS = 1024

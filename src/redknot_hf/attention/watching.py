@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from redknot_hf.mask import PaddingMask, redknot_mask
-from redknot_hf.plan import HeadPlan, HeadSpec
-from redknot_hf.rules import head_rules
+from redknot_hf.attention.mask import PaddingMask, redknot_mask
+from redknot_hf.plan.plan import HeadPlan, HeadSpec
+from redknot_hf.plan.rules import head_rules
 
 _PAGE = 64  # rules ask for one, and without a cache nothing depends on it
 

@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
-from .cache import RedKnotCache
-from .plan import HeadPlan
-from .recording import forward, record, row_layers
-from .rope import Relocation
-from .splice import settle_slots, splice
+from redknot_hf.cache.cache import RedKnotCache, row_layers
+from redknot_hf.cache.packing import settle_slots, splice
+from redknot_hf.plan.plan import HeadPlan
+
+from .recording import forward, record
+from .relocation import Relocation
 
 # Error that rounding explains, relative to the norm of what is compared. Without RoPE, say, it is about 1.
 _ALLOWED, _ALLOWED_IN_HALF = 1e-3, 1e-1

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .segment import Segment
+from redknot_hf.cache.span import Segment
 
 
 @dataclass(frozen=True, eq=False)

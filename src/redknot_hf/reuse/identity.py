@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .plan import HeadPlan
+from redknot_hf.plan.plan import HeadPlan
 
 _FORMAT = 1
 # Elements that are summed at a time, as int64.

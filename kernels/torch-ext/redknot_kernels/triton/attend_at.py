@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from .configurations import chip_name, configuration
-from .triton_pages import INTERPRETING, on_its_device
-from .triton_tiles import LOG2E, LOWEST, accumulate, load_rows, sees
+from .pages import INTERPRETING, on_its_device
+from .tiles import LOG2E, LOWEST, accumulate, load_rows, sees
 
 
 @on_its_device

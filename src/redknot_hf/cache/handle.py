@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from redknot_kernels import Context
 from torch import Tensor
 
-from .metadata import is_answer
-
 if TYPE_CHECKING:
     from .layer import RedKnotLayer
+
+BROKEN_OFF = (
+    "the layers of the cache hold different numbers of tokens: a forward pass broke off between them. Call "
+    "cache.reset() and read the text again."
+)
+
+_BASE = cast(Any, Tensor._base).__get__
 
 
 @dataclass
@@ -101,3 +106,17 @@ class RedKnotHandle(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"RedKnotHandle(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def is_answer(func: Any, out: Any) -> bool:
+    """Whether a call on a tensor returned what is known about it (shape, strides, what it is a view of).
+
+    Compilers ask all kinds of questions of every tensor that they meet, so no list could name them.
+    """
+    if isinstance(out, Tensor):
+        return func == _BASE
+    return not (isinstance(out, (tuple, list)) and any(map(_is_tensor, out)))
+
+
+def _is_tensor(part: Any) -> bool:
+    return isinstance(part, Tensor)

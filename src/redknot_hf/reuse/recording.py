@@ -11,11 +11,11 @@ from jaxtyping import Bool, Int
 from redknot_kernels import UNBOUNDED
 from torch import Tensor
 
-from .cache import RedKnotCache
-from .layer import RECORDED, RedKnotLayer
-from .plan import HeadPlan
-from .segment import KeptLayer, Segment, empty
-from .splice import read
+from redknot_hf.cache.cache import RedKnotCache, row_layers
+from redknot_hf.cache.layer import RECORDED
+from redknot_hf.cache.packing import read
+from redknot_hf.cache.span import KeptLayer, Segment, empty
+from redknot_hf.plan.plan import HeadPlan
 
 Keep = Literal["plan", "full"]
 # Tokens of one forward pass.
@@ -79,11 +79,6 @@ def forward(model: Any, cache: RedKnotCache, texts: Sequence[Sequence[int]]) -> 
             input_ids=ids.to(model.device), attention_mask=mask, position_ids=places.to(model.device),
             past_key_values=cache, logits_to_keep=1,
         )  # fmt: skip
-
-
-def row_layers(cache: RedKnotCache) -> Iterator[tuple[int, RedKnotLayer]]:
-    """The layers that hold keys, with their index."""
-    return ((i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, RedKnotLayer))
 
 
 def _padded(texts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:

@@ -1,0 +1,1 @@
+"""The kernels of the same names on accelerators, in Triton."""

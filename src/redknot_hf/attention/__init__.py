@@ -1,0 +1,1 @@
+"""The seam with transformers: the attention function `"redknot"` and its masks."""

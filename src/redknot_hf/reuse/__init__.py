@@ -1,0 +1,1 @@
+"""Texts prefilled once: the store of their keys and values, and caches assembled from it."""
