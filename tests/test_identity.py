@@ -43,9 +43,22 @@ def dtype(model):
     model.bfloat16()
 
 
-@pytest.mark.parametrize("change", [swap, one_bit, rope, window, dtype])
+def neighbours(model):
+    """Whole numbers whose sum and whose sum by place stay."""
+    bits = model.model.layers[0].self_attn.v_proj.weight.view(-1).view(torch.int32)
+    bits[:3] += torch.tensor([1, -2, 1], dtype=torch.int32) << 22
+
+
+def far_apart(model):
+    """Two elements whose places are the same modulo 65521."""
+    weight = model.get_buffer("far")
+    weight[0], weight[65521] = weight[65521].clone(), weight[0].clone()
+
+
+@pytest.mark.parametrize("change", [swap, one_bit, neighbours, far_apart, rope, window, dtype])
 def test_any_change_of_the_model_shows(model, change):
     other = copy.deepcopy(model)
+    other.register_buffer("far", torch.arange(70_000.0))
     before = model_identity(other), weights_state(other)
     with torch.no_grad():
         change(other)

@@ -30,6 +30,20 @@ def test_refreshing_all_is_a_dense_prefill_and_nothing_is_naive_reuse(family, by
     assert model.config._attn_implementation == "redknot"
 
 
+@pytest.mark.parametrize("by", ["deviation", "attention"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_nothing_to_recompute_is_naive_reuse(family, by):
+    """A text in its own place, and a share that is less than a token."""
+    model = make_model(family, **LONG)
+    store = SegmentStore(model, random_plan(model.config, seed=1), keep="full")
+    right = [store.add([5, 6, 7])], [store.add([1, 2]), store.add([5, 6, 7], prefix=[1, 2])]
+    for refs in (*right, [store.add([5], prefix=[1])]):
+        cache = refresh(model, refs, share=0.15, by=by)
+        assert cache.refreshed_tokens == cache.recomputed_tokens == 0
+        naive = next_logits(model, assemble(model, refs, boundary=0))
+        torch.testing.assert_close(next_logits(model, cache), naive, atol=2e-4, rtol=1e-3)
+
+
 def test_the_error_falls_with_the_share():
     model = make_model("llama", **LONG)
     plan = HeadPlan.uniform(model.config, HeadSpec())

@@ -1,10 +1,15 @@
-"""Segments as files: safetensors with a checksum, in a folder of this machine or behind any fsspec URL."""
+"""Segments as files: safetensors with a checksum, in a folder of this machine or behind any fsspec URL.
+
+A file is read only as what it is asked to be: the reader brings an outline of the segment, a header longer than that
+one's can be is not read, and none of what a file says decides how much memory is taken for it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -18,12 +23,11 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from redknot_hf.cache.span import KeptLayer, Segment, places
+from redknot_hf.cache.span import KeptLayer, Segment, empty
 
 _FORMAT = "redknot segment 1"
-_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
-# Headers are some kilobytes; more is no file of ours.
-_MOST_HEADER = 100 * 2**20
+# What names a file that is being written.
+_UNFINISHED = re.compile(r".+\.[0-9a-f]{32}\.tmp")
 # Age in seconds at which a file that somebody was writing counts as left behind.
 _ABANDONED = 3600.0
 
@@ -38,7 +42,8 @@ class SegmentFolder:
     """The files of a store, one a segment, named by address.
 
     A file appears whole or not at all: it is written under another name and then renamed. Any process may read, and
-    several may write the same.
+    several may write the same. On this machine folder and files are made for their owner alone; whoever can write to
+    them is trusted with what they say.
 
     Args:
         url: A folder, or any URL that fsspec knows; made if it is not there.
@@ -51,7 +56,10 @@ class SegmentFolder:
         self._local = isinstance(self._files, LocalFileSystem)
         self.url = os.fspath(url)
         self.identity = identity
-        self._files.makedirs(self._root, exist_ok=True)
+        if self._local:
+            os.makedirs(self._root, mode=0o700, exist_ok=True)  # noqa: PTH103 - it is fsspec's string
+        else:
+            self._files.makedirs(self._root, exist_ok=True)
         self._sweep()
 
     def path(self, address: str) -> str:
@@ -74,7 +82,7 @@ class SegmentFolder:
         content = _content(segment, self.identity)
         unfinished = f"{self._root}/{segment.address}.{uuid.uuid4().hex}.tmp"
         try:
-            with self._files.open(unfinished, "wb") as file:
+            with self._created(unfinished) as file:
                 file.write(content)
                 if self._local:
                     file.flush()
@@ -87,25 +95,27 @@ class SegmentFolder:
             self.remove_path(unfinished)
             raise
 
-    def read(self, address: str, buffer: Buffer = lambda n, dtype: torch.empty(n, dtype=dtype)) -> Segment:
+    def read(self, wanted: Segment, buffer: Buffer = lambda n, dtype: torch.empty(n, dtype=dtype)) -> Segment:
         """Reads a segment into the host's memory and checks it.
 
         Args:
-            address: Which.
+            wanted: What it has to be, without data (`outline`).
             buffer: Makes the memory to read into, from elements and dtype.
 
         Raises:
             FileNotFoundError: There is no such file.
             SegmentFileError: It is cut short, altered, no segment, or that of another text, plan or model.
         """
-        path = self.path(address)
+        path = self.path(wanted.address)
         with self._files.open(path, "rb") as file:
-            try:
-                said, begin = _read_header(file)
-                segment = self._described(said, address, self._files.size(path) - begin, buffer)
-                read = _read_into(file, segment.data)
-            except (AttributeError, KeyError, TypeError, ValueError) as e:
-                raise SegmentFileError(f"{path}: {e}. Delete it; the store computes the segment anew.") from e
+            said, begin = self._header(file, wanted, path)
+            nbytes = self._files.size(path) - begin
+            if nbytes != wanted.nbytes:
+                raise SegmentFileError(
+                    f"{path} has {nbytes} bytes of data and should have {wanted.nbytes}. Delete it."
+                )
+            segment = wanted.with_data(buffer(wanted.data.numel(), wanted.data.dtype))
+            read = _read_into(file, segment.data)
         if read != segment.nbytes or _checksum(said, segment.data) != said.get("checksum"):
             raise SegmentFileError(f"{path} was altered: its checksum does not fit. Delete it.")
         return segment
@@ -121,32 +131,62 @@ class SegmentFolder:
         except FileNotFoundError:
             return
 
-    def _described(self, said: dict[str, str], address: str, nbytes: int, buffer: Buffer) -> Segment:
-        """The segment that a file says it is, its data yet to be read; checked before memory is taken for it."""
-        if said["identity"] != self.identity:
-            raise ValueError("it comes from another model, or other weights, RoPE parameters or dtype")
-        if said["address"] != address:
-            raise ValueError("it holds another text, or another plan's part of it")
-        layers = tuple(
-            None if kept is None else KeptLayer(tuple(kept[0]), tuple(kept[1]), *kept[2:])
-            for kept in json.loads(said["layers"])
-        )
-        ids, prefix = (tuple(json.loads(said[name])) for name in ("ids", "prefix"))
-        dtype, elements = _DTYPES[said["dtype"]], places(layers, len(ids))[1]
-        if elements * dtype.itemsize != nbytes:
-            raise ValueError(f"it has {nbytes} bytes of data and should have {elements * dtype.itemsize}")
-        return Segment(address, ids, prefix, layers, buffer(elements, dtype))
+    def _header(self, file: Any, wanted: Segment, path: str) -> tuple[dict[str, str], int]:
+        """What a file says of itself, which is what is wanted of it, and where its data begins."""
+        expected = _said(wanted, self.identity)
+        most = _most_header(expected, len(wanted.layers))
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            if not 0 < size <= most:
+                raise ValueError(f"it begins with a header of {size} bytes, and this segment's has at most {most}")
+            said = json.loads(file.read(size))["__metadata__"]
+            for name, of in _FOREIGN.items():
+                if said[name] != expected[name]:
+                    raise ValueError(f"its {name} is not what is asked for: {of}")
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError, MemoryError) as e:
+            raise SegmentFileError(f"{path}: {e}. Delete it; the store computes the segment anew.") from e
+        return said, 8 + size
+
+    def _created(self, path: str) -> Any:
+        """A new file, open for writing; one of this machine is its owner's alone."""
+        if not self._local:
+            return self._files.open(path, "wb")
+        return open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))
 
     def _sweep(self) -> None:
         """Deletes what processes that were killed while writing have left."""
         for info in self._files.ls(self._root, detail=True):
             changed = info.get("mtime")
-            if info["name"].endswith(".tmp") and (changed is None or time.time() - changed > _ABANDONED):
+            if _UNFINISHED.fullmatch(info["name"]) and (changed is None or time.time() - changed > _ABANDONED):
                 self.remove_path(info["name"])
 
 
-def _content(segment: Segment, identity: str) -> bytes:
-    said = {
+# Entries of a header that must be what is asked for, and what they are of if not.
+_FOREIGN = {
+    "format": "it is of another version, or no segment",
+    "identity": "it comes from another model, or other weights, RoPE parameters or dtype",
+    "address": "it holds another text, or another plan's part of it",
+    "dtype": "the model computes in another",
+    "ids": "it holds another text",
+    "prefix": "it was read behind another text",
+    "layers": "other tokens or sizes are kept of the model's layers",
+}
+
+
+def outline(
+    address: str,
+    ids: tuple[int, ...],
+    prefix: tuple[int, ...],
+    layers: tuple[KeptLayer | None, ...],
+    dtype: torch.dtype,
+) -> Segment:
+    """A segment as it is to be, without data."""
+    return empty(address, ids, prefix, layers, torch.zeros(0, dtype=dtype, device="meta"))
+
+
+def _said(segment: Segment, identity: str) -> dict[str, str]:
+    """What the file of a segment says of it, but for the checksum."""
+    return {
         "format": _FORMAT,
         "address": segment.address,
         "identity": identity,
@@ -155,6 +195,10 @@ def _content(segment: Segment, identity: str) -> bytes:
         "prefix": json.dumps(segment.prefix),
         "layers": json.dumps([None if kept is None else astuple(kept) for kept in segment.layers]),
     }
+
+
+def _content(segment: Segment, identity: str) -> bytes:
+    said = _said(segment, identity)
     said["checksum"] = _checksum(said, segment.data)
     held = [i for i, kept in enumerate(segment.layers) if kept is not None]
     # Names sort in the order of storage, and safetensors writes in the order of names.
@@ -162,15 +206,9 @@ def _content(segment: Segment, identity: str) -> bytes:
     return save({name: tensor for name, tensor in tensors.items() if tensor.numel()}, metadata=said)
 
 
-def _read_header(file: Any) -> tuple[dict[str, str], int]:
-    """What a safetensors file says of itself, and where its data begins, which goes where we want it."""
-    size = int.from_bytes(file.read(8), "little")
-    if not 0 < size <= _MOST_HEADER:
-        raise ValueError("it does not begin as a safetensors file does")
-    said = json.loads(file.read(size))["__metadata__"]
-    if said["format"] != _FORMAT:
-        raise ValueError(f"its format is {said['format']!r} and not {_FORMAT!r}")
-    return said, 8 + size
+def _most_header(said: dict[str, str], layers: int) -> int:
+    """Bytes that the header of such a file has at most: its entries as JSON, and two tensors a layer."""
+    return len(json.dumps(said)) + 256 * (2 * layers + 4)
 
 
 def _read_into(file: Any, data: Tensor) -> int:

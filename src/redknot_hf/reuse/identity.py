@@ -1,4 +1,8 @@
-"""What a stored segment depends on, as a hash: two that differ in any of it never pass for each other."""
+"""What a stored segment depends on, as a hash.
+
+It tells models apart that differ by chance or by training. It is no seal: who may choose the weights of a model that
+runs here can compute, with some effort, others of the same identity.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,11 @@ from torch import Tensor, nn
 
 from redknot_hf.plan.plan import HeadPlan
 
-_FORMAT = 1
-# Elements that are summed at a time, as int64.
-_CHUNK = 1 << 22
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FORMAT = 2
+# Words of 8 bytes that are summed at a time.
+_CHUNK = 1 << 20
+# Odd numbers whose bits look random (of splitmix64 and xxhash), as signed words.
+_PLACE, _FIRST, _SECOND = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 # Parts of a config that do not change what a model computes.
 _NEUTRAL = ("_name_or_path", "transformers_version", "architectures", "use_cache", "output_attentions")
 
@@ -23,9 +28,9 @@ _NEUTRAL = ("_name_or_path", "transformers_version", "architectures", "use_cache
 def model_identity(model: nn.Module) -> str:
     """Hashes the model: config (RoPE and quantisation included), adapters, names, dtypes and values of all weights.
 
-    Values enter as two checksums a tensor over its bits (their sum, and their sum weighted by place), computed on its
-    device; one changed bit changes both. An 8B model takes some tenths of a second on a GPU. Parallel ranks differ, as
-    their slices do.
+    Values enter as two checksums a tensor, computed on its device: its bits, word by word, are mixed with their place,
+    and what that gives and its square are summed; one changed bit changes the first. Parallel ranks differ, as their
+    slices do.
 
     Raises:
         ValueError: Some weights are not in memory (offloaded to a disk), so they cannot be read.
@@ -90,13 +95,26 @@ def _adapters(model: nn.Module) -> list[Any]:
 
 
 def _checksums(tensor: Tensor) -> list[Tensor]:
-    bits = tensor.detach().contiguous().view(-1)
-    if bits.dtype == torch.bool or bits.is_complex():
-        bits = bits.view(torch.uint8) if bits.dtype == torch.bool else torch.view_as_real(bits).reshape(-1)
-    bits = bits.view(_INTEGERS[bits.element_size()])
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = plain.detach().contiguous().view(-1).view(torch.uint8)
     total = torch.zeros(2, dtype=torch.int64, device=bits.device)
-    for start in range(0, len(bits), _CHUNK):
-        part = bits[start : start + _CHUNK].long()
-        place = torch.arange(start, start + len(part), device=bits.device) % 65521 + 1
-        total += torch.stack([part.sum(), (part * place).sum()])
+    for start in range(0, len(bits), 8 * _CHUNK):
+        mixed = _mixed(_words(bits[start : start + 8 * _CHUNK]), start)
+        total += torch.stack([mixed.sum(), (mixed * mixed).sum()])
     return [*total]
+
+
+def _words(bits: Tensor) -> Tensor:
+    """Bytes in words of eight, the last filled up with zeros; a copy."""
+    words = torch.zeros(-(-len(bits) // 8), dtype=torch.int64, device=bits.device)
+    words.view(torch.uint8)[: len(bits)] = bits
+    return words
+
+
+def _mixed(words: Tensor, start: int) -> Tensor:
+    """Each word as a random-looking function of itself and its place, one to one in the word; in place."""
+    words ^= torch.arange(start + 1, start + 1 + len(words), device=words.device) * _PLACE
+    for factor in (_FIRST, _SECOND):
+        words *= factor
+        words ^= (words >> 32) & 0xFFFFFFFF
+    return words

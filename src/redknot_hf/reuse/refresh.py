@@ -78,8 +78,9 @@ def refresh(  # noqa: PLR0913 - all but two have defaults
         context.add(segment, turns_of(part, segment, relocation))
     context.join()
     chosen = torch.zeros(0, dtype=torch.long)
-    if share:
-        chosen = _chosen(model, context, parts, share, by, depth)
+    fixed = torch.cat([torch.full((len(p.ref),), p.ref.prefix == _before(parts, p)) for p in parts])
+    if count := round(share * int((~fixed).sum())):
+        chosen = _scores(model, context, by, depth).masked_fill(fixed, -torch.inf).topk(count).indices.sort().values
         with _attending(model):
             context.run(model, chosen)
     context.put(cache)
@@ -189,10 +190,8 @@ class _Context(Cache):
             layer.on_device()
 
 
-def _chosen(
-    model: Any, context: _Context, parts: Sequence[Reused], share: float | int, by: str, depth: int
-) -> Int[Tensor, " chosen"]:
-    """Positions to recompute; runs all tokens through the first `depth` layers."""
+def _scores(model: Any, context: _Context, by: str, depth: int) -> Float[Tensor, " tokens"]:
+    """How much each token needs to be recomputed; runs all tokens through the first `depth` layers."""
     found: list[Float[Tensor, " tokens"]] = []
 
     def deviation(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
@@ -209,10 +208,7 @@ def _chosen(
     everything = torch.arange(len(context.ids))
     with _attending(model):
         context.run(model, everything, depth, deviation if by == "deviation" else attention)
-    (score,) = (x.cpu() for x in found)
-    fixed = torch.cat([torch.full((len(p.ref),), p.ref.prefix == _before(parts, p)) for p in parts])
-    count = round(share * int((~fixed).sum()))
-    return score.masked_fill(fixed, -torch.inf).topk(count).indices.sort().values
+    return found[0].cpu()
 
 
 def _before(parts: Sequence[Reused], part: Reused) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from redknot_hf.cache.span import Segment
 from redknot_hf.plan.plan import HeadPlan
 
-from .files import SegmentFileError, SegmentFolder
+from .files import SegmentFileError, SegmentFolder, outline
 from .gate import Verdict, gate
 from .identity import model_identity, segment_address, weights_state
 from .recording import Keep, record
@@ -104,6 +104,7 @@ class SegmentStore:
         self.tiers = Tiers(torch.device(model.device), device_bytes, host_bytes, self._on_disk.__contains__)
         self._computing = threading.Lock()
         self._verdict: Verdict | None = None
+        self._like: Segment | None = None
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="redknot-segments")
 
     def add(self, ids: Ids, prefix: Ids | SegmentRef | None = None) -> SegmentRef:
@@ -141,7 +142,7 @@ class SegmentStore:
 
     def get(self, ref: SegmentRef) -> Segment:
         """The stored keys and values of a text, on the device; computed anew if the store has lost them."""
-        held = self.tiers.take(ref.address) or self._read(ref) or self._again(ref)
+        held = self.tiers.take(ref.address) or self._from_file(ref) or self._again(ref)
         return held.here()
 
     def fetch(self, refs: Sequence[SegmentRef]) -> list[Held]:
@@ -150,7 +151,7 @@ class SegmentStore:
         reading: dict[int, Future[Held | None]] = {}
         if self.folder is not None:
             absent = [i for i, one in enumerate(held) if one is None]
-            reading = {i: self._readers.submit(self._read, refs[i]) for i in absent}
+            reading = {i: self._readers.submit(self._read, self._outline(refs[i])) for i in absent}
         for i, future in reading.items():
             held[i] = future.result()
         return [one or self._again(ref) for one, ref in zip(held, refs, strict=True)]
@@ -243,21 +244,31 @@ class SegmentStore:
                 _warn(f"segment {segment.address[:8]} is kept in memory only: {e}")
         return self.tiers.put(segment)
 
-    def _read(self, ref: SegmentRef) -> Held | None:
+    def _outline(self, ref: SegmentRef) -> Segment:
+        """What the text's segment has to be, without data; layers and dtype are learnt from a text of one token."""
+        with self._computing:
+            if self._like is None:
+                options = {"keep": self.keep, "page_size": self.page_size, "impl": self.impl}
+                (self._like,) = record(self.model, self.plan, [[0]], addresses=[self.ref([0]).address], **options)
+        return outline(ref.address, ref.ids, ref.prefix, self._like.layers, self._like.data.dtype)
+
+    def _from_file(self, ref: SegmentRef) -> Held | None:
+        return None if self.folder is None else self._read(self._outline(ref))
+
+    def _read(self, wanted: Segment) -> Held | None:
         """Brings a text from its file to the device; `None` if there is no good file."""
-        if self.folder is None:
-            return None
+        assert self.folder is not None
         try:
-            segment = self.folder.read(ref.address, self.tiers.buffer)
+            segment = self.folder.read(wanted, self.tiers.buffer)
         except FileNotFoundError:
-            self._on_disk.discard(ref.address)
+            self._on_disk.discard(wanted.address)
             return None
         except (SegmentFileError, OSError) as e:
             self.tiers.count("damaged")
-            self._on_disk.discard(ref.address)
+            self._on_disk.discard(wanted.address)
             _warn(f"a stored segment is computed anew: {e}")
             return None
-        self._on_disk.add(ref.address)
+        self._on_disk.add(wanted.address)
         return self.tiers.read_in(segment)
 
 
