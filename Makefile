@@ -22,7 +22,7 @@ lint: .venv/.ready
 	$(BIN)/lint-imports
 
 speed: .venv/.ready
-	$(BIN)/python -m evals.speed --out evals/results/speed_cpu.jsonl
+	$(BIN)/python -m evals bench speed --out evals/results/speed_cpu.jsonl
 
 # Ten minutes on 2 idle cores; a run that was stopped goes on. Records and the report lie in runs/offline.
 evals: .venv/.ready .venv-kvpress/.ready

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -47,6 +48,8 @@ Dtype = Annotated[str, typer.Option(help="a torch dtype; auto is float32 on CPUs
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one")]
 Chat = Annotated[bool, typer.Option("--chat", help="ask in the words of the model's chat template")]
 Source = Annotated[str | None, typer.Option(help="local file or folder that the task reads in place of the Hub")]
+# Modules of `evals.benchmarks`; each is imported when it is asked for.
+BENCHMARKS = ("speed", "speed_gpu", "new_lengths", "profiling", "profile_cost", "reuse", "reuse_gpu")
 OFFLINE = ("dense", "all-global", "redknot", "wrong-heads", "streaming", "adakv-expected-attention")
 
 
@@ -154,14 +157,19 @@ def offline(
         results.write_text((out / "summary.jsonl").read_text())
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def speed(ctx: typer.Context, gpu: Annotated[bool, typer.Option(help="a whole model on one GPU")] = False) -> None:
-    """Measure time and memory: what follows goes to evals.speed, or to evals.speed_gpu."""
-    if gpu:
-        from evals.speed_gpu import main
-    else:
-        from evals.speed import main
-    main(ctx.args)
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; NAME --help tells more")],
+) -> None:
+    """Measure time, memory and quality with one of the benchmarks."""
+    if name == "--help":  # behind a name it is the benchmark's
+        print(ctx.get_help())
+        raise typer.Exit
+    if name not in BENCHMARKS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(BENCHMARKS)}")
+    program = import_module(f"evals.benchmarks.{name}").app
+    program(ctx.args, prog_name=f"python -m evals bench {name}")
 
 
 @app.command("tasks")

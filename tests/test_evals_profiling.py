@@ -1,28 +1,27 @@
 """The scripts that measure profiles, at a size that takes seconds."""
 
 import json
-from argparse import Namespace
 
 import pytest
 import torch
 
-from evals import profile_cost, profiling
+from evals.benchmarks import profile_cost, profiling
 from redknot_hf.profiling import HeadProfile
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profiling")
-    arguments = ["--models", "bundled", "--methods", "drift", "--length", "320", "--long", "480", "--answers", "3"]
+    arguments = ["--model", "bundled", "--method", "drift", "--length", "320", "--long", "480", "--answers", "3"]
     arguments += ["--calibration", "9", "--frontier-answers", "3", "--device", "cpu"]
     arguments += ["--out", str(folder / "rows.jsonl"), "--profiles", str(folder), "--figures", str(folder / "figures")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiling, "RATIOS", (0.1, 1.0))
         patch.setattr(profiling, "RANDOM", ("random 0",))
         patch.setattr(profiling, "SEEDS", (1, 2))
-        profiling.main(arguments)
+        profiling.app(arguments, standalone_mode=False)
         first = (folder / "rows.jsonl").read_text()
-        profiling.main(arguments)  # nothing is left to measure
+        profiling.app(arguments, standalone_mode=False)  # nothing is left to measure
     assert (folder / "rows.jsonl").read_text() == first
     return folder, [json.loads(line) for line in first.splitlines()]
 
@@ -52,8 +51,8 @@ def test_all_global_is_dense_and_less_keeps_less(measured):
 
 
 def test_the_twin_is_profiled_on_long_texts_too(tmp_path):
-    args = Namespace(device="cpu", out=tmp_path / "none", length=320, long=480, calibration=3, long_calibration=6)
-    lengths = {name: [len(text) for text in profiling.Run(name, args).calibration()] for name in ("bundled", "plain")}
+    work = profiling.Work((), 320, 480, 3, 6, 2, 3, 3, 1, "cpu", tmp_path, tmp_path / "none")
+    lengths = {name: [len(text) for text in profiling.Run(name, work).calibration()] for name in ("bundled", "plain")}
     assert set(lengths["bundled"]) == {320}
     assert set(lengths["plain"]) == {320, 480}
     assert lengths["plain"].count(480) == 2
@@ -77,9 +76,23 @@ def test_a_method_below_random_is_told():
 
 
 def test_cost_of_a_toy(tmp_path):
-    arguments = ["--shape", "toy", "--length", "96", "--windows", "8", "16", "--prompts", "4", "--scored", "8"]
-    arguments += ["--methods", "drift", "mass", "loss", "gates", "--loss-seconds", "0.5", "--out"]
-    profile_cost.main([*arguments, str(tmp_path / "cost.jsonl")])
+    arguments = [
+        "--shape",
+        "toy",
+        "--length",
+        "96",
+        "--window",
+        "8",
+        "--window",
+        "16",
+        "--prompts",
+        "4",
+        "--scored",
+        "8",
+    ]
+    arguments += [part for name in ("drift", "mass", "loss", "gates") for part in ("--method", name)]
+    out = tmp_path / "cost.jsonl"
+    profile_cost.app([*arguments, "--loss-seconds", "0.5", "--out", str(out)], standalone_mode=False)
     rows = [json.loads(line) for line in (tmp_path / "cost.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["drift", "mass", "loss", "gates"]
     assert all(row["seconds"] > 0 and row["heads"] == 16 and row["length"] == 96 for row in rows)

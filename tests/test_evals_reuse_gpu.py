@@ -1,12 +1,14 @@
 import json
 
-from evals import reuse_gpu
+from evals.benchmarks import reuse_gpu
 
 
 def test_all_ways_to_the_first_token_are_timed(tmp_path):
     out = tmp_path / "reuse.jsonl"
-    size = ["--shape", "toy", "--segments", "2", "--tokens", "300", "--suffix", "8", "--boundaries", "0", "0.1"]
-    reuse_gpu.main([*size, "--repeats", "1", "--device", "cpu", "--folder", str(tmp_path), "--out", str(out)])
+    size = ["--shape", "toy", "--segments", "2", "--tokens", "300", "--suffix", "8"]
+    size += ["--boundary", "0", "--boundary", "0.1"]
+    where = ["--device", "cpu", "--folder", str(tmp_path), "--out", str(out)]
+    reuse_gpu.app([*size, "--repeats", "1", *where], standalone_mode=False)
     records = {r["method"]: r for r in map(json.loads, out.read_text().splitlines())}
     assert len(records) == 3 + 3 * 2
     for name, record in records.items():

@@ -1,6 +1,6 @@
 """What reusing stored documents costs in quality, and saves in time, by how much of them is recomputed.
 
-    python -m evals.reuse --out evals/results/reuse.jsonl --figure evals/results/reuse.png
+    python -m evals bench reuse --out evals/results/reuse.jsonl --figure evals/results/reuse.png
 
 Every context is 8 documents of 1K tokens in the bundled model's language, and 24 questions; single facts, with the
 documents in random order, and facts that run through several documents, in theirs, are reported apart. All methods
@@ -12,21 +12,17 @@ in memory.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-import transformers
+import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
@@ -35,15 +31,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from evals.benchmarks.options import DEVICE, Device, Out, command
+from evals.intervals import mean
+from evals.result_file import write_line
 from evals.tiny.corpus import DEPENDENT_KINDS, KINDS, Corpus, Question
 from evals.tiny.lexicon import Lexicon
 from redknot_hf import AssembledCache, HeadPlan, RedKnotCache, SegmentRef, SegmentStore, assemble, refresh
 
-TINY = Path(__file__).parent / "tiny"
+app = command()
+
+TINY = Path(__file__).parents[1] / "tiny"
 PARTS = {"single facts": KINDS, "dependent facts": DEPENDENT_KINDS}
 # Seeds of texts that the model was not trained on.
 SEED = 20_000
-RESAMPLES = 2000
 WHOLE = "read whole"
 
 
@@ -244,9 +244,9 @@ def summary(results: dict[str, Scores], part: str, about: dict[str, Any]) -> lis
                 "part": part,
                 "method": name,
                 "questions": len(right),
-                "accuracy": _interval(scores.context, right),
-                "accuracy_minus_whole": _interval(scores.context, right - reference),
-                "kl": _interval(scores.context, np.array(scores.kl)),
+                "accuracy": mean(scores.context, right.tolist()).to_json(),
+                "accuracy_minus_whole": mean(scores.context, (right - reference).tolist()).to_json(),
+                "kl": mean(scores.context, scores.kl).to_json(),
                 "recomputed": float(np.mean(scores.recomputed)),
                 "cold_s": float(np.median(scores.cold)),
                 "hot_s": float(np.median(scores.hot)),
@@ -257,34 +257,28 @@ def summary(results: dict[str, Scores], part: str, about: dict[str, Any]) -> lis
     return records
 
 
-def _interval(contexts: Sequence[int], values: np.ndarray) -> list[float]:
-    """Mean and the ends of its interval; contexts are drawn anew, each with all of its questions."""
-    index = np.array(contexts)
-    sums, counts = (np.bincount(index, weights) for weights in (values, np.ones_like(values)))
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    drawn = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return [float(f"{x:.6g}") for x in (sums.sum() / counts.sum(), low, high)]
-
-
 def table(records: Sequence[dict[str, Any]], part: str) -> Table:
     """The records of one part, for people."""
     made = Table("method", title=part)
     for name in ("right", "minus whole, points", "KL", "recomputed", "cold", "hot"):
         made.add_column(name, justify="right")
     for record in records:
-        value, low, high = (100 * x for x in record["accuracy_minus_whole"])
         made.add_row(
             record["method"],
             f"{100 * record['accuracy'][0]:.1f} %",
-            f"{value:+.1f} ({low:+.1f} to {high:+.1f})",
-            f"{record['kl'][0]:.2g} ({record['kl'][1]:.2g} to {record['kl'][2]:.2g})",
+            _with_ends([None if x is None else 100 * x for x in record["accuracy_minus_whole"]], "+.1f"),
+            _with_ends(record["kl"], ".2g"),
             f"{record['recomputed']:.0%}",
             f"{record['cold_s']:.2f} s",
             f"{record['hot_s']:.2f} s",
         )
     return made
+
+
+def _with_ends(estimate: Sequence[float | None], form: str) -> str:
+    """A figure with its interval, if there are contexts enough for one."""
+    value, low, high = (None if x is None else format(x, form) for x in estimate)
+    return f"{value} ({low} to {high})" if low else f"{value}"
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -295,7 +289,10 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         mine = [r for r in records if r["part"] == part and r["method"] not in ("dense", WHOLE)]
         lines = [r for r in mine if r["method"].startswith(("naive", "boundary")) and "no prefix" not in r["method"]]
         for axes, name, scale in ((left, "kl", 1), (right, "accuracy_minus_whole", 100)):
-            x, y = [100 * r["recomputed"] for r in lines], [[scale * v for v in r[name]] for r in lines]
+            x, y = (
+                [100 * r["recomputed"] for r in lines],
+                [[scale * (r[name][0] if v is None else v) for v in r[name]] for r in lines],
+            )
             middle, low, high = zip(*y, strict=True)
             axes.plot(x, middle, "o-", color=colour, label=f"boundary, {part}")
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -312,53 +309,38 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints, and writes what was asked for."""
-    args = _parse(argv)
+@app.command(help=__doc__)
+def main(
+    contexts: Annotated[int, typer.Option(help="contexts of single facts")] = 21,
+    dependent: Annotated[int, typer.Option(help="contexts of dependent facts")] = 21,
+    documents: Annotated[int, typer.Option(help="a context")] = 8,
+    tokens: Annotated[int, typer.Option(help="a document")] = 1024,
+    questions: Annotated[int, typer.Option(help="a context")] = 24,
+    names: Annotated[list[str], typer.Option("--method", help="by name; all, unless said otherwise")] = [],
+    plan: Annotated[Path, typer.Option(help="head plan")] = TINY / "plan.json",
+    device: Device = DEVICE,
+    out: Out = None,
+    figure: Annotated[Path | None, typer.Option(help="file for the figure")] = None,
+) -> None:
+    """Measures, prints tables, and writes what was asked for; the records are appended."""
     disable_progress_bar()
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="redknot")
-    model.to(args.device)
-    plan = HeadPlan.load(args.plan, model.config)
-    chosen = {name: method for name, method in methods().items() if not args.methods or name in args.methods}
+    model.to(device)
+    held = HeadPlan.load(plan, model.config)
+    chosen = {name: method for name, method in methods().items() if not names or name in names}
     about = {
-        "documents": args.documents, "tokens": args.tokens, "plan": args.plan.name, "global": plan.num_global,
-        "torch": torch.__version__, "transformers": transformers.__version__, "device": _device(args.device),
-        "threads": torch.get_num_threads(),
+        "documents": documents, "tokens": tokens, "plan": plan.name, "global": held.num_global,
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     records = []
-    for part, contexts in zip(PARTS, (args.contexts, args.dependent), strict=True):
-        made = list(cases(part, contexts, args.documents, args.tokens, args.questions))
+    for part, count in zip(PARTS, (contexts, dependent), strict=True):
+        made = list(cases(part, count, documents, tokens, questions))
         if made:
-            found = summary(measure(model, plan, made, chosen), part, about)
+            found = summary(measure(model, held, made, chosen), part, about)
             Console(width=130).print(table(found, part))
             records += found
-    if args.out:
-        args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
-    if args.figure:
-        draw(records, args.figure)
-    return 0
-
-
-def _device(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, default=21, help="of single facts (default: %(default)s)")
-    parser.add_argument("--dependent", type=int, default=21, help="contexts of dependent facts (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=8, help="a context (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=1024, help="a document (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=24, help="a context (default: %(default)s)")
-    parser.add_argument("--methods", nargs="*", help="some of the methods, by name (default: all)")
-    parser.add_argument("--plan", type=Path, default=TINY / "plan.json", help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="file for the records, JSON lines")
-    parser.add_argument("--figure", type=Path, help="file for the figure")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for record in records if out else ():
+        write_line(out, record, torch.device(device))
+    if figure:
+        draw(records, figure)

@@ -1,6 +1,6 @@
 """What a length that was never seen costs: Llama-3.1-8B's shape with random weights, one device.
 
-    python -m evals.new_lengths --out evals/results/new_lengths.jsonl
+    python -m evals bench new_lengths --out evals/results/new_lengths.jsonl
 
 No two prompts are of one length, and libraries plan or compile for lengths: cuDNN plans attention for every shape,
 Triton compiles for what is a constant. Timed is the first token of prompts of lengths that the process meets for the
@@ -11,22 +11,23 @@ appends it to a file.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from evals.random_llama import SHAPES
+from evals.benchmarks.options import DEVICE, Device, Lengths, Out, Shape, command
+from evals.benchmarks.speed_gpu import LOCAL, Bench
 from evals.result_file import write_line
-from evals.speed_gpu import LOCAL, Bench
 from redknot_hf import HeadPlan
+
+app = command()
 
 METHODS = "dynamic", "1/8 global", "uneven"
 # Tokens of the cache that questions are put to.
@@ -82,27 +83,23 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> list[Table]:
     return [first, second]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints, and appends to a file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="8b", help="default: %(default)s")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--longest", type=int, default=96, help="tokens of a question (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="file to append the JSON line to")
-    args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    bench = Bench(args.shape, max(*args.lengths, CONTEXT + sum(range(args.longest + 1))), device)
+@app.command(help=__doc__)
+def main(
+    shape: Shape = "8b",
+    lengths: Lengths = [1024, 2048, 4096, 8192, 16384, 32768],
+    longest: Annotated[int, typer.Option(help="tokens of a question")] = 96,
+    device: Device = DEVICE,
+    out: Out = None,
+) -> None:
+    """Measures, prints tables, and appends a line to a file."""
+    place = torch.device(device)
+    bench = Bench(shape, max(*lengths, CONTEXT + sum(range(longest + 1))), place)
     bench.plans["uneven"] = uneven(bench.model.config)
     # Each method at lengths of its own: a plan of one would serve another.
     found: dict[str, list[dict[str, Any]]] = {"prompts": [], "questions": []}
-    for length in track(args.lengths, description="prompts"):
+    for length in track(lengths, description="prompts"):
         for i, method in enumerate(METHODS):
             found["prompts"].append(prompts(bench, method, length, [10 * i + n for n in (1, 2, 3)]))
-    found["questions"] = [questions(bench, method, args.longest) for method in METHODS]
+    found["questions"] = [questions(bench, method, longest) for method in METHODS]
     Console(width=120).print(*tables(found))
-    write_line(args.out, {"benchmark": "new_lengths", "shape": args.shape, **found}, device)
-
-
-if __name__ == "__main__":
-    main()
+    write_line(out, {"benchmark": "new_lengths", "shape": shape, **found}, place)

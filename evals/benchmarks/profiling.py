@@ -1,6 +1,6 @@
 """How well profiles find the heads that matter: recovery of known classes, frontier over budgets, length, stability.
 
-    python -m evals.profiling --figures evals/results/profiling
+    python -m evals bench profiling --figures evals/results/profiling
 
 The bundled model's true head classes are known, since it was trained with them: it is profiled on texts of one length,
 and drift on more sets of them. Its plainly trained twin is the hard case: it is profiled on texts of both lengths.
@@ -11,26 +11,30 @@ not made again, so a run that stops goes on. `--figures FOLDER` draws the lines.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from rich.progress import track
 from transformers import AutoModelForCausalLM
 
+from evals.benchmarks.options import DEVICE, Device, command
 from evals.result_file import write_line
 from evals.tiny.corpus import Exam
 from evals.tiny.examination import Part, set_exams
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 from redknot_hf.profiling import HeadProfile, Prompt, profile_heads
 
-TINY = Path(os.path.relpath(Path(__file__).parent / "tiny"))  # so profiles name no folder of this machine
+app = command()
+
+TINY = Path(os.path.relpath(Path(__file__).parents[1] / "tiny"))  # so profiles name no folder of this machine
 MODELS = {"bundled": TINY, "plain": TINY / "plain"}
 STAGES = ("profile", "seeds", "length", "frontier")
 METHODS = ("drift", "loss", "mass", "gates")
@@ -95,40 +99,59 @@ def prompts(length: int, answers: int, seed: int) -> list[Prompt]:
     return found
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is to be measured, and where it is written; see the options of `main`."""
+
+    methods: tuple[str, ...]
+    length: int
+    long: int
+    calibration: int
+    long_calibration: int
+    confirmation: int
+    answers: int
+    frontier_answers: int
+    steps: int
+    device: str
+    profiles: Path
+    out: Path
+
+
 class Run:
     """Everything about one model, line by line."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.name, self.args = name, args
+    def __init__(self, name: str, work: Work) -> None:
+        self.name, self.work = name, work
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             MODELS[name], dtype=torch.float32, attn_implementation="redknot"
-        ).to(args.device)
+        )
+        self.model.to(work.device)
         self.ratio, self.local = 10 / 32 if name == "bundled" else 0.5, LOCAL[name]
-        lines = args.out.read_text().splitlines() if args.out.exists() else []
+        lines = work.out.read_text().splitlines() if work.out.exists() else []
         self.done = {key(row) for row in map(json.loads, lines)}
 
     def write(self, stage: str, what: str, row: dict[str, Any]) -> None:
         """Appends a line."""
         row = {"benchmark": "profiling", "model": self.name, "stage": stage, "what": what, **row}
-        write_line(self.args.out, row, torch.device(self.args.device))
+        write_line(self.work.out, row, torch.device(self.work.device))
 
     def calibration(self) -> list[Prompt]:
         """Texts to profile on: for the twin, long ones among them."""
-        long = [] if self.name == "bundled" else prompts(self.args.long, self.args.long_calibration, CALIBRATION)
-        return [*prompts(self.args.length, self.args.calibration, CALIBRATION), *long]
+        long = [] if self.name == "bundled" else prompts(self.work.long, self.work.long_calibration, CALIBRATION)
+        return [*prompts(self.work.length, self.work.calibration, CALIBRATION), *long]
 
     def profile(self, method: str) -> HeadProfile:
         """The profile by one method, from its file if it is there."""
-        path = self.args.profiles / f"{self.name}_{method}.json"
+        path = self.work.profiles / f"{self.name}_{method}.json"
         if path.exists():
             return HeadProfile.load(path)
         inputs = self.calibration()
-        lengths, answers = (self.args.length, self.args.long), self.args.confirmation
+        lengths, answers = (self.work.length, self.work.long), self.work.confirmation
         confirming = [prompt for n in lengths for prompt in prompts(n, answers, CONFIRMATION)]
         start = time.perf_counter()
         found = profile_heads(
             self.model, inputs, method=method, windows=(self.local.window or 0,), sink=self.local.sink,
-            global_ratio=self.ratio, held_out=confirming, steps=self.args.steps,
+            global_ratio=self.ratio, held_out=confirming, steps=self.work.steps,
         )  # fmt: skip
         seconds = round(time.perf_counter() - start, 1)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,9 +166,9 @@ class Run:
 
     def seeds(self) -> None:
         """How often drift finds the true heads, on other sets of texts."""
-        for seed in SEEDS if self.name == "bundled" and "drift" in self.args.methods else ():
+        for seed in SEEDS if self.name == "bundled" and "drift" in self.work.methods else ():
             if key({"model": self.name, "stage": "seeds", "what": "drift", "seed": seed}) not in self.done:
-                texts = prompts(self.args.length, self.args.calibration, seed)
+                texts = prompts(self.work.length, self.work.calibration, seed)
                 windows = (self.local.window or 0,)
                 # A profile without a budget confirms nothing.
                 found = profile_heads(self.model, texts, windows=windows, sink=self.local.sink, held_out=texts[:1])
@@ -153,7 +176,7 @@ class Run:
 
     def plans(self, ratio: float) -> Iterator[tuple[str, HeadPlan]]:
         """A plan by each method, and random ones, with this share of global heads."""
-        for method in self.args.methods:
+        for method in self.work.methods:
             yield method, self.profile(method).plan(global_ratio=ratio)
         shape = (self.model.config.num_hidden_layers, self.model.config.num_key_value_heads)
         for name in RANDOM:
@@ -163,12 +186,12 @@ class Run:
 
     def lengths(self) -> None:
         """Plans made at one length, judged there and at a longer one."""
-        for length in (self.args.length, self.args.long):
+        for length in (self.work.length, self.work.long):
             judge = None
             for method, plan in self.plans(self.ratio):
                 row = {"model": self.name, "stage": "length", "what": method, "length": length}
                 if method not in RANDOM and key(row) not in self.done:
-                    judge = judge or Judge(self.model, length, self.args.answers)
+                    judge = judge or Judge(self.model, length, self.work.answers)
                     row = {"length": length, "ratio": self.ratio, "kept": kept(plan, length), **judge(plan)}
                     self.write("length", method, row)
 
@@ -179,9 +202,9 @@ class Run:
             for method, plan in self.plans(ratio):
                 row = {"model": self.name, "stage": "frontier", "what": method, "ratio": ratio}
                 if key(row) not in self.done:
-                    judge = judge or Judge(self.model, self.args.length, self.args.frontier_answers)
+                    judge = judge or Judge(self.model, self.work.length, self.work.frontier_answers)
                     self.write(
-                        "frontier", method, {"ratio": ratio, "kept": kept(plan, self.args.length), **judge(plan)}
+                        "frontier", method, {"ratio": ratio, "kept": kept(plan, self.work.length), **judge(plan)}
                     )
 
 
@@ -266,43 +289,39 @@ def worse(found: Sequence[dict[str, Any]]) -> str:
     return "\n" + "\n".join(told) if told else ""
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the measurements that the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--length", type=int, default=2048, help="tokens of the texts to profile and to judge on")
-    parser.add_argument("--long", type=int, default=8192, help="tokens of the longer texts")
-    parser.add_argument("--calibration", type=int, default=96, help="answers to profile on")
-    parser.add_argument("--long-calibration", type=int, default=288, help="answers in longer texts for the twin")
-    parser.add_argument("--confirmation", type=int, default=2, help="answers that confirm a profile at both lengths")
-    parser.add_argument("--answers", type=int, default=144, help="answers that judge the plans at both lengths")
-    parser.add_argument(
-        "--frontier-answers", type=int, default=48, help="answers that judge the plans of the frontier"
-    )
-    parser.add_argument("--steps", type=int, default=20, help="training steps of gates, for each half of the texts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--profiles", type=Path, default=Path("evals/results/profiling"), help="folder of the profiles"
-    )
-    parser.add_argument("--out", type=Path, default=Path("evals/results/profiling.jsonl"))
-    parser.add_argument("--figures", type=Path, help="folder to draw to")
-    args = parser.parse_args(argv)
-    for name in args.models:
-        run = Run(name, args)
-        if "profile" in args.stages:
-            for method in args.methods:
+@app.command(help=__doc__)
+def main(
+    models: Annotated[list[str], typer.Option("--model", help=f"of {', '.join(MODELS)}")] = list(MODELS),
+    methods: Annotated[list[str], typer.Option("--method", help=f"of {', '.join(METHODS)}")] = list(METHODS),
+    stages: Annotated[list[str], typer.Option("--stage", help=f"of {', '.join(STAGES)}")] = list(STAGES),
+    length: Annotated[int, typer.Option(help="tokens of the texts to profile and to judge on")] = 2048,
+    long: Annotated[int, typer.Option(help="tokens of the longer texts")] = 8192,
+    calibration: Annotated[int, typer.Option(help="answers to profile on")] = 96,
+    long_calibration: Annotated[int, typer.Option(help="answers in longer texts for the twin")] = 288,
+    confirmation: Annotated[int, typer.Option(help="answers that confirm a profile at both lengths")] = 2,
+    answers: Annotated[int, typer.Option(help="answers that judge the plans at both lengths")] = 144,
+    frontier_answers: Annotated[int, typer.Option(help="answers that judge the plans of the frontier")] = 48,
+    steps: Annotated[int, typer.Option(help="training steps of gates, for each half of the texts")] = 20,
+    device: Device = DEVICE,
+    profiles: Annotated[Path, typer.Option(help="folder of the profiles")] = Path("evals/results/profiling"),
+    out: Annotated[Path, typer.Option(help="file to append the lines to")] = Path("evals/results/profiling.jsonl"),
+    figures: Annotated[Path | None, typer.Option(help="folder to draw to")] = None,
+) -> None:
+    """Runs the measurements that the options ask for."""
+    work = Work(
+        tuple(methods), length, long, calibration, long_calibration, confirmation, answers, frontier_answers, steps,
+        device, profiles, out,
+    )  # fmt: skip
+    for name in models:
+        run = Run(name, work)
+        if "profile" in stages:
+            for method in methods:
                 run.profile(method)
-        if "seeds" in args.stages:
+        if "seeds" in stages:
             run.seeds()
-        if "length" in args.stages:
+        if "length" in stages:
             run.lengths()
-        if "frontier" in args.stages:
+        if "frontier" in stages:
             run.frontier()
-    if args.figures:
-        draw([json.loads(line) for line in args.out.read_text().splitlines()], args.figures, args.profiles)
-
-
-if __name__ == "__main__":
-    main()
+    if figures:
+        draw([json.loads(line) for line in out.read_text().splitlines()], figures, profiles)

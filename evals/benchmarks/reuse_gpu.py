@@ -1,6 +1,6 @@
 """Time to the first token of a prompt of stored documents: Llama-3.1-8B's shape with random weights, one device.
 
-    python -m evals.reuse_gpu --out evals/results/reuse_gpu.jsonl
+    python -m evals bench reuse_gpu --out evals/results/reuse_gpu.jsonl
 
 The prompt is `--segments` documents of `--tokens` tokens behind one token, and `--suffix` new tokens. Timed is what
 happens from the prompt's arrival to the logits of its next token, with all documents in the device's memory, in the
@@ -12,26 +12,28 @@ they start on the device (overlapping, so the sum exceeds the time). `--out` app
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import DynamicCache, PreTrainedModel
 
+from evals.benchmarks.options import DEVICE, Device, Out, Shape, command
+from evals.benchmarks.speed_gpu import Bench
 from evals.result_file import write_line
-from evals.speed_gpu import Bench
 from redknot_hf import RedKnotCache, SegmentRef, SegmentStore, assemble
+
+app = command()
 
 Run = Callable[[], Any]
 STAGES = ("fetch", "angles", "splice", "boundary", "suffix")
@@ -168,44 +170,35 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints, and appends to a file."""
-    args = _parse(argv)
+@app.command(help=__doc__)
+def main(
+    shape: Shape = "8b",
+    segments: Annotated[int, typer.Option(help="documents")] = 8,
+    tokens: Annotated[int, typer.Option(help="of a document")] = 4096,
+    suffix: Annotated[int, typer.Option(help="new tokens")] = 128,
+    boundaries: Annotated[list[float], typer.Option("--boundary", help="shares recomputed")] = [0.0, 0.05, 0.1, 0.2],
+    places: Annotated[list[str], typer.Option("--place", help=f"of {', '.join(PLACES)}")] = list(PLACES),
+    repeats: Annotated[int, typer.Option(help="timed turns")] = 5,
+    folder: Annotated[Path | None, typer.Option(help="where files are written, on the disk to be measured")] = None,
+    device: Device = DEVICE,
+    out: Out = None,
+) -> None:
+    """Measures, prints a table, and appends the records to a file."""
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    length = 1 + args.segments * args.tokens + args.suffix
-    bench = Bench(args.shape, length, device)
+    place = torch.device(device)
+    length = 1 + segments * tokens + suffix
+    bench = Bench(shape, length, place)
     assert isinstance(bench.model, PreTrainedModel)
-    prompt = Prompt(bench, args.segments, args.tokens, args.suffix)
+    prompt = Prompt(bench, segments, tokens, suffix)
     about = {
-        "shape": args.shape, "segments": args.segments, "tokens": args.tokens, "suffix": args.suffix,
-        "plan": "1/8 global, window 256, sink 4", "dtype": str(bench.model.dtype), "repeats": args.repeats,
+        "shape": shape, "segments": segments, "tokens": tokens, "suffix": suffix,
+        "plan": "1/8 global, window 256, sink 4", "dtype": str(bench.model.dtype), "repeats": repeats,
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     found = {}
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        runs = methods(prompt, args.boundaries, args.places, Path(folder))
-        for name, one in measure(bench, runs, args.repeats):
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        runs = methods(prompt, boundaries, places, Path(made))
+        for name, one in measure(bench, runs, repeats):
             found[name] = one
-            write_line(args.out, {"method": name, **one, **about}, device)
+            write_line(out, {"method": name, **one, **about}, place)
     Console(width=180).print(table(found))
-    return 0
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="8b", choices=("8b", "toy"), help="default: %(default)s")
-    parser.add_argument("--segments", type=int, default=8, help="documents (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a document (default: %(default)s)")
-    parser.add_argument("--suffix", type=int, default=128, help="new tokens (default: %(default)s)")
-    parser.add_argument("--boundaries", type=float, nargs="*", default=[0.0, 0.05, 0.1, 0.2], help="shares recomputed")
-    parser.add_argument("--places", nargs="*", default=list(PLACES), choices=list(PLACES), help="default: all")
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where files are written, on the disk to be measured")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="file to append the records to, JSON lines")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Time and memory of a whole model on one GPU: Llama-3.1-8B's shape with random weights, ours against transformers'.
 
-    python -m evals.speed_gpu --out evals/results/speed_gpu.jsonl
+    python -m evals bench speed_gpu --out evals/results/speed_gpu.jsonl
 
 Everything runs through `model.generate`. The time to the first token is that of a prompt whose length was read once
 before; a token's time is the median of the intervals at which `generate` hands tokens on, or, of `captured_decoding`,
@@ -13,27 +13,33 @@ Bars were set on a device that reads 4.35 TB/s; times that reading bounds are al
 The last line is one JSON object; `--out` appends it to a file, also when the run is interrupted.
 """
 
-import argparse
 import gc
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from evals.random_llama import SHAPES, random_llama
+from evals.benchmarks.bars import bars
+from evals.benchmarks.options import DEVICE, Decoded, Device, Lengths, Out, Shape, command
+from evals.benchmarks.random_llama import random_llama
 from evals.result_file import write_line
-from evals.speed_gpu_bars import bars
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, captured_decoding
+
+app = command()
 
 LOCAL = HeadSpec(window=256, sink=4)
 CHUNK = 2048  # tokens of each sequence that a batch reads at once
 # Tokens behind the prompt that a reserved cache has room for: dense ones read it all, ours are gone on with often.
 DENSE_ROOM, ROOM = 256, 512
+METHODS = [
+    *("dynamic", "1/8 global", "1/8 global, captured", "all global, captured", "static"),
+    *("all global", "1/8 global, reserved"),
+]
 
 
 class Clock(BaseStreamer):
@@ -307,40 +313,38 @@ def reading_rate(device: torch.device) -> float:
     return data.nbytes / statistics.median(times)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the measurements that the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[32768, 131072])
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--batch", type=int, default=32, help="sequences of the batch rows; 0 leaves them out")
-    parser.add_argument("--batch-length", type=int, default=32768)
-    parser.add_argument("--tokens", type=int, default=24, help="decoded tokens a run")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="file to append the JSON line to")
-    args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    read = reading_rate(device)
-    bench = Bench(args.shape, max(args.lengths), device)
-    bench.run(bench.cache("dynamic"), torch.ones(1, 300, dtype=torch.long, device=device), 8)
-    measures: list[Callable[[], list[dict]]] = [
-        lambda m=m: bench.row(m, args.lengths, args.tokens) for m in args.methods
-    ]
-    if args.batch:
+@app.command(help=__doc__)
+def main(
+    shape: Shape = "8b",
+    lengths: Lengths = [32768, 131072],
+    methods: Annotated[list[str], typer.Option("--method", help=f"of {', '.join(METHODS)}")] = METHODS,
+    batch: Annotated[int, typer.Option(help="sequences of the batch rows; 0 leaves them out")] = 32,
+    batch_length: int = 32768,
+    tokens: Decoded = 24,
+    device: Device = DEVICE,
+    out: Out = None,
+) -> None:
+    """Measures, and appends a line to a file."""
+    place = torch.device(device)
+    read = reading_rate(place)
+    bench = Bench(shape, max(lengths), place)
+    bench.run(bench.cache("dynamic"), torch.ones(1, 300, dtype=torch.long, device=place), 8)
+    measures: list[Callable[[], list[dict]]] = [lambda m=m: bench.row(m, lengths, tokens) for m in methods]
+    if batch:
         # Ours first: what it leaves behind is the least. Reserved dense batches are slower, and take longest to find.
         measures[4:4] = [
-            lambda: bench.batch_row("1/8 global, captured", args.batch, args.batch_length),
-            lambda: bench.largest_row("dynamic", args.batch_length, args.tokens),
+            lambda: bench.batch_row("1/8 global, captured", batch, batch_length),
+            lambda: bench.largest_row("dynamic", batch_length, tokens),
         ]
-        measures.append(lambda: bench.largest_row("static", args.batch_length, args.tokens))
+        measures.append(lambda: bench.largest_row("static", batch_length, tokens))
     rows: list[dict] = []
     try:
         for measure in measures:
             rows += _unless_full(bench, measure)
     finally:
-        found = {"benchmark": "speed_gpu", "shape": args.shape, "rows": rows, "bars": bars(rows, read)}
+        found = {"benchmark": "speed_gpu", "shape": shape, "rows": rows, "bars": bars(rows, read)}
         weights = sum(p.nbytes for p in bench.model.parameters())
-        write_line(args.out, found, device, read_bytes_per_s=read, weights_bytes=weights)
+        write_line(out, found, place, read_bytes_per_s=read, weights_bytes=weights)
 
 
 def _unless_full(bench: Bench, measure: Callable[[], list[dict]]) -> list[dict]:
@@ -350,13 +354,3 @@ def _unless_full(bench: Bench, measure: Callable[[], list[dict]]) -> list[dict]:
         print(f"  out of memory: {str(error).splitlines()[0]}")
     bench.collect()  # outside of the handler, which holds the frames
     return []
-
-
-METHODS = [
-    *("dynamic", "1/8 global", "1/8 global, captured", "all global, captured", "static"),
-    *("all global", "1/8 global, reserved"),
-]
-
-
-if __name__ == "__main__":
-    main()

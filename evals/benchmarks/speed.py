@@ -1,25 +1,29 @@
 """Time and memory of a forward pass and of decoding, ours against DynamicCache, as ratios within one run.
 
-    python -m evals.speed --out evals/results/speed_cpu.jsonl
+    python -m evals bench speed --out evals/results/speed_cpu.jsonl
 
 Prefill reads the whole prompt at once; decoding adds one token at a time through the model's forward, as `generate`
 does. Runs of the methods take turns, and medians are compared, so that a slow minute of the machine hits all of them.
 The last line is one JSON object; `--out` appends it to a file.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from evals.benchmarks.options import Decoded, Lengths, Out, command
 from evals.result_file import write_line
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 
-TINY = Path(__file__).parent / "tiny"
+app = command()
+
+TINY = Path(__file__).parents[1] / "tiny"
 
 
 def bundled() -> tuple[PreTrainedModel, HeadPlan]:
@@ -103,26 +107,19 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the measurements that the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 8192])
-    parser.add_argument("--tokens", type=int, default=24, help="decoded tokens a run")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="file to append the JSON line to")
-    args = parser.parse_args(argv)
+@app.command(help=__doc__)
+def main(
+    models: Annotated[list[str], typer.Option("--model", help=f"of {', '.join(MODELS)}")] = list(MODELS),
+    lengths: Lengths = [1024, 8192],
+    tokens: Decoded = 24,
+    repeats: int = 7,
+    out: Out = None,
+) -> None:
+    """Measures, prints a table, and appends a line to a file."""
     rows = []
-    for name in args.models:
+    for name in models:
         model, plan = MODELS[name]()
         model.eval()
-        rows += [
-            {"model": name, "length": n, "methods": measure(model, plan, n, args.tokens, args.repeats)}
-            for n in args.lengths
-        ]
+        rows += [{"model": name, "length": n, "methods": measure(model, plan, n, tokens, repeats)} for n in lengths]
     print(table(rows))
-    write_line(args.out, {"benchmark": "speed", "rows": rows}, torch.device("cpu"))
-
-
-if __name__ == "__main__":
-    main()
+    write_line(out, {"benchmark": "speed", "rows": rows}, torch.device("cpu"))

@@ -1,6 +1,6 @@
 """What profiling a large model costs: seconds and peak memory, on Llama-3.1-8B's shape with random weights.
 
-    python -m evals.profile_cost --out evals/results/profile_cost.jsonl
+    python -m evals bench profile_cost --out evals/results/profile_cost.jsonl
 
 Random weights cost what trained ones do, but for the rounds that the search of `loss` takes. It ends after
 `--loss-seconds`: `passes` says how many forward passes it made, and `finished` whether it wanted no more.
@@ -10,17 +10,19 @@ method, and `--out` appends them to a file.
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.progress import Progress
 
-from evals.random_llama import SHAPES, random_llama
+from evals.benchmarks.options import Out, Shape, command
+from evals.benchmarks.random_llama import random_llama
 from evals.result_file import write_line
 from redknot_hf.profiling import Prompt, profile_heads
+
+app = command()
 
 
 def make_prompts(vocabulary: int, length: int, count: int, scored: int) -> list[Prompt]:
@@ -66,28 +68,24 @@ def measure(model: Any, prompts: list[Prompt], method: str, windows: list[int], 
     }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the measurements that the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--methods", nargs="+", choices=("drift", "mass", "loss", "gates"), default=["drift", "loss"])
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--prompts", type=int, default=8, help="every fourth is held out")
-    parser.add_argument("--scored", type=int, default=64, help="tokens of a prompt that are predicted")
-    parser.add_argument("--windows", nargs="+", type=int, default=[128, 256, 512, 1024])
-    parser.add_argument("--loss-seconds", type=float, default=600, help="time for the search of loss, about")
-    parser.add_argument("--out", type=Path, help="file to append the JSON lines to")
-    args = parser.parse_args(argv)
+@app.command(help=__doc__)
+def main(
+    shape: Shape = "8b",
+    methods: Annotated[list[str], typer.Option("--method", help="drift, mass, loss or gates")] = ["drift", "loss"],
+    length: int = 8192,
+    prompts: Annotated[int, typer.Option(help="every fourth is held out")] = 8,
+    scored: Annotated[int, typer.Option(help="tokens of a prompt that are predicted")] = 64,
+    windows: Annotated[list[int], typer.Option("--window")] = [128, 256, 512, 1024],
+    loss_seconds: Annotated[float, typer.Option(help="time for the search of loss, about")] = 600,
+    out: Out = None,
+) -> None:
+    """Measures, and appends the lines to a file."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = random_llama(args.shape, args.length + 64, device)
-    prompts = make_prompts(model.config.vocab_size, args.length, args.prompts, args.scored)
+    model = random_llama(shape, length + 64, device)
+    texts = make_prompts(model.config.vocab_size, length, prompts, scored)
     # Kernels are compiled by a first, short run.
-    measure(model, make_prompts(model.config.vocab_size, max(args.windows) + 64, 2, 8), "drift", args.windows, 0)
-    for method in args.methods:
-        windows = args.windows[-1:] if method == "gates" else args.windows
-        found = measure(model, prompts, method, windows, args.loss_seconds)
-        write_line(args.out, {"benchmark": "profile_cost", "shape": args.shape, **found}, device)
-
-
-if __name__ == "__main__":
-    main()
+    measure(model, make_prompts(model.config.vocab_size, max(windows) + 64, 2, 8), "drift", windows, 0)
+    for method in methods:
+        used = windows[-1:] if method == "gates" else windows
+        found = measure(model, texts, method, used, loss_seconds)
+        write_line(out, {"benchmark": "profile_cost", "shape": shape, **found}, device)

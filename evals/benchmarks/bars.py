@@ -1,4 +1,4 @@
-"""What a whole model is to reach on one GPU, judged on what `evals.speed_gpu` has measured."""
+"""What a whole model is to reach on one GPU, judged on what `evals.benchmarks.speed_gpu` has measured."""
 
 READ = 4.35e12  # bytes a second of the device on which the bars were set
 
