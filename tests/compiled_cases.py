@@ -76,11 +76,11 @@ def test_aot_autograd_leaves_the_pages_where_they_are():
     expected = model.generate(ids, past_key_values=RedKnotCache(model.config, plan, page_size=16), **options)
     cache = reserved(model, plan)
     model.generate(ids, past_key_values=cache, max_new_tokens=1, attention_mask=mask)
-    places = [layer.pool.keys.data_ptr() for layer in cache.layers]
+    places = [layer.pool.pages.keys.data_ptr() for layer in cache.layers]
     cache.reset()
     ours = model.generate(ids, past_key_values=cache, compile_config=compiled("aot_eager"), **options)
     assert torch.equal(ours, expected)
-    assert [layer.pool.keys.data_ptr() for layer in cache.layers] == places
+    assert [layer.pool.pages.keys.data_ptr() for layer in cache.layers] == places
 
 
 def test_an_eager_turn_follows_compiled_ones():

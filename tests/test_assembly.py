@@ -35,7 +35,7 @@ def one_after_the_other(model, store, parts) -> RedKnotCache:
             rows, pool = layer.storage()
             layer.reserve(np.array([end + end // assembly.ROOM + assembly.ROOM]))
             table, span = layer.table_on_device()[0], (segment.tokens, part.boundary, part.start)
-            place(layer, i, segment, (pool.keys, pool.values), table, rows.rules, span, turns[i])
+            place(layer, i, segment, pool.pages, table, rows.rules, span, turns[i])
             count(layer, i, 0, segment, part.boundary)
             settle_slots(layer)
     return cache
@@ -70,9 +70,9 @@ def test_a_question_finds_room_behind_the_segments(boundary):
     model = make_model("llama", **LONG)
     store = SegmentStore(model, random_plan(model.config, seed=2))
     cache = assemble(model, [store.add(BOS), *store.add_all(texts(), BOS)], boundary=boundary)
-    pools = [layer.storage()[1].keys for _, layer in row_layers(cache)]
+    pools = [layer.storage()[1].pages for _, layer in row_layers(cache)]
     forward(model, cache, [[1] * assembly.ROOM])
-    assert all(layer.storage()[1].keys is keys for (_, layer), keys in zip(row_layers(cache), pools, strict=True))
+    assert all(layer.storage()[1].pages is pages for (_, layer), pages in zip(row_layers(cache), pools, strict=True))
 
 
 def test_layers_that_share_keys_attend_each_piece_as_it_was():

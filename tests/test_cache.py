@@ -35,7 +35,7 @@ def planned(batch=1, length=0, seed=0, **kwargs):
 
 def page_bytes(cache):
     pool = cache.layers[0].pool
-    return pool.keys[0].nbytes + pool.values[0].nbytes
+    return pool.pages.keys[0].nbytes + pool.pages.values[0].nbytes
 
 
 @pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 33, 100, 257])
@@ -45,7 +45,7 @@ def test_resident_bytes_are_those_of_the_plan_and_at_most_two_pages_a_row(batch,
     plan = cache.plan
     kept = batch * plan.nbytes(length, model.config.head_dim, torch.float32)
     assert kept <= cache.nbytes <= kept + 2 * page_bytes(cache) * plan.num_heads * batch
-    storages = [x.untyped_storage() for layer in cache.layers for x in (layer.pool.keys, layer.pool.values)]
+    storages = [x.untyped_storage() for layer in cache.layers for x in layer.pool.pages]
     assert cache.nbytes == sum(storage.nbytes() for storage in storages)
     assert cache.dense_nbytes == batch * length * plan.num_heads * 2 * model.config.head_dim * 4
 
@@ -185,7 +185,7 @@ def test_offload_and_prefetch_change_nothing():
     model, cache, ids = planned(1, 60)
     other = some_ids(1, 9, seed=3)
     cache.offload()
-    assert all(layer.pool.keys.device.type == "cpu" for layer in cache.layers)
+    assert all(layer.pool.pages.device.type == "cpu" for layer in cache.layers)
     cache.prefetch(layer_idx=1)
     cache.prefetch()
     expected = masked_logits(model, cache.plan, torch.cat([ids, other], 1))[:, -9:]
@@ -257,23 +257,23 @@ def test_a_reserved_cache_forks_and_repeats_with_memory_of_its_own():
 
 def test_a_reserved_cache_takes_its_sequences_in_another_order():
     model, cache, ids = planned(3, 30, max_cache_len=60)
-    reserved, pages = cache.nbytes, cache.layers[0].pool.keys.data_ptr()
+    reserved, pages = cache.nbytes, cache.layers[0].pool.pages.keys.data_ptr()
     order = torch.tensor([2, 0, 0])
     cache.reorder_cache(order)
     other = some_ids(3, 9, seed=3)
     expected = masked_logits(model, cache.plan, torch.cat([ids[order], other], 1))[:, -9:]
     torch.testing.assert_close(feed(model, cache, other), expected, atol=2e-4, rtol=1e-4)
-    assert (cache.nbytes, cache.layers[0].pool.keys.data_ptr()) == (reserved, pages)
+    assert (cache.nbytes, cache.layers[0].pool.pages.keys.data_ptr()) == (reserved, pages)
 
 
 def test_reset_keeps_what_was_reserved():
     model, cache, _ = planned(2, 50, max_cache_len=60)
-    pages = cache.layers[0].pool.keys.data_ptr()
+    pages = cache.layers[0].pool.pages.keys.data_ptr()
     cache.reset()
     assert cache.get_seq_length() == 0
     ids = some_ids(2, 60, seed=3)
     torch.testing.assert_close(feed(model, cache, ids), masked_logits(model, cache.plan, ids), atol=2e-4, rtol=1e-4)
-    assert cache.layers[0].pool.keys.data_ptr() == pages
+    assert cache.layers[0].pool.pages.keys.data_ptr() == pages
 
 
 def test_the_callers_mask_may_be_reused():
@@ -306,7 +306,7 @@ def test_autocast_stores_what_attention_sees():
     with torch.autocast("cpu", torch.bfloat16):
         logits = torch.cat([feed(model, cache, ids[:, a:b]) for a, b in [(0, 40), (40, 41), (41, 60)]], 1)
         expected = masked_logits(model, cache.plan, ids)
-    assert cache.layers[0].pool.keys.dtype == torch.bfloat16
+    assert cache.layers[0].pool.pages.keys.dtype == torch.bfloat16
     exact = masked_logits(model, cache.plan, ids)
     assert (logits.float() - exact).abs().max() <= 2 * (expected.float() - exact).abs().max()
 

@@ -25,19 +25,19 @@ def grow(pool, rows, lengths, spare=0):
 
 def mark(pool):
     """Writes every page's own number into it."""
-    pool.keys[:] = torch.arange(pool.pages)[:, None, None]
-    pool.values[:] = -pool.keys[:, :, :1]
+    pool.pages.keys[:] = torch.arange(pool.size)[:, None, None]
+    pool.pages.values[:] = -pool.pages.keys[:, :, :1]
 
 
 def test_the_pool_grows_by_what_is_missing_and_a_spare():
     pool, rows = make_pool()
     grow(pool, rows, [20, 5])
-    assert pool.pages == 3 + 2 + 1 + 1
+    assert pool.size == 3 + 2 + 1 + 1
     assert pool.nbytes == 7 * 8 * (4 + 6) * 4
     grow(pool, rows, [25, 5], spare=2)
-    assert pool.pages == 7 + 1 + 2
+    assert pool.size == 7 + 1 + 2
     grow(pool, rows, [40, 5], spare=2)
-    assert pool.pages == 10, "the spare pages served"
+    assert pool.size == 10, "the spare pages served"
 
 
 def test_growing_keeps_what_is_written_and_adds_finite_pages():
@@ -45,9 +45,9 @@ def test_growing_keeps_what_is_written_and_adds_finite_pages():
     grow(pool, rows, [20, 5])
     mark(pool)
     grow(pool, rows, [40, 5])
-    assert torch.equal(pool.keys[:7, 0, 0], torch.arange(7.0))
-    assert pool.keys.isfinite().all()
-    assert pool.values.isfinite().all()
+    assert torch.equal(pool.pages.keys[:7, 0, 0], torch.arange(7.0))
+    assert pool.pages.keys.isfinite().all()
+    assert pool.pages.values.isfinite().all()
 
 
 def test_trim_gives_free_pages_back_and_renumbers_every_holder():
@@ -56,13 +56,13 @@ def test_trim_gives_free_pages_back_and_renumbers_every_holder():
     fork = rows.fork()
     pool.hold(fork)
     mark(pool)
-    before = pool.keys[fork.table[0, 0, :1], 0, 0]
+    before = pool.pages.keys[fork.table[0, 0, :1], 0, 0]
     rows.cut(np.array([0, 0]))
     fork.select(np.array([0]))
     pool.trim(spare=0)
-    assert pool.pages == 5 + 2
-    assert torch.equal(pool.keys[fork.table[0, 0, :1], 0, 0], before)
-    assert (pool.values[:, 0, 0] == -pool.keys[:, 0, 0]).all()
+    assert pool.size == 5 + 2
+    assert torch.equal(pool.pages.keys[fork.table[0, 0, :1], 0, 0], before)
+    assert (pool.pages.values[:, 0, 0] == -pool.pages.keys[:, 0, 0]).all()
 
 
 def test_pages_of_a_dead_holder_are_free():
@@ -73,7 +73,7 @@ def test_pages_of_a_dead_holder_are_free():
     gc.collect()
     assert (pool.refs() == 0).all()
     assert len(pool.allocate(4)) == 4
-    assert pool.pages == 14
+    assert pool.size == 14
 
 
 def test_a_fixed_pool_says_that_it_is_full():
@@ -82,7 +82,7 @@ def test_a_fixed_pool_says_that_it_is_full():
     with pytest.raises(RuntimeError, match=r"2 pages of 8 tokens are needed and 1 of 8 are free.*max_cache_len"):
         grow(pool, rows, [33, 5])
     pool.trim(0)
-    assert pool.pages == 8
+    assert pool.size == 8
 
 
 def test_sharing_is_noticed_and_forgotten():
@@ -102,14 +102,14 @@ def test_laying_out_keeps_what_is_written_and_adds_empty_pages():
     grow(pool, rows, [20, 20])
     grow(pool, rows, [40, 40])
     mark(pool)
-    before = pool.keys[rows.table[:, 0]].clone()
+    before = pool.pages.keys[rows.table[:, 0]].clone()
     assert pool.alone(rows)
     pool.lay_out(rows, np.array([48, 48]))
-    assert torch.equal(pool.keys[rows.table[:, 0, :5]], before)
-    assert (pool.values[:, 0, 0] == -pool.keys[:, 0, 0]).all()
-    assert pool.pages == 2 * (6 + 1 + 2)
+    assert torch.equal(pool.pages.keys[rows.table[:, 0, :5]], before)
+    assert (pool.pages.values[:, 0, 0] == -pool.pages.keys[:, 0, 0]).all()
+    assert pool.size == 2 * (6 + 1 + 2)
     assert pool.free == 2
-    assert pool.keys[rows.table[:, 0, 5]].eq(0).all()
+    assert pool.pages.keys[rows.table[:, 0, 5]].eq(0).all()
 
 
 def test_rows_with_company_are_not_laid_out_anew():

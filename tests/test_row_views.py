@@ -16,7 +16,7 @@ def make_rows(lengths):
     rows = Rows(2, HeadRules.make((UNBOUNDED, 5, UNBOUNDED), (0, 1, 0), page_size=8))
     pool.hold(rows)
     pool.lay_out(rows, np.array(lengths))
-    pool.keys[:] = torch.arange(pool.pages)[:, None, None]
+    pool.pages.keys[:] = torch.arange(pool.size)[:, None, None]
     return pool, rows
 
 
@@ -29,7 +29,7 @@ def test_views_show_the_pages_of_every_row():
         table = rows.table[:, list(view.heads), : piece.keys.shape[2] // 8]
         assert torch.equal(piece.keys[..., 0], torch.from_numpy(table).float().repeat_interleave(8, 2))
         assert piece.values.shape == (*piece.keys.shape[:3], 6)
-        assert piece.keys.untyped_storage().data_ptr() == pool.keys.untyped_storage().data_ptr()
+        assert piece.keys.untyped_storage().data_ptr() == pool.pages.keys.untyped_storage().data_ptr()
 
 
 def test_views_are_kept_until_a_table_or_the_pages_change():
@@ -37,7 +37,7 @@ def test_views_are_kept_until_a_table_or_the_pages_change():
     views = RowViews()
     first = views.refresh(rows, pool)
     assert views.refresh(rows, pool) is first
-    pool.grow(pool.pages + 1)
+    pool.grow(pool.size + 1)
     second = views.refresh(rows, pool)
     assert second is not first
     pool.lay_out(rows, np.array([30, 30]))

@@ -30,11 +30,12 @@ def test_every_row_holds_afterwards_what_it_held(length):
 
     for h, positions in enumerate(held):
         where = torch.from_numpy(positions)[None, None]
-        for pages in (pool.keys, pool.values):
-            scatter_tokens(pages, row(h), narrow.take((h,)).slots(where), where[..., None].float())
+        new = where[..., None].float()
+        scatter_tokens(pool.pages, row(h), narrow.take((h,)).slots(where), new, -new)
     widen(rows, pool, wide, reserve)
     for h, positions in enumerate(held):
         where = torch.from_numpy(positions)[None, None]
-        found = gather_tokens(pool.keys, row(h), wide.take((h,)).slots(where))
-        assert found.flatten().tolist() == positions.tolist()
+        keys, values = gather_tokens(pool.pages, row(h), wide.take((h,)).slots(where))
+        assert keys.flatten().tolist() == positions.tolist()
+        assert torch.equal(values, -keys)
         assert rows.positions_held(0, h).tolist() == positions.tolist()

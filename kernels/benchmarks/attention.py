@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from redknot_kernels import UNBOUNDED, HeadRules, implementation
+from redknot_kernels import UNBOUNDED, HeadRules, Pages, implementation
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -105,13 +105,13 @@ def decode_step(
     for b, part in enumerate(ids.split(sum(held))):
         for h, pages in enumerate(part.split(held)):
             table[b, h, : len(pages)] = pages
-    pages = make(len(ids), PAGE, DIM), make(len(ids), PAGE, DIM)
+    pages = Pages(make(len(ids), PAGE, DIM), make(len(ids), PAGE, DIM))
     query, *new = (make(batch, heads, tokens, DIM) for heads in (HEADS * GROUP, HEADS, HEADS))
     counts = torch.full((batch + 1,), length - tokens, dtype=torch.int32, device=timer.device)
 
     def run():
         counts.fill_(length - tokens)  # every call takes the last places
-        kernels.step(query, *pages, *new, table, counts, None, rules, scale=DIM**-0.5)
+        kernels.step(query, pages, *new, table, counts, None, rules, scale=DIM**-0.5)
 
     return run
 

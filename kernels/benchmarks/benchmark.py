@@ -55,16 +55,16 @@ class DecodeBenchmark(_Rows, Benchmark):
         self.table = torch.zeros(1, HEADS, max(held), dtype=torch.int32, device=self.device)
         for head, pages in enumerate(order.split(held)):
             self.table[0, head, : len(pages)] = pages
-        self.pages = [torch.zeros(len(order), PAGE, DIM, device=self.device, dtype=self.dtype) for _ in range(2)]
+        self.pages = self.kernel.Pages(*torch.zeros(2, len(order), PAGE, DIM, device=self.device, dtype=self.dtype))
         self.counts = torch.zeros(2, dtype=torch.int32, device=self.device)
         past = [x[:, :, :-1] for x in (self.keys, self.values)]
-        self.kernels.append(*self.pages, *past, self.table, self.counts[:1], self.rules)
+        self.kernels.append(self.pages, *past, self.table, self.counts[:1], self.rules)
 
     def _step(self) -> None:
         self.counts.fill_(self.length - 1)
         new = self.keys[:, :, -1:], self.values[:, :, -1:]
         self.out = self.kernels.step(
-            self.query, *self.pages, *new, self.table, self.counts, None, self.rules, scale=DIM**-0.5
+            self.query, self.pages, *new, self.table, self.counts, None, self.rules, scale=DIM**-0.5
         )
 
     def setup_all_global(self) -> None:
@@ -115,9 +115,9 @@ class PlaceBenchmark(_Rows, Benchmark):
         self.out = self.pages[0]
 
     def benchmark_document(self) -> None:
-        self.kernels.place(*self.pages, *self.document)
+        self.kernels.place(self.kernel.Pages(*self.pages), *self.document)
 
     def verify_document(self) -> torch.Tensor:
         plain = torch.zeros_like(self.pages)
-        self.kernel.place(*plain, *self.document)
+        self.kernel.place(self.kernel.Pages(*plain), *self.document)
         return plain[0]

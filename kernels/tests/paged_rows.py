@@ -5,7 +5,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from redknot_kernels import UNBOUNDED, HeadRules, append, prefill, read_context, step
+from redknot_kernels import UNBOUNDED, HeadRules, Pages, append, prefill, read_context, step
 
 GLOBAL = (UNBOUNDED, 0)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,9 +48,7 @@ class Rows:
             self.table[b, h, : held[b][h]] = pages[start : start + held[b][h]]
             start += held[b][h]
         self.table = self.table.to(self.device)
-        self.k_pages, self.v_pages = (
-            torch.zeros(len(pages), page_size, d, dtype=dtype, device=self.device) for d in dims
-        )
+        self.pages = Pages(*(torch.zeros(len(pages), page_size, d, dtype=dtype, device=self.device) for d in dims))
         self.keys, self.values = (torch.zeros(batch, len(heads), 0, d, dtype=dtype) for d in dims)
 
     def step(self, tokens, group, **kwargs):
@@ -64,13 +62,12 @@ class Rows:
         query, k_new, v_new = (x.to(self.device) for x in (query, k_new, v_new))
         kwargs = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
         counts = torch.full((batch + 1,), length, dtype=torch.int32, device=self.device)
-        pages = self.k_pages, self.v_pages
         if tokens <= self.rules.slack:
-            out = self.kernels.step(query, *pages, k_new, v_new, self.table, counts, None, self.rules, **kwargs)
+            out = self.kernels.step(query, self.pages, k_new, v_new, self.table, counts, None, self.rules, **kwargs)
             assert (counts == length + tokens).all()
         else:
-            context = read_context(*pages, self.table, length, self.rules) if length else None
-            self.kernels.append(*pages, k_new, v_new, self.table, counts[:-1], self.rules)
+            context = read_context(self.pages, self.table, length, self.rules) if length else None
+            self.kernels.append(self.pages, k_new, v_new, self.table, counts[:-1], self.rules)
             out = self.kernels.prefill(query, k_new, v_new, context, self.rules, **kwargs)
         out = None if out is None else out.cpu()
         return out, self.oracle()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from paged_rows import HEADS, STEPS, Rows, oracle
-from redknot_kernels import UNBOUNDED, HeadRules, append, decode
+from redknot_kernels import UNBOUNDED, HeadRules, Pages, append, decode
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -54,19 +54,19 @@ def test_rows_of_different_length_decode_together():
     for row, length in zip(rows, lengths):
         if length:
             row.step(length, group=2, scale=0.3)
-    pages = torch.cumsum(torch.tensor([0] + [len(r.k_pages) for r in rows]), 0)
+    pages = torch.cumsum(torch.tensor([0] + [len(r.pages.keys) for r in rows]), 0)
     table = torch.cat([r.table + int(p) for r, p in zip(rows, pages)])
-    k_pages, v_pages = torch.cat([r.k_pages for r in rows]), torch.cat([r.v_pages for r in rows])
+    pool = Pages(*map(torch.cat, zip(*(r.pages for r in rows), strict=True)))
     generator = torch.Generator().manual_seed(7)
     query, k_new, v_new = (torch.randn(5, h, 1, 16, generator=generator) for h in (8, 4, 4))
     for i, row in enumerate(rows):
         keys, values = torch.cat([row.keys, k_new[i : i + 1]], 2), torch.cat([row.values, v_new[i : i + 1]], 2)
         singles.append(oracle(query[i : i + 1], keys, values, heads, UNBOUNDED, 0.3))
     before = torch.tensor(lengths, dtype=torch.int32)
-    append(k_pages, v_pages, k_new, v_new, table, before, rows[0].rules)
-    out = decode(query, k_pages, v_pages, table, before + 1, rows[0].rules, scale=0.3)
+    append(pool, k_new, v_new, table, before, rows[0].rules)
+    out = decode(query, pool, table, before + 1, rows[0].rules, scale=0.3)
     torch.testing.assert_close(out.double(), torch.cat(singles), atol=2e-6, rtol=1e-5)
-    empty = decode(query, k_pages, v_pages, table, torch.zeros_like(before), rows[0].rules, scale=0.3)
+    empty = decode(query, pool, table, torch.zeros_like(before), rows[0].rules, scale=0.3)
     assert (empty == 0).all()
 
 

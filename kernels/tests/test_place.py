@@ -3,7 +3,7 @@
 import pytest
 import torch
 from paged_rows import DEVICE
-from redknot_kernels import NAMES, UNBOUNDED, HeadRules, Rotation, implementation, rotate
+from redknot_kernels import NAMES, UNBOUNDED, HeadRules, Pages, Rotation, implementation, rotate
 
 PAGE, COLUMNS = 16, 9
 
@@ -96,7 +96,7 @@ def test_a_span_goes_to_its_rows_and_turns(name, dims, pairs, interleaved, dtype
     where = [x.to(device) for x in (*pages, keys, values, table)]
     if turns is not None:
         turns = Rotation(turns.cos.to(device), turns.sin.to(device), interleaved)
-    implementation(name).place(*where, RULES, KEPT[kept], span, turns)
+    implementation(name).place(Pages(*where[:2]), *where[2:], RULES, KEPT[kept], span, turns)
     assert torch.equal(where[1].cpu(), wanted[1])
     found, exact = where[0].cpu(), wanted[0]
     untouched = (wanted[0] == pages[0]).all(-1)

@@ -12,11 +12,11 @@ def lay_out(rows, cuts=()):
     """Moves the pages of rows into runs, kind by kind, and returns the views, cut into pieces at these columns."""
     rules, views, first = rows.rules, [], 0
     size, batch = rules.page_size, len(rows.table)
-    pools = [torch.cat([x, torch.full_like(x[:3], torch.nan)]) for x in (rows.k_pages, rows.v_pages)]
+    pools = [torch.cat([x, torch.full_like(x[:3], torch.nan)]) for x in rows.pages]
     for heads in filter(None, [rules.global_heads, *(heads for _, heads in rules.local_groups)]):
         columns = min(rows.table.shape[2], rules.max_pages[heads[0]])
         pages = rows.table[:, list(heads), :columns].reshape(-1).long()
-        for pool, old in zip(pools, (rows.k_pages, rows.v_pages)):
+        for pool, old in zip(pools, rows.pages):
             pool[first : first + len(pages)] = old[pages]
         apart = (batch, len(heads) * columns), (len(heads), columns)
         pieces = [
@@ -34,7 +34,7 @@ def decode(rows, views, tokens, group, **kwargs):
     for _ in range(tokens):
         length = rows.keys.shape[2]
 
-        def step(query, k_pages, v_pages, k_new, v_new, table, counts, real, rules, length=length, **options):
+        def step(query, pages, k_new, v_new, table, counts, real, rules, length=length, **options):
             counts += 1
             return step_in_views(query, k_new, v_new, views, length, rules, **options)
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from paged_rows import DEVICE, HEADS, PLAIN, STEPS, Rows
-from redknot_kernels import UNBOUNDED, HeadRules
+from redknot_kernels import UNBOUNDED, HeadRules, Pages
 from redknot_kernels import append as plain_append
 from redknot_kernels import decode as plain_decode
 from redknot_kernels import step as plain_step
@@ -24,8 +24,8 @@ TRITON = SimpleNamespace(append=append, step=step, prefill=PLAIN.prefill)
 @pytest.mark.parametrize("heads", HEADS)
 def test_every_step_equals_the_masked_oracle(heads, steps):
     rows = Rows(2, HEADS[heads], (24, 24), 16, sum(STEPS[steps]), kernels=TRITON)
-    rows.k_pages.fill_(torch.nan)  # slots without a token must not be read
-    rows.v_pages.fill_(torch.nan)
+    for part in rows.pages:
+        part.fill_(torch.nan)  # slots without a token must not be read
     rows.kernels = SimpleNamespace(append=append, step=step, prefill=lambda *a, **k: None)
     for tokens in STEPS[steps]:
         out, expected = rows.step(tokens, group=3, scale=0.3)
@@ -60,7 +60,7 @@ def test_steps_of_all_lengths_share_few_kernels(monkeypatch):
     counts = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     for tokens in range(1, 65):
         query, new = (torch.zeros(1, heads, tokens, 16, device=DEVICE) for heads in (16, 4))
-        step(query, rows.k_pages, rows.v_pages, new, new, rows.table, counts, None, rows.rules, scale=0.3)
+        step(query, rows.pages, new, new, rows.table, counts, None, rows.rules, scale=0.3)
     assert 1 < len(kernels["_split_kernel"].seen) <= 6
     assert 1 < len(kernels["_merge_kernel"].seen) <= 6
 
@@ -119,23 +119,21 @@ def test_rows_of_very_different_length_and_none():
     order = torch.randperm(4 * sum(pages), generator=generator).int()
     table = torch.zeros(4, 2, max(pages), dtype=torch.int32)
     table[:, 0], table[:, 1, : pages[1]] = order[: 4 * pages[0]].view(4, -1), order[4 * pages[0] :].view(4, -1)
-    k_pages, v_pages = (torch.randn(len(order), 16, 24, generator=generator) for _ in range(2))
+    pools = torch.randn(2, len(order), 16, 24, generator=generator)
     k_new, v_new = (torch.randn(4, 2, 1, 24, generator=generator) for _ in range(2))
     query = torch.randn(4, 1, 4, 24, generator=generator).transpose(1, 2)
-    query, k_pages, v_pages, k_new, v_new, table, lengths = (
-        x.to(DEVICE) for x in (query, k_pages, v_pages, k_new, v_new, table, lengths)
-    )
-    plain = k_pages.clone(), v_pages.clone()
-    append(k_pages, v_pages, k_new, v_new, table, lengths, rules)
-    plain_append(*plain, k_new, v_new, table, lengths, rules)
-    assert torch.equal(k_pages, plain[0])
-    assert torch.equal(v_pages, plain[1])
+    query, pools, k_new, v_new, table, lengths = (x.to(DEVICE) for x in (query, pools, k_new, v_new, table, lengths))
+    pages, plain = Pages(*pools), Pages(*pools.clone())
+    append(pages, k_new, v_new, table, lengths, rules)
+    plain_append(plain, k_new, v_new, table, lengths, rules)
+    assert torch.equal(pages.keys, plain.keys)
+    assert torch.equal(pages.values, plain.values)
     for counted in (lengths + 1, lengths):
-        out = decode(query, k_pages, v_pages, table, counted, rules, scale=0.2)
+        out = decode(query, pages, table, counted, rules, scale=0.2)
         torch.testing.assert_close(
-            out, plain_decode(query, *plain, table, counted, rules, scale=0.2), atol=2e-6, rtol=1e-5
+            out, plain_decode(query, plain, table, counted, rules, scale=0.2), atol=2e-6, rtol=1e-5
         )
-    assert (decode(query, k_pages, v_pages, table, lengths * 0, rules, scale=0.2) == 0).all()
+    assert (decode(query, pages, table, lengths * 0, rules, scale=0.2) == 0).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 40, 100])
@@ -148,8 +146,8 @@ def test_append_writes_what_the_plain_one_does(length, tokens):
     v_new = torch.randn(2, 3, tokens, 40, device=DEVICE)
     written = []
     for function in (append, plain_append):
-        pages = torch.zeros(60, 16, 24, device=DEVICE), torch.zeros(60, 16, 40, device=DEVICE)
-        function(*pages, k_new, v_new, table, lengths, rules)
+        pages = Pages(torch.zeros(60, 16, 24, device=DEVICE), torch.zeros(60, 16, 40, device=DEVICE))
+        function(pages, k_new, v_new, table, lengths, rules)
         written.append(pages)
     assert all(torch.equal(ours, plain) for ours, plain in zip(*written, strict=True))
 
@@ -172,13 +170,13 @@ def _steps_of_both(lengths, tokens, real, group=2, dims=(24, 24), page_size=16, 
     counts = torch.tensor([*lengths, max(lengths)], dtype=torch.int32)
     found = []
     for function, device in ((step, DEVICE), (plain_step, "cpu")):
-        k_pages, v_pages, held_counts = (x.clone().to(device) for x in (*pages, counts))
+        *pools, held_counts = (x.clone().to(device) for x in (*pages, counts))
         query, k_new, v_new = (x.to(device) for x in new)
         flags = None if real is None else real.to(device)
-        arguments = k_pages, v_pages, k_new, v_new, table.to(device), held_counts, flags, rules
+        arguments = Pages(*pools), k_new, v_new, table.to(device), held_counts, flags, rules
         moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
         out = function(query, *arguments, **{"scale": 0.3, **moved})
-        found.append([x.cpu() for x in (out, k_pages, v_pages, held_counts)])
+        found.append([x.cpu() for x in (out, *pools, held_counts)])
     return found
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from paged_rows import GLOBAL, HEADS, Rows, oracle
-from redknot_kernels import append, read_context
+from redknot_kernels import Pages, append, read_context
 from redknot_kernels import prefill as plain_prefill
 
 pytest.importorskip("triton")
@@ -41,9 +41,9 @@ def step(rows, tokens, group, **kwargs):
     sizes = (heads * group, dim), (heads, dim), (heads, rows.values.shape[-1])
     new = [torch.randn(batch, tokens, *size, generator=rows.generator).to(rows.keys.dtype) for size in sizes]
     query, k_new, v_new = (x.transpose(1, 2) for x in new)  # strided, as a model's projections are
-    pages, lengths = (rows.k_pages, rows.v_pages), torch.full((batch,), length, dtype=torch.int32)
-    context = read_context(*pages, rows.table, length, rows.rules) if length else None
-    append(*pages, k_new, v_new, rows.table, lengths, rows.rules)
+    lengths = torch.full((batch,), length, dtype=torch.int32)
+    context = read_context(rows.pages, rows.table, length, rows.rules) if length else None
+    append(rows.pages, k_new, v_new, rows.table, lengths, rows.rules)
     rows.keys, rows.values = torch.cat([rows.keys, k_new], 2), torch.cat([rows.values, v_new], 2)
     rows.twin = partial(plain_prefill, query, k_new, v_new, context, rows.rules, **kwargs)
     rows.oracle = partial(oracle, query, rows.keys, rows.values, rows.heads, rows.reach, **kwargs)
@@ -55,8 +55,13 @@ def step(rows, tokens, group, **kwargs):
 
 
 def _moved(context):
-    tensors = {name: getattr(context, name).to(DEVICE) for name in ("k_pages", "v_pages", "table")}
-    return replace(context, **tensors, bands=tuple(tuple(x.to(DEVICE) for x in band) for band in context.bands))
+    pages = Pages(*(x.to(DEVICE) for x in context.pages))
+    return replace(
+        context,
+        pages=pages,
+        table=context.table.to(DEVICE),
+        bands=tuple(tuple(x.to(DEVICE) for x in band) for band in context.bands),
+    )
 
 
 def check(rows, steps, group, scale=0.3, **kwargs):
@@ -70,8 +75,8 @@ def check(rows, steps, group, scale=0.3, **kwargs):
 @pytest.mark.parametrize("heads", HEADS)
 def test_every_step_equals_the_masked_oracle(heads, steps):
     rows = Rows(2, HEADS[heads], (24, 24), 8, sum(STEPS[steps]))
-    rows.k_pages.fill_(torch.nan)  # slots without a token must not be read
-    rows.v_pages.fill_(torch.nan)
+    for part in rows.pages:
+        part.fill_(torch.nan)  # slots without a token must not be read
     check(rows, STEPS[steps], group=3)
 
 

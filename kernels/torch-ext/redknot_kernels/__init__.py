@@ -4,7 +4,7 @@ from .implementations import NAMES, Kernels, implementation
 from .plain.attend import add_sink_logit, attend, merge
 from .plain.attend_at import attend_at
 from .plain.decode import decode, step
-from .plain.pages import append, copy_pages, gather, gather_tokens, place, scatter_tokens
+from .plain.pages import Pages, append, copy_pages, gather, gather_tokens, place, scatter_tokens
 from .plain.prefill import Context, prefill, read_context
 from .plain.rotation import Rotation, rotate
 from .plain.views import Piece, RowView, step_in_views, view_rows
@@ -16,6 +16,7 @@ __all__ = [
     "Context",
     "HeadRules",
     "Kernels",
+    "Pages",
     "Piece",
     "Rotation",
     "RowView",

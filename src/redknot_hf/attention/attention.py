@@ -118,7 +118,7 @@ def _run(query: Query, step: Step, run: Run, options: dict[str, Any]) -> Output:
         )
     on_device = layer.on_device()
     table, lengths = on_device.table[run.sequences], on_device.counts[:-1][run.sequences]
-    return layer.kernels.decode(query, pool.keys, pool.values, table, lengths, rows.rules, **options)
+    return layer.kernels.decode(query, pool.pages, table, lengths, rows.rules, **options)
 
 
 def _explicit(query: Query, step: Step, mask: Explicit, options: dict[str, Any]) -> Output:
@@ -163,9 +163,9 @@ def _read_past(step: Step) -> list[tuple[Any, ...]]:
     if rules.global_heads:
         heads = list(rules.global_heads)
         pages = table[:, heads, : -(-length // rules.page_size)]
-        keys, values = (gather(x, pages)[:, :, :length] for x in (pool.keys, pool.values))
+        keys, values = (x[:, :, :length] for x in gather(pool.pages, pages))
         past.append((rules.take(rules.global_heads), heads, torch.arange(length, device=device), keys, values))
-    context = read_context(pool.keys, pool.values, table, length, rules)
+    context = read_context(pool.pages, table, length, rules)
     for (part, heads), (keys, values) in zip(rules.local_groups, context.bands, strict=True):
         held = min(part.sink[0], length)
         first = max(length - part.window[0] + 1, 0)

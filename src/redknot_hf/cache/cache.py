@@ -141,9 +141,7 @@ class RedKnotCache(Cache):
         self._catch_up()
         for layer in self._rows_layers():
             if layer.pool is not None and layer.rows is not None:
-                token = (
-                    layer.pool.keys[0:1, 0:1].nbytes + layer.pool.values[0:1, 0:1].nbytes if layer.pool.pages else 0
-                )
+                token = sum(x[:1, :1].nbytes for x in layer.pool.pages)
                 total += layer.slots * layer.rows.table.shape[0] * layer.rows.table.shape[1] * token
         return total
 

@@ -32,8 +32,8 @@ def write(step: Step, real: Real | None) -> None:
         part = on_device.table[run.sequences], on_device.counts[:-1][run.sequences]
         if key.shape[2] > layer.page_size and rows.lengths[run.sequences][0] > 0:
             past = int(rows.lengths[run.sequences][0])
-            run.context = read_context(pool.keys, pool.values, part[0], past, rows.rules)
-        layer.kernels.append(pool.keys, pool.values, key, value, *part, rows.rules)
+            run.context = read_context(pool.pages, part[0], past, rows.rules)
+        layer.kernels.append(pool.pages, key, value, *part, rows.rules)
         step.runs.append(run)
     layer.advance(step, counts, real)
     layer.on_device()  # a captured step may be next
@@ -55,7 +55,7 @@ def write_and_attend(query: Query, step: Step, real: Real | None, options: dict[
         return out
     on_device = layer.on_device()
     out = layer.kernels.step(
-        query, pool.keys, pool.values, step.key, step.value, on_device.table, on_device.counts, real, rows.rules,
+        query, pool.pages, step.key, step.value, on_device.table, on_device.counts, real, rows.rules,
         **options,
     )  # fmt: skip
     layer.advance(step, counts, real)
@@ -75,7 +75,7 @@ def captured(query: Query, step: Step, mask: Tensor | None, options: dict[str, A
     real = None if mask is None else mask[:, 0, 0]
     step.written = True
     return run(
-        query, pool.keys, pool.values, *new, on_device.table, on_device.counts, real, on_device.bounds,
+        query, *pool.pages, *new, on_device.table, on_device.counts, real, on_device.bounds,
         on_device.most_kept, layer.rules.reach, options["scale"], options["softcap"], options["s_aux"],
     )  # fmt: skip
 

@@ -203,7 +203,7 @@ class RedKnotLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Moves the pages to the layer's device."""
-        if self.pool is not None and self.pool.keys.device != self.device:
+        if self.pool is not None and self.pool.pages.device != self.device:
             self.pool.to(self.device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -242,13 +242,13 @@ class RedKnotLayer(CacheLayerMixin):
     def on_device(self) -> DeviceRows:
         """The rows as kernels read them, up to date."""
         rows, pool = self.storage()
-        self.rows_on_device.refresh(rows, self.slots, pool.keys.device)  # another holder may have moved the pool
+        self.rows_on_device.refresh(rows, self.slots, pool.pages.device)  # another holder may have moved the pool
         return self.rows_on_device
 
     def table_on_device(self) -> Int[Tensor, "batch heads columns"]:
         """The page table alone, up to date."""
         rows, pool = self.storage()
-        self.rows_on_device.refresh_table(rows, pool.keys.device)
+        self.rows_on_device.refresh_table(rows, pool.pages.device)
         return self.rows_on_device.table
 
     def views(self) -> tuple[RowView, ...] | None:
@@ -370,8 +370,8 @@ class RedKnotLayer(CacheLayerMixin):
         self.pool.grow(int(self.rows.pages_needed(np.full(self.rows.batch, self.max_cache_len)).sum()))
         self.reserve(self.rows.lengths)
         self.on_device()
-        for pages in (self.pool.keys, self.pool.values):
-            torch._dynamo.mark_static_address(pages, guard=False)
+        for part in self.pool.pages:
+            torch._dynamo.mark_static_address(part, guard=False)
 
     def _select(self, index: Tensor) -> None:
         if self.rows is None or self.pool is None:

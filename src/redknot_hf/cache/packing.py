@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from redknot_kernels import UNBOUNDED, HeadRules, Rotation
+from redknot_kernels import UNBOUNDED, HeadRules, Pages, Rotation
 from torch import Tensor
 
 from .device_rows import staged
@@ -40,7 +40,7 @@ def splice(layer: RedKnotLayer, index: int, sequence: int, segment: Segment, rot
     layer.reserve(lengths)
     table = layer.table_on_device()[sequence]
     span = segment.tokens, 0, start
-    place(layer, index, segment, (pool.keys, pool.values), table, rows.rules, span, rotation)
+    place(layer, index, segment, pool.pages, table, rows.rules, span, rotation)
     count(layer, index, sequence, segment, 0)
 
 
@@ -48,7 +48,7 @@ def place(
     layer: RedKnotLayer,
     index: int,
     segment: Segment,
-    pages: tuple[Float[Tensor, "pages page_size key_dim"], Float[Tensor, "pages page_size value_dim"]],
+    pages: Pages,
     table: Int[Tensor, "heads columns"],
     rules: HeadRules,
     span: tuple[int, int, int],
@@ -59,12 +59,12 @@ def place(
     Raises:
         ValueError: The segment keeps less than the layer's heads need.
     """
-    kept, device = _kept(segment, index, layer), pages[0].device
+    kept, device = _kept(segment, index, layer), pages.device
     keys, values = (x.to(device, non_blocking=True) for x in (segment.keys(index), segment.values(index)))
     if rotation is not None:
         cos, sin = (x.to(device, non_blocking=True) for x in (rotation.cos, rotation.sin))
         rotation = Rotation(cos, sin, rotation.interleaved)
-    layer.kernels.place(*pages, keys, values, table, rules, (kept.window, kept.sink), span, rotation)
+    layer.kernels.place(pages, keys, values, table, rules, (kept.window, kept.sink), span, rotation)
 
 
 def count(layer: RedKnotLayer, index: int, sequence: int, segment: Segment, first: int) -> None:
@@ -98,8 +98,8 @@ def read(
     sink, ring = (np.array(x)[heads] for x in (rows.rules.sink, rows.rules.ring))
     slots = np.where(positions < sink, positions, sink + (positions - sink) % ring)
     pages = rows.table[sequence, heads, slots // size].astype(np.int64)
-    where = staged(pages * size + slots % size, pool.keys.device).to(pool.keys.device, non_blocking=True)
-    keys, values = (x.view(-1, x.shape[-1]).index_select(0, where) for x in (pool.keys, pool.values))
+    where = staged(pages * size + slots % size, pool.pages.device).to(pool.pages.device, non_blocking=True)
+    keys, values = (x.view(-1, x.shape[-1]).index_select(0, where) for x in pool.pages)
     return keys, values
 
 

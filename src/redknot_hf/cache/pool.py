@@ -9,7 +9,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from redknot_kernels import copy_pages
+from redknot_kernels import Pages, copy_pages
 from torch import Tensor
 
 from .device_rows import staged
@@ -24,7 +24,7 @@ class PagePool:
     one layer's keys (or values) stand in memory twice, not the cache.
 
     Attributes:
-        keys, values: `[pages, page_size, dim]`. Always finite, so that a masked slot cannot spoil a sum.
+        pages: Keys and values. Always finite, so that a masked slot cannot spoil a sum.
         fixed: The number of pages is settled (`max_cache_len`).
         shared: Some page may have several holders.
     """
@@ -35,19 +35,15 @@ class PagePool:
         self.page_size = page_size
         self.fixed = pages is not None
         self.shared = False
-        self.keys: Float[Tensor, "pages page_size key_dim"]
-        self.values: Float[Tensor, "pages page_size value_dim"]
         with torch.inference_mode(False):  # so that what was made in inference mode can be written outside of it
-            self.keys, self.values = (
-                torch.zeros(pages or 0, page_size, dim, dtype=dtype, device=device) for dim in dims
-            )
+            self.pages = Pages(*(torch.zeros(pages or 0, page_size, dim, dtype=dtype, device=device) for dim in dims))
         self._holders: WeakSet[Rows] = WeakSet()
         self._holders_seen = 0
 
     @property
-    def pages(self) -> int:
+    def size(self) -> int:
         """Number of pages, free ones included."""
-        return len(self.keys)
+        return len(self.pages.keys)
 
     @property
     def free(self) -> int:
@@ -57,7 +53,7 @@ class PagePool:
     @property
     def nbytes(self) -> int:
         """Bytes that the pages occupy."""
-        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+        return sum(x.untyped_storage().nbytes() for x in self.pages)
 
     def hold(self, rows: Rows) -> None:
         """Remembers a holder of pages, for as long as it lives."""
@@ -73,7 +69,7 @@ class PagePool:
     def refs(self) -> Int[np.ndarray, " pages"]:
         """How often each page is listed."""
         listed = [rows.table[rows.table != ABSENT] for rows in self._holders]
-        refs = np.bincount(np.concatenate(listed), minlength=self.pages) if listed else np.zeros(self.pages, np.int64)
+        refs = np.bincount(np.concatenate(listed), minlength=self.size) if listed else np.zeros(self.size, np.int64)
         self.shared = bool((refs > 1).any())
         return refs
 
@@ -88,11 +84,11 @@ class PagePool:
             if self.fixed:
                 raise RuntimeError(
                     f"the pool is full: {count} pages of {self.page_size} tokens are needed and {len(free)} of "
-                    f"{self.pages} are free. max_cache_len reserves them for the first batch: forks and repeated "
+                    f"{self.size} are free. max_cache_len reserves them for the first batch: forks and repeated "
                     "sequences need pages of their own. Make the cache without max_cache_len, so that it grows."
                 )
-            grown = np.arange(self.pages, self.pages + count - len(free) + spare)
-            self.grow(self.pages + len(grown))
+            grown = np.arange(self.size, self.size + count - len(free) + spare)
+            self.grow(self.size + len(grown))
             free = np.concatenate([free, grown])
         return free[:count]
 
@@ -107,8 +103,8 @@ class PagePool:
 
     def grow(self, pages: int) -> None:
         """Adds free pages, up to this number in all."""
-        if pages > self.pages:
-            self._rebuild(np.append(np.arange(self.pages), np.full(pages - self.pages, ABSENT)))
+        if pages > self.size:
+            self._rebuild(np.append(np.arange(self.size), np.full(pages - self.size, ABSENT)))
 
     def trim(self, spare: int) -> None:
         """Gives free pages beyond `spare` back to the device, unless the pool is fixed."""
@@ -117,7 +113,7 @@ class PagePool:
         if self.fixed or len(free) <= spare:
             return
         kept = np.concatenate([np.flatnonzero(refs), free[:spare]])
-        new = np.full(self.pages, ABSENT, np.int32)
+        new = np.full(self.size, ABSENT, np.int32)
         new[kept] = np.arange(len(kept))
         self._rebuild(kept)
         for rows in self._holders:
@@ -126,23 +122,21 @@ class PagePool:
     def copy(self, source: Ids, target: Ids) -> None:
         """Copies pages to pages."""
         if len(source):
-            where = self._on_device(source), self._on_device(target)
-            copy_pages(self.keys, *where)
-            copy_pages(self.values, *where)
+            copy_pages(self.pages, self._on_device(source), self._on_device(target))
 
     def clone(self) -> PagePool:
         """A pool of its own with the same pages, held by nobody."""
         other = copy(self)
         other._holders, other._holders_seen, other.shared = WeakSet(), 0, False
         with torch.inference_mode(False):
-            other.keys, other.values = self.keys.clone(), self.values.clone()
+            other.pages = Pages(*(x.clone() for x in self.pages))
         return other
 
     def to(self, device: torch.device) -> None:
         """Moves all pages to a device."""
         waits = device.type == "cpu"  # the host may read at once what a device still writes
         with torch.inference_mode(False):
-            self.keys, self.values = (x.to(device, non_blocking=not waits) for x in (self.keys, self.values))
+            self.pages = Pages(*(x.to(device, non_blocking=not waits) for x in self.pages))
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the holders, who come forward themselves."""
@@ -153,14 +147,14 @@ class PagePool:
         self._holders = WeakSet()
 
     def _rebuild(self, source: Ids) -> None:
-        """Makes page i what page `source[i]` was, or empty; keys first, so that only one copy is extra."""
+        """Makes page i what page `source[i]` was, or empty; keys first: only one copy is extra."""
         where, empty = self._on_device(np.maximum(source, 0)), self._on_device(np.flatnonzero(source == ABSENT))
         with torch.inference_mode(False):
-            self.keys = _rebuilt(self.keys, where, empty)
-            self.values = _rebuilt(self.values, where, empty)
+            for name in Pages._fields:
+                self.pages = self.pages._replace(**{name: _rebuilt(getattr(self.pages, name), where, empty)})
 
     def _on_device(self, ids: Ids) -> Int[Tensor, " ids"]:
-        return staged(ids.astype(np.int64), self.keys.device).to(self.keys.device, non_blocking=True)
+        return staged(ids.astype(np.int64), self.pages.device).to(self.pages.device, non_blocking=True)
 
 
 def _rebuilt(

@@ -20,8 +20,8 @@ class RowViews:
 
     def refresh(self, rows: Rows, pool: PagePool) -> tuple[RowView, ...] | None:
         """The views of rows that are equally long, or `None` where pages do not lie in runs."""
-        if self._of is None or self._of[0] is not pool.keys or self._of[1] != rows.version:
-            self._of = pool.keys, rows.version
+        if self._of is None or self._of[0] is not pool.pages.keys or self._of[1] != rows.version:
+            self._of = pool.pages.keys, rows.version
             self._views = _views(rows, pool)
         return self._views
 
@@ -37,12 +37,12 @@ def _views(rows: Rows, pool: PagePool) -> tuple[RowView, ...] | None:
     runs = rows.runs()
     if runs is None:
         return None
-    size, pools = pool.page_size, (pool.keys, pool.values)
+    size = pool.page_size
     return tuple(
         RowView(
             heads,
             tuple(
-                Piece(run.column * size, *(view_rows(x, run.first, run.apart, run.columns) for x in pools))
+                Piece(run.column * size, *(view_rows(x, run.first, run.apart, run.columns) for x in pool.pages))
                 for run in found
             ),
         )

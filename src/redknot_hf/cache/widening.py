@@ -20,20 +20,17 @@ def widen(rows: Rows, pool: PagePool, rules: HeadRules, reserve: Callable[[], No
         rules: The new rules.
         reserve: Gives every row the pages it needs.
     """
-    device = pool.keys.device
+    device = pool.pages.device
     moved = []
     for b, h in np.argwhere(rows.wrapped()).tolist():
         positions = torch.from_numpy(rows.positions_held(b, h)).to(device)[None, None]
         slots = rows.rules.take((h,)).slots(positions)
-        moved.append(
-            (b, h, positions, *(gather_tokens(x, _row(rows, b, h, device), slots) for x in (pool.keys, pool.values)))
-        )
+        moved.append((b, h, positions, *gather_tokens(pool.pages, _row(rows, b, h, device), slots)))
     rows.widen(rules)
     reserve()
     for b, h, positions, key, value in moved:
         row, slots = _row(rows, b, h, device), rules.take((h,)).slots(positions)
-        scatter_tokens(pool.keys, row, slots, key)
-        scatter_tokens(pool.values, row, slots, value)
+        scatter_tokens(pool.pages, row, slots, key, value)
 
 
 def _row(rows: Rows, sequence: int, head: int, device: torch.device) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from redknot_kernels import UNBOUNDED, HeadRules, Rotation
+from redknot_kernels import UNBOUNDED, HeadRules, Pages, Rotation
 from torch import Tensor
 from torch.profiler import record_function
 from transformers import Cache
@@ -177,7 +177,7 @@ class Assembly(Cache):
         """The context of one sequence in order, up to the end of the pass."""
         layer, pieces = step.layer, self.batch[sequence]
         rows, pool = layer.storage()
-        before, heads, device = int(rows.lengths[sequence]), rows.rules.heads, pool.keys.device
+        before, heads, device = int(rows.lengths[sequence]), rows.rules.heads, pool.pages.device
         end = pieces[-1].end if pieces else 0
         keys, values = (x.new_zeros(heads, end, x.shape[-1]) for x in (step.key, step.value))
         flat = keys.flatten(0, 1), values.flatten(0, 1)
@@ -188,7 +188,7 @@ class Assembly(Cache):
             for text, held in zip(flat, read(layer, sequence, of, np.concatenate(at)), strict=True):
                 text.index_copy_(0, where, held)
         rules, table = _of_text(rows.rules, end, device)
-        pages = flat[0][:, None], flat[1][:, None]
+        pages = Pages(flat[0][:, None], flat[1][:, None])
         for piece in filter(lambda piece: piece.rest, pieces):
             with record_function("redknot: splice"):
                 segment, turn = self._segment(piece.part), self._turns[id(piece.part)][index]
@@ -208,7 +208,7 @@ class Assembly(Cache):
             span = text.keys.shape[1], int(rows.lengths[b]), 0
             flat = text.keys.flatten(0, 1), text.values.flatten(0, 1)
             if pieces:
-                layer.kernels.place(pool.keys, pool.values, *flat, table[b], rows.rules, everything, span)
+                layer.kernels.place(pool.pages, *flat, table[b], rows.rules, everything, span)
             for piece in pieces:
                 rows.splice(b, piece.stop - piece.first, np.zeros(rows.rules.heads, np.int64))
                 if piece.rest:

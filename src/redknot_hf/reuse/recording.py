@@ -112,9 +112,9 @@ def _empty(
         window, sink = rows.rules.window, rows.rules.sink
         if keep == "full":
             window, sink = (UNBOUNDED,) * len(window), (0,) * len(sink)
-        found[i] = KeptLayer(window, sink, pool.keys.shape[-1], pool.values.shape[-1])
+        found[i] = KeptLayer(window, sink, pool.pages.keys.shape[-1], pool.pages.values.shape[-1])
     layers = tuple(found.get(i) for i in range(len(cache.layers)))
-    like = next(layer for _, layer in row_layers(cache)).storage()[1].keys
+    like = next(layer for _, layer in row_layers(cache)).storage()[1].pages.keys
     return [
         empty(address, tuple(text), tuple(prefix), layers, like)
         for address, text in zip(addresses, texts, strict=True)

@@ -6,19 +6,19 @@ import torch
 
 from ..rules import UNBOUNDED
 from .attend import add_sink_logit, attend, merge
-from .pages import append, head_index, take_heads
+from .pages import append, gather, head_index, take_heads
 
 # Bytes of keys and values gathered at once: they stay in the processor's cache, and under the size from which the
 # allocator asks the system for fresh memory on every call.
 _CHUNK_BYTES = 16 << 20
 
 
-def step(query, k_pages, v_pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None):
+def step(query, pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None):
     """Writes new tokens to the ends of their rows, attends them over the rows, and counts them.
 
     Args:
         query: `[batch, query heads, tokens, dim]`, with `tokens <= rules.slack`.
-        k_pages, v_pages: `[pages, page_size, dim]`, written in place.
+        pages: `Pages`, written in place.
         k_new, v_new: `[batch, KV heads, tokens, dim]`.
         table: `[batch, KV heads, columns]`, with room for the new tokens.
         counts: `[batch + 1]` of int32, advanced in place: the tokens of each sequence, and last the slots of all,
@@ -32,27 +32,27 @@ def step(query, k_pages, v_pages, k_new, v_new, table, counts, real, rules, *, s
     """
     tokens, options = query.shape[2], {"scale": scale, "softcap": softcap, "s_aux": s_aux}
     if real is None:
-        append(k_pages, v_pages, k_new, v_new, table, counts[:-1], rules)
+        append(pages, k_new, v_new, table, counts[:-1], rules)
         counts += tokens
-        return decode(query, k_pages, v_pages, table, counts[:-1], rules, **options)
+        return decode(query, pages, table, counts[:-1], rules, **options)
     out = query.new_zeros(len(query), tokens, query.shape[1], v_new.shape[-1])
     for b, flags in enumerate(real):
         where, one = flags.nonzero()[:, 0], slice(b, b + 1)
         if len(where):
             part, k, v = (x[one].index_select(2, where) for x in (query, k_new, v_new))
-            append(k_pages, v_pages, k, v, table[one], counts[one], rules)
+            append(pages, k, v, table[one], counts[one], rules)
             counts[one] += len(where)
-            out[one, where] = decode(part, k_pages, v_pages, table[one], counts[one], rules, **options)
+            out[one, where] = decode(part, pages, table[one], counts[one], rules, **options)
     counts[-1] += tokens
     return out
 
 
-def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):
+def decode(query, pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):
     """Attends the last tokens of every row over the whole row.
 
     Args:
         query: `[batch, query heads, tokens, dim]`; the queries of a sequence stand at its last positions.
-        k_pages, v_pages: `[pages, page_size, dim]`.
+        pages: `Pages`.
         table: `[batch, KV heads, columns]`, the pages of the rows.
         lengths: `[batch]`, tokens in the rows, the new ones included; 0 gives an output of 0.
         rules: `HeadRules` of the KV heads; `tokens <= rules.slack`.
@@ -69,7 +69,7 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
     for part in filter(None, (rules.global_heads, rules.local_heads)):
         rows = take_heads(table, part)
         found, lse = attend_pages(
-            take_heads(grouped, part), k_pages, v_pages, rows, lengths, None, rules.take(part),
+            take_heads(grouped, part), pages, rows, lengths, None, rules.take(part),
             scale=scale, softcap=softcap,
         )  # fmt: skip
         if sinks is not None:
@@ -86,7 +86,7 @@ def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=Non
     return out.flatten(1, 2).transpose(1, 2).contiguous()
 
 
-def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale, softcap=None):
+def attend_pages(query, pages, table, lengths, start, rules, *, scale, softcap=None):
     """Attends queries at positions `start`, `start + 1`, ... over rows of `lengths` tokens.
 
     Args:
@@ -99,24 +99,23 @@ def attend_pages(query, k_pages, v_pages, table, lengths, start, rules, *, scale
         Output `[batch, KV heads, group, tokens, value dim]` and log-sum-exp `[batch, KV heads, group, tokens]`.
     """
     batch, heads, group, tokens, _ = query.shape
-    size = k_pages.shape[1]
+    size = pages.page_size
     ends = lengths.tolist()
     starts = [end - tokens for end in ends] if start is None else start.tolist()
     level, longest = len(set(ends)) == 1, max(ends)
     columns = min(-(-longest // size), max(rules.max_pages))
     if columns == 0:
-        return query.new_zeros(*query.shape[:-1], v_pages.shape[-1]), query.new_full(
+        return query.new_zeros(*query.shape[:-1], pages.values.shape[-1]), query.new_full(
             query.shape[:-1], -torch.inf, dtype=torch.float32
         )
-    page_bytes = batch * heads * size * (k_pages.shape[-1] + v_pages.shape[-1]) * k_pages.element_size()
+    page_bytes = batch * heads * sum(x[:1].nbytes for x in pages)
     chunk = max(1, _CHUNK_BYTES // page_bytes)
     folded, alone = query.flatten(2, 3), chunk >= columns and longest == max(starts) + tokens
     parts = []
     for column in range(0, columns, chunk):
         count = min(chunk, columns - column)
         rows = table if count == table.shape[2] else table.narrow(2, column, count)
-        rows = rows.reshape(-1)
-        k, v = (x.index_select(0, rows).view(batch, heads, count * size, -1) for x in (k_pages, v_pages))
+        k, v = gather(pages, rows)
         first, end = column * size, column * size + k.shape[2]
         mask = None
         if rules.global_heads and (level or min(ends) >= end) and min(longest, end) <= min(starts) + 1:

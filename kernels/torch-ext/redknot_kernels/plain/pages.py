@@ -5,17 +5,40 @@ any valid page.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from .rotation import Rotation, rotate
 
 
-def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
+class Pages(NamedTuple):
+    """The pages of a pool; a table says whose they are.
+
+    Attributes:
+        keys: `[pages, page_size, dim]`.
+        values: `[pages, page_size, value dim]`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def device(self):
+        """Where they are."""
+        return self.keys.device
+
+    @property
+    def page_size(self):
+        """Tokens of a page."""
+        return self.keys.shape[1]
+
+
+def append(pages, k_new, v_new, table, lengths, rules):
     """Writes a step's tokens behind the rows' ends; local rows keep what their ring holds.
 
     Args:
-        k_pages, v_pages: `[pages, page_size, dim]`, written in place.
+        pages: `Pages`, written in place.
         k_new, v_new: `[batch, heads, tokens, dim]`. More tokens than `rules.slack` need rows of one length.
         table: `[batch, heads, columns]`, with room for the new tokens.
         lengths: `[batch]`, tokens in the rows before this step.
@@ -24,26 +47,26 @@ def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
     tokens = k_new.shape[2]
     if tokens <= rules.slack:
         columns, slots = _ends(rules, tuple(lengths.tolist()), tokens, lengths.device)
-        where = torch.add(slots, table.gather(2, columns), alpha=k_pages.shape[1])
-        _write(k_pages, v_pages, k_new, v_new, where)
+        where = torch.add(slots, table.gather(2, columns), alpha=pages.page_size)
+        _write(pages, k_new, v_new, where)
         return
     length = int(lengths[0])
     positions = length + torch.arange(tokens, device=lengths.device)
     if rules.global_heads:
         part = rules.take(rules.global_heads)
-        _append_kept(k_pages, v_pages, k_new, v_new, table, part, rules.global_heads, positions)
+        _append_kept(pages, k_new, v_new, table, part, rules.global_heads, positions)
     for part, group in rules.local_groups:
         kept = (positions < part.sink[0]) | (positions >= length + tokens - part.ring[0])
-        _append_kept(k_pages, v_pages, k_new, v_new, table, part, group, positions[kept])
+        _append_kept(pages, k_new, v_new, table, part, group, positions[kept])
 
 
-def _append_kept(k_pages, v_pages, k_new, v_new, table, rules, heads, positions):
+def _append_kept(pages, k_new, v_new, table, rules, heads, positions):
     first = positions[-1] + 1 - k_new.shape[2]  # the last token of a step is always kept
     k, v, rows = (take_heads(x, heads) for x in (k_new, v_new, table))
     if len(positions) < k_new.shape[2]:
         k, v = (x.index_select(2, positions - first) for x in (k, v))
     slots = rules.slots(positions.expand(len(table), 1, -1))
-    _write(k_pages, v_pages, k, v, token_index(rows, slots, k_pages.shape[1]))
+    _write(pages, k, v, token_index(rows, slots, pages.page_size))
 
 
 @lru_cache(maxsize=16)  # in a step of decoding, layers of equal rules ask for the same
@@ -54,38 +77,44 @@ def _ends(rules, lengths, tokens, device):
     return slots // rules.page_size, slots % rules.page_size
 
 
-def _write(k_pages, v_pages, k_new, v_new, where):
+def _write(pages, k_new, v_new, where):
     where = where.flatten()
-    for pages, new in ((k_pages, k_new), (v_pages, v_new)):
-        pages.view(-1, pages.shape[-1]).index_copy_(0, where, new.reshape(-1, new.shape[-1]))
+    for part, new in zip(pages, (k_new, v_new)):
+        part.view(-1, part.shape[-1]).index_copy_(0, where, new.reshape(-1, new.shape[-1]))
 
 
-def gather(pages, table):  # [pages, page_size, dim], [batch, heads, columns] -> [batch, heads, slots, dim]
+def gather(pages, table):  # Pages, [batch, heads, columns] -> keys and values, [batch, heads, slots, dim]
     """Reads whole pages of every row, in slot order."""
-    found = pages.index_select(0, table.reshape(-1))
-    return found.view(*table.shape[:2], table.shape[2] * pages.shape[1], pages.shape[2])
+    batch, heads, columns = table.shape
+    found = (x.index_select(0, table.reshape(-1)) for x in pages)
+    return tuple(x.view(batch, heads, columns * pages.page_size, x.shape[-1]) for x in found)
 
 
-def gather_tokens(pages, table, slots):  # ..., [batch, heads, tokens] -> [batch, heads, tokens, dim]
+def gather_tokens(pages, table, slots):  # ..., [batch, heads, tokens] -> keys and values, [batch, heads, tokens, dim]
     """Reads single slots of every row."""
-    where = token_index(table, slots, pages.shape[1])
-    return pages.view(-1, pages.shape[-1]).index_select(0, where.flatten()).view(*where.shape, pages.shape[-1])
+    where = token_index(table, slots, pages.page_size)
+    return read_tokens(pages, where)
 
 
-def scatter_tokens(pages, table, slots, new):  # ..., [batch, heads, tokens], [batch, heads, tokens, dim]
+def read_tokens(pages, where):  # Pages, [...] -> keys and values, [..., dim]
+    """Reads tokens by their places in the pool seen as one run of tokens."""
+    flat = where.flatten()
+    return tuple(x.view(-1, x.shape[-1]).index_select(0, flat).view(*where.shape, x.shape[-1]) for x in pages)
+
+
+def scatter_tokens(pages, table, slots, keys, values):  # ..., [batch, heads, tokens], [batch, heads, tokens, dim]
     """Writes single slots of every row, in place."""
-    where = token_index(table, slots, pages.shape[1]).flatten()
-    pages.view(-1, pages.shape[-1]).index_copy_(0, where, new.reshape(-1, new.shape[-1]))
+    _write(pages, keys, values, token_index(table, slots, pages.page_size))
 
 
-def place(k_pages, v_pages, keys, values, table, rules, kept, span, rotation=None):
+def place(pages, keys, values, table, rules, kept, span, rotation=None):
     """Continues the rows of one sequence with a stored span of tokens, and turns the keys on the way.
 
     Of the span every head has some tokens stored, head by head in order. A row takes of them what its rule lets it
     keep once the sequence ends with the span: sinks, and what its ring holds.
 
     Args:
-        k_pages, v_pages: `[pages, page_size, dim]`, contiguous, written in place.
+        pages: `Pages`, contiguous, written in place.
         keys, values: `[stored, dim]`.
         table: `[heads, columns]`, pages of the sequence's rows, with room for the span.
         rules: `HeadRules` of the heads.
@@ -98,9 +127,7 @@ def place(k_pages, v_pages, keys, values, table, rules, kept, span, rotation=Non
     if rotation is not None:
         cos, sin = rotation.cos.index_select(0, token), rotation.sin.index_select(0, token)
         keys = rotate(keys, Rotation(cos, sin, rotation.interleaved))
-    target = torch.add(slot, table[head, column], alpha=k_pages.shape[1])
-    for pages, new in ((k_pages, keys), (v_pages, values)):
-        pages.view(-1, pages.shape[-1]).index_copy_(0, target, new)
+    _write(pages, keys, values, torch.add(slot, table[head, column], alpha=pages.page_size))
 
 
 @lru_cache(maxsize=64)  # many layers have the same rules
@@ -124,7 +151,8 @@ def _placed(rules, kept, span, device):
 
 def copy_pages(pages, source, target):
     """Copies whole pages inside a pool, in place."""
-    pages.index_copy_(0, target, pages.index_select(0, source))
+    for part in pages:
+        part.index_copy_(0, target, part.index_select(0, source))
 
 
 def token_index(table, slots, page_size):  # [batch, heads, columns], [batch, heads, tokens] -> the same

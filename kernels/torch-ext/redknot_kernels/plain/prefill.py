@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..rules import UNBOUNDED
 from .attend import add_sink_logit, attend, merge
 from .decode import attend_pages
-from .pages import take_heads, token_index
+from .pages import Pages, gather_tokens, take_heads
 
 # Bytes of keys and values laid out at once for the bands of a local head.
 _CHUNK_BYTES = 16 << 20
@@ -21,32 +21,24 @@ class Context:
 
     Attributes:
         length: Tokens of every row.
-        k_pages, v_pages, table: The pages; global heads read their past from them.
+        pages, table: Where the rows are; global heads read their past from them.
         bands: For each of `rules.local_groups` the keys and the values at positions 0 to `sink`, followed by those
             from `length - window + 1` on, `[batch, heads of the group, tokens, dim]`. Copies, since the step
             overwrites the pages.
     """
 
     length: int
-    k_pages: torch.Tensor
-    v_pages: torch.Tensor
+    pages: Pages
     table: torch.Tensor
     bands: tuple
 
 
-def read_context(k_pages, v_pages, table, length, rules):
+def read_context(pages, table, length, rules):
     """Reads the past of rows of `length` tokens, before a step writes to their pages."""
     bands = []
     for part, heads in rules.local_groups:
-        where = token_index(take_heads(table, heads), _remembered(part, length, table.device), part.page_size)
-        flat = where.flatten()
-        bands.append(
-            tuple(
-                x.view(-1, x.shape[-1]).index_select(0, flat).view(*where.shape, x.shape[-1])
-                for x in (k_pages, v_pages)
-            )
-        )
-    return Context(length, k_pages, v_pages, table, tuple(bands))
+        bands.append(gather_tokens(pages, take_heads(table, heads), _remembered(part, length, table.device)))
+    return Context(length, pages, table, tuple(bands))
 
 
 @lru_cache(maxsize=256)  # layers of equal rules ask for the same, in the same places
@@ -107,7 +99,7 @@ def _causal(query, k_new, v_new, context, rules, heads, scale, softcap):
     lengths = torch.full((len(query),), context.length, device=query.device)
     rows = take_heads(context.table, heads)
     out, lse = attend_pages(
-        query.unflatten(1, (len(heads), -1)), context.k_pages, context.v_pages, rows, lengths,
+        query.unflatten(1, (len(heads), -1)), context.pages, rows, lengths,
         lengths, rules, scale=scale, softcap=softcap,
     )  # fmt: skip
     return merge([new, (out.flatten(1, 2), lse.flatten(1, 2))])

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..plain.pages import Pages
 from .configurations import chip_name, configuration, processors
 from .pages import INTERPRETING, await_previous, early_launch, on_its_device
 from .tiles import LOG2E, LOWEST, load_rows
@@ -28,16 +29,16 @@ _NEW = 64, 16 << 10
 _MERGED = 256, 16
 
 
-def step(query, k_pages, v_pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None):
+def step(query, pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None):
     """Writes new tokens and attends them over their rows; see the plain `step` for the arguments."""
     rows = table, counts, rules.tensors(query.device), rules.most_kept(table.shape[2]), rules.reach
-    return _steps(query, k_pages, v_pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
+    return _steps(query, pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
 
 
-def decode(query, k_pages, v_pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):
+def decode(query, pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):
     """Attends the last tokens of every row over the whole row; see the plain `decode` for the arguments."""
     rows = table, lengths, rules.tensors(query.device), rules.most_kept(table.shape[2]), rules.reach
-    return _launch(query, k_pages, v_pages, None, *rows, scale, softcap, s_aux)
+    return _launch(query, pages, None, *rows, scale, softcap, s_aux)
 
 
 @torch.library.custom_op(
@@ -54,10 +55,10 @@ def captured_step(
 
     Without new keys and values it is `decode`: it attends tokens that the pages hold already, and counts nothing.
     """
-    rows = table, counts, bounds, most_kept, reach
+    pages, rows = Pages(k_pages, v_pages), (table, counts, bounds, most_kept, reach)
     if k_new is None:
-        return _launch(query, k_pages, v_pages, None, *rows, scale, softcap, s_aux)
-    return _steps(query, k_pages, v_pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
+        return _launch(query, pages, None, *rows, scale, softcap, s_aux)
+    return _steps(query, pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
 
 
 @captured_step.register_fake
@@ -71,24 +72,25 @@ def most_new_tokens(dim, itemsize):
     return min(_NEW[0], _NEW[1] // (triton.next_power_of_2(dim) * itemsize))
 
 
-def _steps(query, k_pages, v_pages, new, *options):
+def _steps(query, pages, new, *options):
     """One launch for a step of a few tokens; a longer one is several, each of which sees what the last has written."""
-    tokens, most = query.shape[2], most_new_tokens(max(k_pages.shape[2], v_pages.shape[2]), k_pages.element_size())
+    dim = max(x.shape[2] for x in pages)
+    tokens, most = query.shape[2], most_new_tokens(dim, pages.keys.element_size())
     if tokens <= most:
-        return _launch(query, k_pages, v_pages, new, *options)
+        return _launch(query, pages, new, *options)
     queries, *written = (x.split(most, 2) for x in (query, *new[:2]))
     flags = [None] * len(queries) if new[2] is None else new[2].split(most, 1)
     steps = zip(queries, zip(*written, flags, strict=True), strict=True)
-    return torch.cat([_launch(part, k_pages, v_pages, parts, *options) for part, parts in steps], 1)
+    return torch.cat([_launch(part, pages, parts, *options) for part, parts in steps], 1)
 
 
 @on_its_device
-def _launch(query, k_pages, v_pages, new, table, counts, bounds, most_kept, reach, scale, softcap, s_aux):
+def _launch(query, pages, new, table, counts, bounds, most_kept, reach, scale, softcap, s_aux):
     """Runs both kernels. `new`: keys, values and flags of new tokens, unless the pages hold them already."""
     batch, query_heads, tokens, dim = query.shape
-    heads, page, value_dim, device = table.shape[1], k_pages.shape[1], v_pages.shape[-1], query.device
+    heads, page, value_dim, device = table.shape[1], pages.page_size, pages.values.shape[-1], query.device
     group, slots, power = query_heads // heads, table.shape[2] * page, triton.next_power_of_2
-    tile = configuration("decode", chip_name(device), "rows", k_pages.element_size(), max(dim, value_dim), group)
+    tile = configuration("decode", chip_name(device), "rows", pages.keys.element_size(), max(dim, value_dim), group)
     programs = _programs(batch * heads, batch * most_kept, tile["programs"] * processors(device))
     out = query.new_empty(batch, tokens, query_heads, value_dim)
     part_out = torch.empty(programs, group * tokens, value_dim, dtype=torch.float32, device=device)
@@ -98,12 +100,12 @@ def _launch(query, k_pages, v_pages, new, table, counts, bounds, most_kept, reac
     flags = counts if real is None else real.contiguous()
     sizes = {"GROUP": group, "VALUE_DIM": value_dim, "FUSED": new is not None}
     sizes |= {"HAS_FLAGS": real is not None, "BLOCK_T": max(16, power(tokens))}
-    strides = *query.stride(), *k_new.stride(), *v_new.stride(), *k_pages.stride()[:2], *v_pages.stride()[:2]
+    strides = *query.stride(), *k_new.stride(), *v_new.stride(), *pages.keys.stride()[:2], *pages.values.stride()[:2]
     early = early_launch(device)
     block_m = min(_QUERIES, power(max(16, group * tokens)))
     # Tiles of the same keys run next to each other: all but one find them in the chip's cache.
     _split_kernel[(triton.cdiv(group * tokens, block_m), programs)](
-        query, k_pages, v_pages, k_new, v_new, table, counts, flags, bounds, part_out, part_lse, shares,
+        query, *pages, k_new, v_new, table, counts, flags, bounds, part_out, part_lse, shares,
         *strides, *table.stride()[:2], scale, softcap or 0.0, reach, batch, heads, slots, tokens,
         **sizes, DIM=dim, PAGE=page, MIN_SPLIT=_MIN_SPLIT, BLOCK_R=power(batch * heads),
         BLOCK_M=block_m, BLOCK_N=tile["keys"], BLOCK_D=max(16, power(dim)),

@@ -33,14 +33,14 @@ def on_its_device(function):
 
 
 @on_its_device
-def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
+def append(pages, k_new, v_new, table, lengths, rules):
     """Writes a step's tokens behind the rows' ends; see the plain `append`. Rows may be of any length."""
     batch, heads, tokens, dim = k_new.shape
     value_dim = v_new.shape[-1]
     block = 16 if tokens <= 16 else 64
     _append_kernel[(triton.cdiv(tokens, block), heads, batch)](
-        k_pages, v_pages, k_new, v_new, table, lengths, rules.tensors(k_new.device),
-        *k_pages.stride()[:2], *v_pages.stride()[:2], *k_new.stride(), *v_new.stride(), *table.stride()[:2],
+        *pages, k_new, v_new, table, lengths, rules.tensors(k_new.device),
+        *pages.keys.stride()[:2], *pages.values.stride()[:2], *k_new.stride(), *v_new.stride(), *table.stride()[:2],
         tokens, heads, DIM=dim, VALUE_DIM=value_dim, PAGE=rules.page_size, BLOCK_T=block,
         BLOCK_D=triton.next_power_of_2(dim), BLOCK_V=triton.next_power_of_2(value_dim), num_warps=4,
         **early_launch(k_new.device),
@@ -48,7 +48,7 @@ def append(k_pages, v_pages, k_new, v_new, table, lengths, rules):
 
 
 @on_its_device
-def place(k_pages, v_pages, keys, values, table, rules, kept, span, rotation=None):
+def place(pages, keys, values, table, rules, kept, span, rotation=None):
     """Continues the rows of one sequence with a stored span of tokens; see the plain `place` for the arguments."""
     (tokens, first, offset), dim, value_dim, power = span, keys.shape[1], values.shape[1], triton.next_power_of_2
     longest = max(min(window + sink, tokens) for window, sink in zip(*kept))
@@ -59,7 +59,7 @@ def place(k_pages, v_pages, keys, values, table, rules, kept, span, rotation=Non
         interleaved = rotation.interleaved
     blocks = {"BLOCK_P": power(max(pairs, 1)), "BLOCK_R": power(max(dim - 2 * pairs, 1)), "BLOCK_V": power(value_dim)}
     _place_kernel[(triton.cdiv(longest, _PLACED), rules.heads)](
-        k_pages, v_pages, keys, values, table, rules.tensors(keys.device), bounds_tensor(kept, keys.device), *angles,
+        *pages, keys, values, table, rules.tensors(keys.device), bounds_tensor(kept, keys.device), *angles,
         *keys.stride(), *values.stride(), table.stride(0), tokens, first, offset, rules.heads,
         DIM=dim, VALUE_DIM=value_dim, PAGE=rules.page_size, PAIRS=pairs, INTERLEAVED=interleaved, BLOCK_T=_PLACED,
         BLOCK_H=power(rules.heads), **blocks, num_warps=4, **early_launch(keys.device),

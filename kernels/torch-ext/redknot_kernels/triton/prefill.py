@@ -53,8 +53,7 @@ def prefill(query, k_new, v_new, context, rules, *, scale, softcap=None, s_aux=N
         _launch(*arguments, tuple(h for h in every if h not in full))
         return out
     if rules.global_heads:
-        pages = context.k_pages, context.v_pages
-        _launch(*arguments, rules.global_heads, context.length, pages, context.table)
+        _launch(*arguments, rules.global_heads, context.length, context.pages, context.table)
     if rules.local_heads:
         members = tuple(h for _, heads in rules.local_groups for h in heads)
         _launch(*arguments, members, context.length, tuple(map(_one_band, zip(*context.bands))))
