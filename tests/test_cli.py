@@ -69,6 +69,11 @@ def test_diff_names_the_heads_that_differ(tmp_path):
     assert result.exit_code == 1
     assert "1 of 32 heads differ; overlap of global heads (Jaccard) 0.91" in result.output
     assert "4 + 128" in result.output
+    stored = HeadPlan.load(tmp_path / "other.json").stored("int8", heads=[(1, 2)])
+    stored.save(tmp_path / "stored.json")
+    result = run("plan", "diff", tmp_path / "other.json", tmp_path / "stored.json")
+    assert "1 of 32 heads differ" in result.output
+    assert "global, int8" in result.output
     same = run("plan", "diff", f"{TINY}/plan.json", f"{TINY}/plan.json")
     assert same.exit_code == 0
     assert "0 of 32 heads differ" in same.output

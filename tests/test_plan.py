@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, LlavaConfig
 
-from redknot_hf.plan.plan import HeadPlan, HeadSpec
+from redknot_hf.plan.plan import HeadPlan
+from redknot_hf.plan.spec import HeadSpec
+from redknot_hf.plan.storage import cold_pages
 
 LOCAL = HeadSpec(window=256, sink=4)
 
@@ -27,11 +29,14 @@ def config(layers=3, kv_heads=2, **more):
         (8, -1, "sink is -1"),
         (8, False, "sink is False"),
         (None, 4, "a global head keeps all, give it sink=0"),
+        (8, 0, "storage is 'int8' and window is 8: a local head overwrites its pages"),
+        (None, 0, "storage is 'int2': choose one of"),
     ],
 )
 def test_spec_refuses(window, sink, message):
+    storage = next((name for name in ("int8", "int2") if name in message), "model")
     with pytest.raises(ValueError, match=message):
-        HeadSpec(window, sink)
+        HeadSpec(window, sink, storage)
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 12, 13, 14, 15, 1000])
@@ -126,7 +131,10 @@ def test_check_names_both_shapes(model_config, model):
         plan.check(model_config)
 
 
+STORED = HeadPlan(((HeadSpec(), LOCAL, HeadSpec(None, 0, "int8")), (HeadSpec(storage="int4"), LOCAL, HeadSpec())))
 PLANS = {
+    "stored": STORED,
+    "all stored": HeadPlan.uniform(config(2, 2), HeadSpec(storage="int8")),
     "all global": HeadPlan.uniform(config(2, 3), HeadSpec()),
     "all local": HeadPlan.uniform(config(1, 1), LOCAL),
     "mixed": HeadPlan(((HeadSpec(), LOCAL, LOCAL), (HeadSpec(64), LOCAL, HeadSpec(64, 1)))),
@@ -164,6 +172,51 @@ def test_file_is_small_and_readable(tmp_path):
         '  "provenance": {}',
         "}",
     ]
+
+
+def test_a_file_with_storages_is_of_the_second_version(tmp_path):
+    STORED.save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_text().splitlines()[2:] == [
+        '  "version": 2,',
+        '  "layers": 2,',
+        '  "kv_heads": 3,',
+        '  "default": {"window": null},',
+        '  "exceptions": [',
+        '    {"window": 256, "sink": 4, "heads": [[0, 1], [1, 1]]},',
+        '    {"window": null, "storage": "int8", "heads": [[0, 2]]},',
+        '    {"window": null, "storage": "int4", "heads": [[1, 0]]}',
+        "  ],",
+        '  "provenance": {}',
+        "}",
+    ]
+
+
+def test_stored():
+    plan = HeadPlan(((HeadSpec(), LOCAL), (HeadSpec(), HeadSpec())), provenance={"method": "hand"})
+    coarse = plan.stored("int8")
+    assert [[spec.storage for spec in layer] for layer in coarse] == [["int8", "model"], ["int8", "int8"]]
+    assert coarse.provenance == plan.provenance
+    mixed = coarse.stored("int4", heads=((1, np.int64(head)) for head in (0,)))
+    assert [spec.storage for spec in mixed[1]] == ["int4", "int8"]
+    assert mixed.stored("model") == plan
+    with pytest.raises(ValueError, match="window is 256: a local head overwrites its pages"):
+        plan.stored("int8", heads=[(0, 1)])
+    with pytest.raises(ValueError, match=r"head \(2, 0\) lies outside the model, which has 2 layers x 2 KV heads"):
+        plan.stored("int8", heads=[(2, 0)])
+    with pytest.raises(ValueError, match="storage is 'int3'"):
+        plan.stored("int3")
+
+
+@pytest.mark.parametrize(("storage", "bits", "most"), [("int8", 8, 0.53), ("int4", 4, 0.28)])
+def test_nbytes_of_a_stored_head(storage, bits, most):
+    plan = HeadPlan.uniform(config(1, 1), HeadSpec(storage=storage))
+    dense = HeadPlan.uniform(config(1, 1), HeadSpec())
+    page = 64 * 256 * bits // 8 + (128 + 64) * 2 * 2  # scale and zero for each channel of K and each token of V
+    # Of 1000 tokens 128 are hot; 872 are 13 whole pages, the first of which stays.
+    for length, cold in ((0, 0), (128, 0), (255, 0), (256, 1), (1000, 12), (1024, 13), (2**17, 2**11 - 3)):
+        assert plan.nbytes(length, 128, "bfloat16") == (length - 64 * cold) * 512 + cold * page
+    assert plan.nbytes(2**17, 128, 2) <= most * dense.nbytes(2**17, 128, 2)
+    assert plan.nbytes(100, (64, 32), 2, page_size=16, hot=0) == 20 * 192 + 5 * (16 * 96 * bits // 8 + 80 * 4)
 
 
 @pytest.mark.parametrize("provenance", [{"model": object()}, {"drift": float("nan")}], ids=["object", "nan"])
@@ -216,6 +269,13 @@ def test_nbytes(length, head_dim, dtype, nbytes):
     assert SMALL.nbytes(length, head_dim, dtype) == nbytes
 
 
+@pytest.mark.parametrize(("page_size", "hot"), [(64, 128), (16, 0), (16, 5)])
+def test_cold_pages_are_full_behind_the_hot_tail_and_not_the_first(page_size, hot):
+    for length in range(400):
+        full = [page for page in range(1, 100) if (page + 1) * page_size <= length - hot]
+        assert cold_pages(length, page_size, hot) == len(full)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", 0, True, None])
 def test_nbytes_refuses_unknown_dtypes(dtype):
     with pytest.raises(ValueError, match=f"dtype is {dtype!r}: give a torch or numpy dtype"):
@@ -231,6 +291,13 @@ def test_print():
         "  █ global   window:  · 128",
         "KV kept: 8K 20 % (5.0x less), 32K 19 % (5.2x less), 128K 19 % (5.3x less)",
     ]
+
+
+def test_print_storages():
+    lines = str(STORED).splitlines()
+    assert lines[0] == "HeadPlan: 2 layers x 3 KV heads, 4 global (1 in int8, 1 in int4), 2 local (window 256, sink 4)"
+    assert lines[1:4] == ["  0  █·▓", "  1  ▒·█", "  █ global  ▓ int8  ▒ int4   window:  · 256"]
+    assert lines[4].startswith("KV kept (head_dim 128, bfloat16): 8K 48 % (2.1x less)")
 
 
 def test_print_windows_by_size():

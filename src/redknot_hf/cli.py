@@ -179,7 +179,9 @@ def _show(plan: HeadPlan) -> None:
 
 
 def _text(spec: Any) -> str:
-    return "global" if spec.is_global else f"{spec.sink} + {spec.window}"
+    if spec.is_global:
+        return "global" if spec.storage == "model" else f"global, {spec.storage}"
+    return f"{spec.sink} + {spec.window}"
 
 
 @contextmanager

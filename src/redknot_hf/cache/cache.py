@@ -55,6 +55,11 @@ class RedKnotCache(Cache):
         text = config.get_text_config(decoder=True)
         _check_model(text)
         plan.check(text)
+        if other := sorted({spec.storage for layer in plan for spec in layer} - {"model"}):
+            raise ValueError(
+                f"the plan stores heads as {' and '.join(other)}, which RedKnotCache does not hold yet: pass "
+                'plan.stored("model")'
+            )
         if page_size not in PAGE_SIZES:
             raise ValueError(f"page_size={page_size}: choose one of {PAGE_SIZES}")
         if max_cache_len is not None and max_cache_len < 1:

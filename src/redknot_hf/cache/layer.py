@@ -12,8 +12,8 @@ from redknot_kernels import HeadRules, Kernels, RowView, implementation
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from redknot_hf.plan.plan import HeadSpec
 from redknot_hf.plan.rules import head_rules, local_specs
+from redknot_hf.plan.spec import HeadSpec
 
 from .device_rows import DeviceRows
 from .handle import RedKnotHandle, Step

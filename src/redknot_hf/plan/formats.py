@@ -1,7 +1,8 @@
-"""The files that hold a head plan, read and written as plain (window, sink) pairs.
+"""The files that hold a head plan, read and written as plain rules: (window, sink), or (window, sink, storage).
 
 Three formats: the JSON of this package, RedKnot's head-class JSON (arXiv 2606.06256) and DuoAttention's table of
-scores (arXiv 2410.10819). A pair is one KV head: `window` in tokens, None for a global head, and `sink` in tokens.
+scores (arXiv 2410.10819). A rule is one KV head's: `window` in tokens, None for a global head, `sink` in tokens, and
+`storage`, by name.
 """
 
 import json
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 AnyPath = str | os.PathLike[str]
-Pair = tuple[int | None, int]
-Pairs = tuple[tuple[Pair, ...], ...]
+Rule = tuple[int | None, int] | tuple[int | None, int, str]
+Rules = tuple[tuple[Rule, ...], ...]
 
 FORMAT = "redknot-plan"
-VERSION = 1
+# 2 has storages. A plan without them is still written as 1, which all readers know.
+VERSIONS = (1, 2)
 
 # The classes of RedKnot's files, older names of local heads included.
 _GLOBAL_CLASSES = ("global", "retrieval", "dense")
@@ -29,8 +31,8 @@ _DEFAULT_SINK = 4
 _SCORES = "full_attention_heads.tsv"
 
 
-def write_plan(path: AnyPath, pairs: Pairs, provenance: Mapping[str, Any]) -> None:
-    """Write a plan file: the most common pair as default, one line for each group of exceptions.
+def write_plan(path: AnyPath, rules: Rules, provenance: Mapping[str, Any]) -> None:
+    """Write a plan file: the most common rule as default, one line for each group of exceptions.
 
     The file appears whole or not at all. The same plan gives the same bytes.
 
@@ -38,17 +40,18 @@ def write_plan(path: AnyPath, pairs: Pairs, provenance: Mapping[str, Any]) -> No
         ValueError: JSON cannot hold the provenance.
     """
     path = Path(path)
-    counts = [len(layer) for layer in pairs]
-    groups: dict[Pair, list[list[int]]] = {}
-    for i, layer in enumerate(pairs):
-        for h, pair in enumerate(layer):
-            groups.setdefault(pair, []).append([i, h])
-    default = max(groups, key=lambda pair: len(groups[pair]))
-    lines = [json.dumps(_spec_json(pair) | {"heads": heads}) for pair, heads in groups.items() if pair != default]
+    counts = [len(layer) for layer in rules]
+    groups: dict[Rule, list[list[int]]] = {}
+    for i, layer in enumerate(rules):
+        for h, rule in enumerate(layer):
+            groups.setdefault(rule, []).append([i, h])
+    default = max(groups, key=lambda rule: len(groups[rule]))
+    lines = [json.dumps(_spec_json(rule) | {"heads": heads}) for rule, heads in groups.items() if rule != default]
+    version = 2 if any("storage" in _spec_json(rule) for rule in groups) else 1
     fields = {
         "format": json.dumps(FORMAT),
-        "version": json.dumps(VERSION),
-        "layers": json.dumps(len(pairs)),
+        "version": json.dumps(version),
+        "layers": json.dumps(len(rules)),
         "kv_heads": json.dumps(counts[0] if len(set(counts)) == 1 else counts),
         "default": json.dumps(_spec_json(default)),
         "exceptions": "[\n    " + ",\n    ".join(lines) + "\n  ]" if lines else "[]",
@@ -60,7 +63,7 @@ def write_plan(path: AnyPath, pairs: Pairs, provenance: Mapping[str, Any]) -> No
     _replace(path, "{\n" + ",\n".join(f'  "{key}": {text}' for key, text in fields.items()) + "\n}\n")
 
 
-def read_plan(path: AnyPath) -> tuple[Pairs, dict[str, Any]]:
+def read_plan(path: AnyPath) -> tuple[Rules, dict[str, Any]]:
     """Read a plan file and its provenance.
 
     Raises:
@@ -72,20 +75,21 @@ def read_plan(path: AnyPath) -> tuple[Pairs, dict[str, Any]]:
     if data.get("format") != FORMAT:
         what, reader = _foreign(data)
         raise _error(path, f"is {what}, not a head plan", f"use {reader}")
-    if data.get("version") != VERSION:
-        raise _error(path, f"has version {data.get('version')!r}, known is {VERSION}", "upgrade redknot-hf")
+    if data.get("version") not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise _error(path, f"has version {data.get('version')!r}, known are {known}", "upgrade redknot-hf")
     layers = _field(path, data, "layers", int)
     counts = _field(path, data, "kv_heads", (int, list))
     counts = counts if isinstance(counts, list) else [counts] * layers
     if len(counts) != layers or not all(_is_int(count) and count >= 0 for count in counts):
         raise _error(path, f"kv_heads does not fit {layers} layers", "give a number, or a number for each layer")
-    default = _spec_pair(path, "default", _field(path, data, "default", dict))
+    default = _spec_rule(path, "default", _field(path, data, "default", dict))
     exceptions = _exceptions(path, _field(path, data, "exceptions", list), counts)
-    pairs = tuple(tuple(exceptions.get((i, h), default) for h in range(count)) for i, count in enumerate(counts))
-    return pairs, _field(path, {"provenance": {}} | data, "provenance", dict)
+    rules = tuple(tuple(exceptions.get((i, h), default) for h in range(count)) for i, count in enumerate(counts))
+    return rules, _field(path, {"provenance": {}} | data, "provenance", dict)
 
 
-def read_redknot(path: AnyPath) -> Pairs:
+def read_redknot(path: AnyPath) -> Rules:
     """Read RedKnot's head-class JSON. Retrieval and dense heads are global.
 
     A local head without a distance has a window of 512 tokens, without a sink size a sink of 4 tokens.
@@ -110,17 +114,17 @@ def read_redknot(path: AnyPath) -> Pairs:
     if not _is_int(dense) or dense < 0:
         raise _error(path, f"dense_prefix_layers is {dense!r}", "give a number of layers")
 
-    def pair(layer: int, head: int) -> Pair:
+    def rule(layer: int, head: int) -> Rule:
         if layer < dense or classes[layer][head] in _GLOBAL_CLASSES:
             return None, 0
         distance, sink = distances[layer][head], sinks[layer][head]
         window = distance if distance is not None and distance > 0 else _DEFAULT_WINDOW
         return window, _DEFAULT_SINK if sink is None else sink
 
-    return tuple(tuple(pair(layer, head) for head in range(shape[1])) for layer in range(shape[0]))
+    return tuple(tuple(rule(layer, head) for head in range(shape[1])) for layer in range(shape[0]))
 
 
-def read_duo_attention(path: AnyPath, global_ratio: float | None, threshold: float | None) -> Pairs:
+def read_duo_attention(path: AnyPath, global_ratio: float | None, threshold: float | None) -> Rules:
     """Read DuoAttention's scores, and the sizes of its local heads from the `config.json` beside them.
 
     Args:
@@ -153,7 +157,7 @@ def read_duo_attention(path: AnyPath, global_ratio: float | None, threshold: flo
     return tuple(tuple((None, 0) if (i, h) in chosen else local for h in range(len(r))) for i, r in enumerate(scores))
 
 
-def _duo_sizes(path: Path) -> Pair:
+def _duo_sizes(path: Path) -> Rule:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: it holds sink_size and recent_size, copy it with the scores")
     config = _read_json(path, "download it again")
@@ -238,16 +242,16 @@ def _matrix(path: Path, data: Mapping[str, Any], key: str, shape: tuple[int, int
     return rows
 
 
-def _exceptions(path: Path, groups: list[Any], counts: list[int]) -> dict[tuple[int, int], Pair]:
-    """Return the pairs of a plan file that differ from its default, by (layer, KV head)."""
-    pairs: dict[tuple[int, int], Pair] = {}
+def _exceptions(path: Path, groups: list[Any], counts: list[int]) -> dict[tuple[int, int], Rule]:
+    """Return the rules of a plan file that differ from its default, by (layer, KV head)."""
+    rules: dict[tuple[int, int], Rule] = {}
     for i, group in enumerate(groups):
         name = f"exceptions[{i}]"
         if not isinstance(group, dict):
             raise _error(
                 path, f"{name} is {reprlib.repr(group)}", 'write {"window": 64, "sink": 4, "heads": [[0, 1]]}'
             )
-        pair = _spec_pair(path, name, {key: value for key, value in group.items() if key != "heads"})
+        rule = _spec_rule(path, name, {key: value for key, value in group.items() if key != "heads"})
         for head in _field(path, group, "heads", list, f"{name}."):
             if not isinstance(head, list) or len(head) != 2 or not all(map(_is_int, head)):
                 raise _error(path, f"{name} names the head {reprlib.repr(head)}", "write [layer, kv_head]")
@@ -255,25 +259,27 @@ def _exceptions(path: Path, groups: list[Any], counts: list[int]) -> dict[tuple[
             if not (0 <= place[0] < len(counts) and 0 <= place[1] < counts[place[0]]):
                 fix = "count from 0, or correct layers and kv_heads"
                 raise _error(path, f"{name} names head {head}, outside the model", fix)
-            if place in pairs:
+            if place in rules:
                 raise _error(path, f"{name} names head {head} a second time", "keep one of the two")
-            pairs[place] = pair
-    return pairs
+            rules[place] = rule
+    return rules
 
 
-def _spec_json(pair: Pair) -> dict[str, int | None]:
-    return {"window": None} if pair[0] is None else {"window": pair[0], "sink": pair[1]}
+def _spec_json(rule: Rule) -> dict[str, int | str | None]:
+    window, sink, storage = (*rule, "model")[:3]
+    spec: dict[str, int | str | None] = {"window": None} if window is None else {"window": window, "sink": sink}
+    return spec if storage == "model" else spec | {"storage": storage}
 
 
-def _spec_pair(path: Path, name: str, spec: Mapping[str, Any]) -> Pair:
+def _spec_rule(path: Path, name: str, spec: Mapping[str, Any]) -> Rule:
     # A mistyped key must not drop its number in silence.
-    if unknown := sorted(spec.keys() - {"window", "sink"}):
-        raise _error(path, f"{name} has the unknown key {unknown[0]!r}", "use window and sink")
+    if unknown := sorted(spec.keys() - {"window", "sink", "storage"}):
+        raise _error(path, f"{name} has the unknown key {unknown[0]!r}", "use window, sink and storage")
     window, sink = spec.get("window", False), spec.get("sink", 0)
     if not _is_int(sink) or not (window is None or _is_int(window)):
         fix = "give window as a number of tokens, or null for global heads, and sink as a number of tokens"
         raise _error(path, f"{name} is {reprlib.repr(dict(spec))}", fix)
-    return window, sink
+    return window, sink, spec.get("storage", "model")
 
 
 def _is_int(value: Any) -> bool:

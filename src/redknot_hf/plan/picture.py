@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .plan import HeadPlan
 
-# Global heads are full blocks. A local head's glyph grows with its window.
-_GLOBAL_GLYPH = "█"
+# Global heads are blocks, the lighter the fewer bits they hold. A local head's glyph grows with its window.
+_GLOBAL_GLYPHS = {"model": "█", "int8": "▓", "int4": "▒"}
 _LOCAL_GLYPHS = "·▁▂▃▄▅▆"
 _MAX_ROWS = 20
 _MAX_WIDTH = 100
+# What the share of bytes is told for; it matters for scales of cold pages alone.
+_HEAD_DIM, _ITEMSIZE = 128, 2
 
 
 def picture(plan: HeadPlan) -> str:
@@ -32,31 +34,39 @@ def _header(plan: HeadPlan) -> str:
     text = "; ".join(f"window {spec.window}, sink {spec.sink}" for spec, _ in kinds[:3])
     more = f"; {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""
     local = f"{plan.num_heads - plan.num_global} local" + (f" ({text}{more})" if kinds else "")
-    return f"HeadPlan: {shape(tuple(map(len, plan.heads)))}, {plan.num_global} global, {local}"
+    stored = Counter(spec.storage for spec in chain.from_iterable(plan) if spec.storage != "model")
+    of_them = ", ".join(f"{stored[name]} in {name}" for name in _GLOBAL_GLYPHS if stored[name])
+    kept = f"{plan.num_global} global" + (f" ({of_them})" if of_them else "")
+    return f"HeadPlan: {shape(tuple(map(len, plan.heads)))}, {kept}, {local}"
 
 
 def _glyphs(plan: HeadPlan) -> list[str]:
     """Return a row of glyphs for each layer, in columns, and the legend."""
     windows = sorted({spec.window for spec in chain.from_iterable(plan) if spec.window is not None})
-    glyphs: dict[int | None, str] = {None: _GLOBAL_GLYPH}
-    glyphs |= {window: _LOCAL_GLYPHS[i * len(_LOCAL_GLYPHS) // len(windows)] for i, window in enumerate(windows)}
+    stored = [
+        s for s in _GLOBAL_GLYPHS if s == "model" or any(s == spec.storage for spec in chain.from_iterable(plan))
+    ]
+    glyphs: dict[tuple[int | None, str], str] = {(None, storage): _GLOBAL_GLYPHS[storage] for storage in stored}
+    for i, window in enumerate(windows):
+        glyphs[window, "model"] = _LOCAL_GLYPHS[i * len(_LOCAL_GLYPHS) // len(windows)]
     digits, width = len(str(len(plan) - 1)), max(map(len, plan.heads))
-    rows_of = ("".join(glyphs[spec.window] for spec in layer) for layer in plan)
+    rows_of = ("".join(glyphs[spec.window, spec.storage] for spec in layer) for layer in plan)
     cells = [f"  {i:>{digits}}  {row:<{width}}" for i, row in enumerate(rows_of)]
     columns = min(-(-len(cells) // _MAX_ROWS), max(1, _MAX_WIDTH // len(cells[0])))
     rows = -(-len(cells) // columns)
-    legend = f"  {_GLOBAL_GLYPH} global" + ("   window:" if windows else "")
+    legend = "".join(f"  {_GLOBAL_GLYPHS[s]} {'global' if s == 'model' else s}" for s in stored)
+    legend += "   window:" if windows else ""
     for glyph in _LOCAL_GLYPHS:
-        if shared := [window for window in windows if glyphs[window] == glyph]:
+        if shared := [window for window in windows if glyphs[window, "model"] == glyph]:
             legend += f"  {glyph} {shared[0]}" + (f" to {shared[-1]}" if len(shared) > 1 else "")
     return [*("  ".join(cells[row::rows]).rstrip() for row in range(rows)), legend]
 
 
 def _saving(plan: HeadPlan) -> str:
-    parts = []
+    parts, stored = [], any(spec.storage != "model" for spec in chain.from_iterable(plan))
     for thousands in (8, 32, 128):
         length = thousands * 1024
-        share = plan._kept(length) / (plan.num_heads * length)
+        share = plan.nbytes(length, _HEAD_DIM, _ITEMSIZE) / (plan.num_heads * length * 2 * _HEAD_DIM * _ITEMSIZE)
         percent = f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.1f}"
         parts.append(f"{thousands}K {percent} % ({1 / share:.1f}x less)")
-    return "KV kept: " + ", ".join(parts)
+    return "KV kept" + (f" (head_dim {_HEAD_DIM}, bfloat16)" if stored else "") + ": " + ", ".join(parts)

@@ -5,54 +5,19 @@ of RedKnot (arXiv 2606.06256). A plan is data: plain Python without tensors.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import index
 from pathlib import Path
 from typing import Any
 
 from . import formats
-from .formats import AnyPath, Pairs
+from .formats import AnyPath, Rules
 from .picture import picture, shape
-
-_ITEMSIZE = {"float8_e4m3fn": 1, "float8_e5m2": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-
-
-@dataclass(frozen=True, slots=True)
-class HeadSpec:
-    """The rule of one KV head: a query at position q sees key k iff k <= q and (k > q - window or k < sink).
-
-    Args:
-        window: Tokens a query sees back, itself included. None makes a global head, which sees everything.
-        sink: First tokens of the sequence that a local head keeps beside its window.
-
-    Raises:
-        ValueError: `window` is under 1, `sink` is negative, one is no int, or a global head has a sink.
-    """
-
-    window: int | None = None
-    sink: int = 0
-
-    def __post_init__(self) -> None:
-        # bool is an int, and HeadSpec(True) is a mistake.
-        if self.window is not None and (type(self.window) is not int or self.window < 1):
-            raise ValueError(f"window is {self.window!r}: give an int of at least 1 token, or None for a global head")
-        if type(self.sink) is not int or self.sink < 0:
-            raise ValueError(f"sink is {self.sink!r}: give an int of at least 0 tokens")
-        if self.window is None and self.sink:
-            raise ValueError(f"sink is {self.sink} and window is None: a global head keeps all, give it sink=0")
-
-    @property
-    def is_global(self) -> bool:
-        """Whether the head keeps every token."""
-        return self.window is None
-
-    def kept(self, length: int) -> int:
-        """Return how many tokens the head keeps of a sequence of `length` tokens."""
-        if length < 0:
-            raise ValueError(f"length is {length}: give at least 0 tokens")
-        return length if self.window is None else min(length, self.sink + self.window)
+from .spec import HeadSpec
+from .storage import HOT, PAGE_SIZE, itemsize
 
 
 @dataclass(frozen=True, init=False)
@@ -95,10 +60,7 @@ class HeadPlan:
         """
         counts = _kv_heads(config)
         chosen = {(index(layer), index(head)) for layer, head in global_heads}
-        for layer, head in sorted(chosen):
-            if not (0 <= layer < len(counts) and 0 <= head < counts[layer]):
-                where = f"({layer}, {head}) lies outside the model, which has {shape(counts)}"
-                raise ValueError(f"global head {where}: give (layer, KV head) pairs that count from 0")
+        _check_inside(chosen, counts, "global head")
         spec = {True: HeadSpec(), False: local}
         return cls(tuple(tuple(spec[(i, h) in chosen] for h in range(n)) for i, n in enumerate(counts)))
 
@@ -113,8 +75,8 @@ class HeadPlan:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or of another format, or the plan does not fit the config.
         """
-        pairs, provenance = formats.read_plan(path)
-        plan = cls._from_pairs(path, pairs, provenance, config)
+        rules, provenance = formats.read_plan(path)
+        plan = cls._from_rules(path, rules, provenance, config)
         if other := _made_for_another(provenance, config):
             warnings.warn(
                 f"{path}: {other}. Make a plan of this model: redknot profile MODEL --out plan.json", stacklevel=2
@@ -133,7 +95,7 @@ class HeadPlan:
             ValueError: The file is damaged, of another format or of an MLA model, or does not fit the config.
         """
         provenance = {"source": "redknot", "file": Path(path).name}
-        return cls._from_pairs(path, formats.read_redknot(path), provenance, config)
+        return cls._from_rules(path, formats.read_redknot(path), provenance, config)
 
     @classmethod
     def from_duo_attention(
@@ -156,15 +118,15 @@ class HeadPlan:
             ValueError: Not exactly one of `global_ratio` and `threshold` is given, the ratio is outside 0 to 1, a
                 file is damaged, or the plan does not fit the config.
         """
-        pairs = formats.read_duo_attention(path, global_ratio, threshold)
+        rules = formats.read_duo_attention(path, global_ratio, threshold)
         choice = {"threshold": threshold} if global_ratio is None else {"global_ratio": global_ratio}
         provenance = {"source": "duo-attention", "file": Path(path).name, **choice}
-        return cls._from_pairs(path, pairs, provenance, config)
+        return cls._from_rules(path, rules, provenance, config)
 
     @classmethod
-    def _from_pairs(cls, path: AnyPath, pairs: Pairs, provenance: Mapping[str, Any], config: Any) -> "HeadPlan":
+    def _from_rules(cls, path: AnyPath, rules: Rules, provenance: Mapping[str, Any], config: Any) -> "HeadPlan":
         try:
-            plan = cls(tuple(tuple(HeadSpec(*pair) for pair in layer) for layer in pairs), provenance=provenance)
+            plan = cls(tuple(tuple(HeadSpec(*rule) for rule in layer) for layer in rules), provenance=provenance)
             if config is not None:
                 plan.check(config)
         except ValueError as e:
@@ -177,8 +139,30 @@ class HeadPlan:
         Raises:
             ValueError: JSON cannot hold the provenance.
         """
-        pairs = tuple(tuple((spec.window, spec.sink) for spec in layer) for layer in self.heads)
-        formats.write_plan(path, pairs, self.provenance)
+        rules = tuple(tuple((spec.window, spec.sink, spec.storage) for spec in layer) for layer in self.heads)
+        formats.write_plan(path, rules, self.provenance)
+
+    def stored(self, storage: str, heads: Iterable[tuple[int, int]] | None = None) -> "HeadPlan":
+        """The same plan with another storage of some global heads.
+
+        Args:
+            storage: `"model"`, `"int8"` or `"int4"`.
+            heads: Which, as (layer, KV head); None for all global heads.
+
+        Raises:
+            ValueError: There is no such storage, a pair lies outside the plan, or a head is local.
+        """
+        if heads is None:
+            chosen = {(i, h) for i, layer in enumerate(self) for h, spec in enumerate(layer) if spec.is_global}
+        else:
+            chosen = {(index(layer), index(head)) for layer, head in heads}
+        counts = tuple(map(len, self.heads))
+        _check_inside(chosen, counts, "head")
+        specs = (
+            (replace(spec, storage=storage) if (i, h) in chosen else spec for h, spec in enumerate(layer))
+            for i, layer in enumerate(self)
+        )
+        return HeadPlan(specs, provenance=self.provenance)
 
     def check(self, config: Any) -> None:
         """Check that the plan fits the model with this transformers config.
@@ -205,22 +189,29 @@ class HeadPlan:
         """KV heads that keep every token."""
         return sum(spec.is_global for spec in chain.from_iterable(self.heads))
 
-    def nbytes(self, length: int, head_dim: int | tuple[int, int], dtype: Any) -> int:
-        """Return the bytes of K and V that ONE sequence of `length` tokens keeps.
+    def nbytes(
+        self,
+        length: int,
+        head_dim: int | tuple[int, int],
+        dtype: Any,
+        *,
+        page_size: int = PAGE_SIZE,
+        hot: int = HOT,
+    ) -> int:
+        """Return the bytes of K and V that ONE sequence of `length` tokens keeps, scales of cold pages included.
 
         Args:
             length: Tokens of the sequence.
             head_dim: Elements of a key and of a value, or the pair (key, value) where they differ.
             dtype: A torch or numpy dtype, its name, or the bytes of an element.
+            page_size, hot: Those of the cache; they count where heads have a storage of their own.
 
         Raises:
             ValueError: The dtype is unknown, or the length negative.
         """
-        elements = sum(head_dim) if isinstance(head_dim, tuple) else 2 * head_dim
-        return self._kept(length) * elements * _itemsize(dtype)
-
-    def _kept(self, length: int) -> int:
-        return sum(spec.kept(length) for spec in chain.from_iterable(self.heads))
+        dims = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+        size, counts = itemsize(dtype), Counter(chain.from_iterable(self.heads))
+        return sum(n * spec.nbytes(length, *dims, size, page_size, hot) for spec, n in counts.items())
 
     def __getitem__(self, layer: int) -> tuple[HeadSpec, ...]:
         return self.heads[layer]
@@ -250,6 +241,13 @@ def _made_for_another(provenance: Mapping[str, Any], config: Any) -> str | None:
     return None
 
 
+def _check_inside(chosen: Iterable[tuple[int, int]], counts: tuple[int, ...], name: str) -> None:
+    for layer, head in sorted(chosen):
+        if not (0 <= layer < len(counts) and 0 <= head < counts[layer]):
+            where = f"({layer}, {head}) lies outside the model, which has {shape(counts)}"
+            raise ValueError(f"{name} {where}: give (layer, KV head) pairs that count from 0")
+
+
 def _kv_heads(config: Any) -> tuple[int, ...]:
     """Return the KV heads of each layer of the (text) model with this transformers config."""
     if hasattr(config, "get_text_config"):
@@ -262,12 +260,3 @@ def _kv_heads(config: Any) -> tuple[int, ...]:
         return tuple(heads)
     found = f"num_hidden_layers={layers!r} and {heads!r} KV heads"
     raise ValueError(f"{type(config).__name__} has {found}: give the config of a decoder, model.config")
-
-
-def _itemsize(dtype: Any) -> int:
-    size = getattr(dtype, "itemsize", dtype)
-    if isinstance(size, str):
-        size = _ITEMSIZE.get(size.removeprefix("torch."))
-    if type(size) is not int or size < 1:
-        raise ValueError(f"dtype is {dtype!r}: give a torch or numpy dtype, bytes, or one of {', '.join(_ITEMSIZE)}")
-    return size

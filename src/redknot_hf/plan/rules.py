@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from redknot_kernels import UNBOUNDED, HeadRules
 
-from .plan import HeadSpec
+from .spec import HeadSpec
 
 
 def head_rules(specs: tuple[HeadSpec, ...], page_size: int, sliding_window: int | None, slack: int) -> HeadRules:
