@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from evals.method import pad_left, positions_of
+from evals.method import by_name, pad_left, positions_of
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _append(mask: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _step(model: Any, cache: Cache, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
     positions = positions_of(mask)[:, -ids.shape[1] :]
     return model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=keep
+        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, **by_name(cache)
     ).logits
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 
 from evals.answering import Question
 from evals.measuring import Asked, measure
-from evals.method import Context, Method, dense
+from evals.method import Context, Method, by_name, dense
 
 PRESSES = {
     "adakv-expected-attention": lambda ratio: kvpress.AdaKVPress(
@@ -40,7 +40,7 @@ class Pressed(Method):
         ids = context.ids
         with self.press(model):
             cache = DynamicCache(config=model.config)
-            model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=ids, logits_to_keep=1, **by_name(cache))
         return cache
 
 

@@ -16,7 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 Base: Any = HFLM  # a decorator hides its type
 
@@ -53,10 +53,11 @@ class RedKnotLM(Base):
         dtype = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             # Rows are padded on the right, where no token that counts looks.
-            return self.model(inps, past_key_values=self.new_cache()).logits
+            return self.model(inps, **cache_argument(self.model, self.new_cache())).logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        return super()._model_generate(context, max_length, stop, past_key_values=self.new_cache(), **options)
+        cache = cache_argument(self.model, self.new_cache())
+        return super()._model_generate(context, max_length, stop, **cache, **options)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 CHUNK = 8192  # tokens of each row that are read at once
 
@@ -116,10 +117,19 @@ def read(model: Any, cache: Cache, context: Context) -> Cache:
         stop = start + chunk.shape[1]
         model(
             input_ids=chunk, attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
-            past_key_values=cache, logits_to_keep=1,
+            logits_to_keep=1, **by_name(cache),
         )  # fmt: skip
         start = stop
     return cache
+
+
+def by_name(cache: Cache) -> dict[str, Cache]:
+    """Return the argument that a model takes a cache by; a peer's transformers knows it by the older name.
+
+    Peers run this file without redknot_hf, whose `cache_argument` asks the model itself.
+    """
+    known = GenerateDecoderOnlyOutput.__dataclass_fields__
+    return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def shared(cache: Cache) -> Cache:

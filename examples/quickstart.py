@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evals/ lies beside examples/, outside the package
 
@@ -121,7 +121,7 @@ def read(model: Any, cache: AnyCache, context: list[int]) -> dict[int, int]:
     ids = torch.tensor([context], device=model.device)
     sizes = {}
     for chunk in ids.split(CHUNK, dim=1):
-        model(input_ids=chunk, past_key_values=cache, logits_to_keep=1)
+        model(input_ids=chunk, logits_to_keep=1, **cache_argument(model, cache))
         sizes[cache.get_seq_length()] = resident(cache)
     return sizes
 
@@ -130,7 +130,7 @@ def answer(model: Any, cache: AnyCache, prompt: list[int], end: int) -> list[int
     """Generate up to the end of the sentence. The cache holds the context, so only the question is read."""
     ids = torch.tensor([prompt], device=model.device)
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=8, eos_token_id=end
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, eos_token_id=end, **cache_argument(model, cache)
     )
     return output[0, len(prompt) :].tolist()
 

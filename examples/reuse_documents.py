@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from redknot_hf import HeadPlan, SegmentRef, SegmentStore, assemble, prompt
+from redknot_hf import HeadPlan, SegmentRef, SegmentStore, assemble, cache_argument, prompt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evals/ lies beside examples/, outside the package
 
@@ -83,8 +83,9 @@ def answer(model: Any, tokenizer: Any, cache: Any, segments: list[SegmentRef], q
     """Ask one question on a fork of the cache, by plain `generate`; tell whether the answer is right."""
     inputs = prompt(segments, question.prompt, model.device)
     end = tokenizer.convert_tokens_to_ids(".")
+    fork = copy.deepcopy(cache)
     output = model.generate(
-        **inputs, past_key_values=copy.deepcopy(cache), max_new_tokens=len(question.answer) + 1, eos_token_id=end
+        **inputs, **cache_argument(model, fork), max_new_tokens=len(question.answer) + 1, eos_token_id=end
     )
     return output[0, inputs["input_ids"].shape[1] :].tolist() == [*question.answer, end]
 

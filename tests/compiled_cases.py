@@ -10,7 +10,7 @@ from families import VOCABULARY, make_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.cache.cache import row_layers
 
 pytest.importorskip("triton")
@@ -95,7 +95,7 @@ def test_an_eager_turn_follows_compiled_ones():
         held.crop(-5)
     assert torch.equal(*answers)
     with torch.no_grad():
-        logits = [model(ids[:, :3], past_key_values=held).logits for held in (cache, plain)]
+        logits = [model(ids[:, :3], **cache_argument(model, held)).logits for held in (cache, plain)]
     torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
 
 
@@ -124,11 +124,11 @@ def test_a_compiled_forward_of_ones_own_needs_no_mask():
     step = torch.compile(model.forward, backend="eager", fullgraph=True)
     with torch.no_grad():
         for held in (cache, plain):
-            model(ids, past_key_values=held)
+            model(ids, **cache_argument(model, held))
         for i in range(3):
-            ours = step(ids[:, i : i + 1], past_key_values=cache).logits
+            ours = step(ids[:, i : i + 1], **cache_argument(model, cache)).logits
             torch.testing.assert_close(
-                ours, model(ids[:, i : i + 1], past_key_values=plain).logits, atol=2e-5, rtol=1e-4
+                ours, model(ids[:, i : i + 1], **cache_argument(model, plain)).logits, atol=2e-5, rtol=1e-4
             )
     assert cache.get_seq_length() == 27
 
@@ -140,12 +140,12 @@ def test_a_growing_cache_breaks_the_graph_and_says_what_capturing_needs():
     whole, parts = (torch.compile(model.forward, backend="eager", fullgraph=whole) for whole in (True, False))
     with torch.no_grad():
         for held in (cache, plain):
-            model(ids, past_key_values=held)
+            model(ids, **cache_argument(model, held))
         with pytest.raises(torch._dynamo.exc.Unsupported, match="RedKnotCache with max_cache_len and impl='triton'"):
-            whole(ids[:, :1], past_key_values=cache)
+            whole(ids[:, :1], **cache_argument(model, cache))
         for step in (ids[:, :1], ids[:, :20]):
-            ours = parts(step, past_key_values=cache).logits
-            torch.testing.assert_close(ours, model(step, past_key_values=plain).logits, atol=2e-5, rtol=1e-4)
+            ours = parts(step, **cache_argument(model, cache)).logits
+            torch.testing.assert_close(ours, model(step, **cache_argument(model, plain)).logits, atol=2e-5, rtol=1e-4)
 
 
 def test_generate_reads_a_prompt_in_chunks_outside_of_the_graph():
@@ -166,12 +166,14 @@ def test_padding_in_a_compiled_step_is_skipped_and_told():
     flags = torch.tensor([True, False])[:, None, None, None]
     step = torch.compile(model.forward, backend="eager", fullgraph=True)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        model(ids, past_key_values=plain)
+        model(ids, **cache_argument(model, cache))
+        model(ids, **cache_argument(model, plain))
         positions = torch.full((2, 1), 24)
-        step(ids[:, :1], past_key_values=cache, attention_mask=flags, position_ids=positions)
-        ours = step(ids[:, 1:2], past_key_values=cache, attention_mask=flags | True, position_ids=positions).logits
-        theirs = model(ids[:, 1:2], past_key_values=plain, position_ids=positions).logits
+        step(ids[:, :1], **cache_argument(model, cache), attention_mask=flags, position_ids=positions)
+        ours = step(
+            ids[:, 1:2], **cache_argument(model, cache), attention_mask=flags | True, position_ids=positions
+        ).logits
+        theirs = model(ids[:, 1:2], **cache_argument(model, plain), position_ids=positions).logits
     torch.testing.assert_close(ours[1], theirs[1], atol=2e-5, rtol=1e-4)
     with pytest.raises(RuntimeError, match=r"compiled step had padding.*cache\.reset\(\)"):
         cache.get_seq_length()

@@ -9,7 +9,7 @@ import torch
 from families import VOCABULARY, make_model
 from oracle import masked_logits, random_plan
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 PAGE = 16
 
@@ -20,7 +20,7 @@ def some_ids(batch, length, seed=1):
 
 @torch.no_grad()
 def feed(model, cache, ids):
-    return model(ids, past_key_values=cache).logits
+    return model(ids, **cache_argument(model, cache)).logits
 
 
 def planned(batch=1, length=0, seed=0, **kwargs):
@@ -206,7 +206,7 @@ def test_max_cache_len_reserves_at_once_and_serves_to_the_last_slot():
 def test_a_cache_made_in_inference_mode_goes_on_outside_of_it():
     model, cache, _ = planned()
     with torch.inference_mode():
-        model(some_ids(1, 30), past_key_values=cache)
+        model(some_ids(1, 30), **cache_argument(model, cache))
     logits = feed(model, cache, some_ids(1, 5, seed=2))
     assert logits.isfinite().all()
 
@@ -280,7 +280,7 @@ def test_the_callers_mask_may_be_reused():
     model, cache, _ = planned()
     buffer = torch.ones(2, 60, dtype=torch.bool)
     buffer[1, :5] = False
-    model(some_ids(2, 30), attention_mask=buffer[:, :30], past_key_values=cache)
+    model(some_ids(2, 30), attention_mask=buffer[:, :30], **cache_argument(model, cache))
     buffer[:] = True
     cache.crop(-25)
     assert cache.layers[0].rows.lengths.tolist() == [5, 0]
@@ -333,7 +333,7 @@ def test_sequences_are_chosen_by_whatever_indexes_a_batch(chosen):
     model, cache, _ = planned()
     ids, mask = some_ids(3, 40), torch.ones(3, 40, dtype=torch.long)
     mask[2, :7] = 0
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, **cache_argument(model, cache))
     lengths = cache.layers[0].rows.lengths
     cache.batch_select_indices(chosen)
     assert cache.layers[3].rows.lengths.tolist() == lengths[chosen.numpy()].tolist()

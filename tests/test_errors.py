@@ -8,7 +8,7 @@ from families import VOCABULARY, make_model
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, Llama4TextConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.attention.attention import redknot_attention
 
 IDS = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -26,7 +26,7 @@ def new_cache(model, spec=LOCAL, **options):
 
 @torch.no_grad()
 def forward(model, cache, ids=IDS, mask=None):
-    return model(ids, attention_mask=mask, past_key_values=cache).logits
+    return model(ids, attention_mask=mask, **cache_argument(model, cache)).logits
 
 
 def slots(cache):
@@ -207,7 +207,7 @@ def test_max_cache_len_exceeded_at_a_later_step(model):
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda model, cache: model(IDS, past_key_values=cache, output_attentions=True),
+        lambda model, cache: model(IDS, **cache_argument(model, cache), output_attentions=True),
         lambda model, cache: model(IDS, use_cache=False, output_attentions=True),
         lambda model, cache: model.generate(
             IDS, past_key_values=cache, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True
@@ -241,7 +241,7 @@ def test_dropout():
 
 
 def test_gradients(model):
-    logits = model(IDS, past_key_values=new_cache(model)).logits
+    logits = model(IDS, **cache_argument(model, new_cache(model))).logits
     with pytest.raises(RuntimeError, match="RedKnotCache: train with use_cache=False"):
         logits.sum().backward()
 

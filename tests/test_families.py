@@ -6,7 +6,7 @@ from families import FAMILIES, VOCABULARY, make_model
 from oracle import masked_logits, random_plan
 from transformers import DynamicCache
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 CORE = "llama", "gemma3", "gemma3n", "gpt_oss"  # also run on the oldest supported transformers
 families = pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_any_plan_equals_the_explicit_mask_at_every_step(family):
                 ids[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=positions[:, start:stop],
-                past_key_values=cache,
+                **cache_argument(model, cache),
             ).logits
             real = mask[:, start:stop].bool()
             torch.testing.assert_close(logits[real], expected[:, start:stop][real], atol=2e-4, rtol=1e-4)
@@ -66,5 +66,5 @@ def test_half_precision_is_within_the_rounding_of_dense_attention(dtype):
     rounding = (masked_logits(model, plan, ids).float() - expected).abs().max()
     cache = RedKnotCache(model.config, plan, page_size=16)
     with torch.no_grad():
-        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in [(0, 40), (40, 41), (41, 75)]]
+        parts = [model(ids[:, a:b], **cache_argument(model, cache)).logits for a, b in [(0, 40), (40, 41), (41, 75)]]
     assert (torch.cat(parts, 1).float() - expected).abs().max() <= 2 * rounding

@@ -13,7 +13,7 @@ from oracle import masked_logits, random_plan, under_plan
 from test_families import prompts
 from transformers import DynamicCache
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
 llama_only = pytest.mark.parametrize("model", ["llama"], indirect=True)
@@ -73,7 +73,7 @@ def passes(model):
     seen = []
 
     def note(module, args, kwargs):
-        if isinstance(kwargs.get("past_key_values"), RedKnotCache):
+        if any(isinstance(value, RedKnotCache) for value in kwargs.values()):
             seen.append(kwargs["input_ids"].shape[1])
 
     model.register_forward_pre_hook(note, with_kwargs=True)
@@ -219,7 +219,9 @@ def test_second_turn_with_padding_inside(model, plan):
     with torch.no_grad():
         for start, stop in [(0, 38), (38, 63)]:
             part = ids[:, start:stop], mask[:, :stop], positions[:, start:stop]
-            logits = model(part[0], attention_mask=part[1], position_ids=part[2], past_key_values=cache).logits
+            logits = model(
+                part[0], attention_mask=part[1], position_ids=part[2], **cache_argument(model, cache)
+            ).logits
     expected = masked_logits(model, plan, ids, mask)[:, 38:]
     real = more.bool()
     torch.testing.assert_close(logits[real], expected[real], atol=2e-4, rtol=1e-4)
@@ -230,7 +232,7 @@ def test_forks_go_different_ways(model, plan):
     ids, _ = prompts(2, 38)
     cache = new_cache(model, plan)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(model, cache))
     questions = [prompts(2, 21)[0], prompts(2, 3)[0].flip(1)]
     for fork, question in zip([copy.deepcopy(cache), cache], questions, strict=True):
         ours = generate(model, fork, torch.cat([ids, question], 1))
@@ -253,7 +255,7 @@ def test_many_answers_to_one_filled_cache(model, plan):
     ids, _ = prompts(2, 38)
     cache = new_cache(model, plan)
     with torch.no_grad():
-        model(ids[:, :30], past_key_values=cache)
+        model(ids[:, :30], **cache_argument(model, cache))
     cache.batch_repeat_interleave(3)
     options = {"do_sample": True, "num_return_sequences": 3}
     torch.manual_seed(0)
@@ -298,7 +300,7 @@ def test_prompts_that_end_at_a_boundary(model, length):
     cache = new_cache(model, plan, page_size=PAGE)
     with torch.no_grad():
         parts = [ids[:, :length], *ids[:, length:].split(1, 1)]
-        logits = torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
+        logits = torch.cat([model(part, **cache_argument(model, cache)).logits for part in parts], 1)
     torch.testing.assert_close(logits, masked_logits(model, plan, ids), atol=2e-4, rtol=1e-4)
 
 
@@ -339,7 +341,8 @@ def test_masks_of_the_callers_own(family, local, prefix, kind):
     def run(cache, mask):
         with torch.no_grad():
             parts = [
-                model(ids[:, a:b], attention_mask=mask[:, :, a:b, :b], past_key_values=cache).logits for a, b in steps
+                model(ids[:, a:b], attention_mask=mask[:, :, a:b, :b], **cache_argument(model, cache)).logits
+                for a, b in steps
             ]
         return torch.cat(parts, 1)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from evals.tiny.corpus import Corpus
 from evals.tiny.lexicon import Lexicon
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, captured_decoding
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument, captured_decoding
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]
 
@@ -52,7 +52,7 @@ def test_any_plan_equals_the_explicit_mask_at_every_step(family, impl):
     with torch.no_grad():
         for start, stop in [(0, 100), (100, 152), (152, 160), *((i, i + 1) for i in range(160, 200))]:
             step = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-            logits = model(ids[:, start:stop], past_key_values=cache, **step).logits
+            logits = model(ids[:, start:stop], **cache_argument(model, cache), **step).logits
             real = mask[:, start:stop].bool()
             torch.testing.assert_close(logits[real], expected[:, start:stop][real], atol=5e-4, rtol=1e-3)
 
@@ -131,17 +131,17 @@ def test_the_allocator_reports_what_the_cache_says(impl):
     plan = HeadPlan.with_global(model.config, [(0, 0), (2, 1)], local=HeadSpec(window=64, sink=4))
     ids = torch.randint(3, VOCABULARY, (4, 8192), device="cuda")
     with torch.no_grad():
-        model(ids[:, :256], past_key_values=RedKnotCache(model.config, plan, impl=impl), logits_to_keep=1)
+        model(ids[:, :256], **cache_argument(model, RedKnotCache(model.config, plan, impl=impl)), logits_to_keep=1)
         before = requested()
         cache = RedKnotCache(model.config, plan, impl=impl)
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **cache_argument(model, cache), logits_to_keep=1)
     small = sum(layer.on_device().table.nbytes for layer in cache.layers) + 4096  # tables, and what kernels look up
     assert cache.nbytes <= requested() - before <= cache.nbytes + small
     cache.offload()
     assert requested() - before <= small
     cache.prefetch()
     with torch.no_grad():
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **cache_argument(model, cache))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two accelerators")

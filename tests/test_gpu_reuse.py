@@ -8,7 +8,7 @@ from families import make_model
 from oracle import masked_logits, random_plan
 from test_reuse import BOS, QUESTION, joined, texts
 
-from redknot_hf import SegmentStore, assemble
+from redknot_hf import SegmentStore, assemble, cache_argument
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]
 
@@ -27,7 +27,7 @@ def model():
 
 def next_logits(model, cache):
     with torch.no_grad():
-        return model(torch.tensor([QUESTION], device="cuda"), past_key_values=cache).logits
+        return model(torch.tensor([QUESTION], device="cuda"), **cache_argument(model, cache)).logits
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -43,7 +43,9 @@ def test_every_tier_serves_the_same(model, tmp_path, tier, impl):
         b: assemble(model, [on_host.ref(refs[i].ids, refs[i].prefix) for i in order], boundary=b) for b in (0, 9)
     }
     with torch.no_grad():
-        want = {b: model(torch.tensor([QUESTION]), past_key_values=cache).logits for b, cache in expected.items()}
+        want = {
+            b: model(torch.tensor([QUESTION]), **cache_argument(model, cache)).logits for b, cache in expected.items()
+        }
     model.cuda()
     for _ in range(3):
         for boundary, logits in want.items():

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from test_families import prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 TINY = Path(__file__).parents[1] / "evals" / "tiny"
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
@@ -116,6 +116,6 @@ def test_training_step(family, other, padding, use_cache):
 def test_no_gradient_flows_through_the_cache():
     model = make_model("llama")
     ids, _ = prompts(1, 9)
-    logits = model(ids, past_key_values=RedKnotCache(model.config, random_plan(model.config))).logits
+    logits = model(ids, **cache_argument(model, RedKnotCache(model.config, random_plan(model.config)))).logits
     with pytest.raises(RuntimeError, match="train with use_cache=False"):
         logits.sum().backward()

@@ -8,6 +8,8 @@ import torch
 from oracle import masked_logits
 from test_cache import PAGE, feed, planned, some_ids
 
+from redknot_hf import cache_argument
+
 
 @pytest.mark.parametrize("reserved", [None, 200])
 def test_decoding_reads_rows_in_place_however_they_grow_and_are_cut(reserved):
@@ -42,7 +44,7 @@ def test_rows_of_different_length_are_not_read_in_place():
     mask = torch.ones(2, 21, dtype=torch.long)
     mask[0, -1] = 0
     with torch.no_grad():
-        model(some_ids(2, 1), attention_mask=mask, past_key_values=cache)
+        model(some_ids(2, 1), attention_mask=mask, **cache_argument(model, cache))
     assert not any(layer.views() for layer in cache.layers)
 
 
@@ -74,7 +76,7 @@ def test_a_crop_is_counted_in_real_tokens():
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[0, 21:23] = 0
     with torch.no_grad():
-        model(some_ids(2, 4), attention_mask=mask, past_key_values=cache)
+        model(some_ids(2, 4), attention_mask=mask, **cache_argument(model, cache))
     layer = cache.layers[0]
     assert layer.slots == 24
     assert layer.storage()[0].lengths.tolist() == [22, 24]

@@ -12,8 +12,9 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.attention.mask import PaddingMask, redknot_mask
+from redknot_hf.cache.argument import OF_GENERATE
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "attn_implementation": "redknot"}
 LLAMA = LlamaConfig(**SIZES)
@@ -70,11 +71,11 @@ def test_padding_stays_a_row_of_flags(cache):
 
 def packed(config, **more):
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1)
-    return {"config": config, "attention_mask": None, "past_key_values": None, "position_ids": positions} | more
+    return {"config": config, "attention_mask": None, OF_GENERATE: None, "position_ids": positions} | more
 
 
 def overlay(config, **more):
-    return {"config": config, "attention_mask": PADDED, "past_key_values": None} | more
+    return {"config": config, "attention_mask": PADDED, OF_GENERATE: None} | more
 
 
 def near(batch, head, query, key):
@@ -91,7 +92,7 @@ PATTERNS = {
     "chunks": (create_chunked_causal_mask, overlay(CHUNKED)),
     "chunks without padding": (create_chunked_causal_mask, overlay(CHUNKED, attention_mask=None)),
     "asked for": (create_causal_mask, overlay(LLAMA, allow_is_causal_skip=False)),
-    "static cache": (create_causal_mask, overlay(LLAMA, past_key_values=StaticCache(LLAMA, max_cache_len=9))),
+    "static cache": (create_causal_mask, overlay(LLAMA, **{OF_GENERATE: StaticCache(LLAMA, max_cache_len=9)})),
 }
 
 
@@ -193,6 +194,6 @@ def test_generate_makes_one_padding_mask_for_a_forward_pass(monkeypatch):
     monkeypatch.setattr(PaddingMask, "new_tokens", lambda self, *args: seen.append(id(self)) or real(self, *args))
     cache = RedKnotCache(model.config, HeadPlan.uniform(model.config, HeadSpec()))
     with torch.no_grad():
-        model(torch.randint(3, 90, (2, 6)), attention_mask=PADDED, past_key_values=cache)
+        model(torch.randint(3, 90, (2, 6)), attention_mask=PADDED, **cache_argument(model, cache))
     assert len(seen) == len(model.model.layers)
     assert len(set(seen)) == 1

@@ -5,6 +5,7 @@ from oracle import random_plan, under_plan
 from redknot_kernels import UNBOUNDED
 from transformers import DynamicCache
 
+from redknot_hf import cache_argument
 from redknot_hf.reuse.recording import record
 
 PREFIX = [5, 6, 7]
@@ -32,7 +33,7 @@ def test_a_segment_holds_what_its_heads_keep(model, plan, keep, prefix):
         cache = DynamicCache(config=model.config)
         cache.layers = [type(cache.layers[2])() for _ in cache.layers]  # also what lies beyond sliding windows
         with under_plan(model, plan), torch.no_grad():
-            model(torch.tensor([prefix + text]), past_key_values=cache)
+            model(torch.tensor([prefix + text]), **cache_argument(model, cache))
         for i, layer in enumerate(cache.layers):
             kept = segment.layers[i]
             assert (keep == "full") == all(w >= UNBOUNDED for w in kept.window) or all(

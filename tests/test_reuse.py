@@ -9,7 +9,7 @@ from families import VOCABULARY, make_model
 from oracle import masked_logits, random_plan, under_plan
 from transformers import DynamicCache
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, prompt
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, cache_argument, prompt
 from redknot_hf.reuse import schedule as pieces
 
 LONG = {"max_position_embeddings": 2048}
@@ -42,7 +42,7 @@ def documents(store):
 
 def next_logits(model, cache, ids=QUESTION):
     with torch.no_grad():
-        return model(torch.tensor([ids]), past_key_values=cache).logits
+        return model(torch.tensor([ids]), **cache_argument(model, cache)).logits
 
 
 def dense(model, plan, context, ids=QUESTION):
@@ -86,7 +86,7 @@ def stored(model, plan, ids):
     """Keys and values of all tokens of all heads, computed under the plan."""
     cache = DynamicCache(config=model.config)
     with under_plan(model, plan), torch.no_grad():
-        model(torch.tensor([ids]), past_key_values=cache)
+        model(torch.tensor([ids]), **cache_argument(model, cache))
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -104,7 +104,7 @@ def test_naive_reuse_is_what_is_computed_by_hand(llama, store, documents):
             by_hand.update(*own, layer)
         offset += len(parts[i])
     with under_plan(llama, store.plan), torch.no_grad():
-        want = llama(torch.tensor([QUESTION]), past_key_values=by_hand).logits
+        want = llama(torch.tensor([QUESTION]), **cache_argument(llama, by_hand)).logits
     torch.testing.assert_close(next_logits(llama, cache), want, atol=2e-4, rtol=1e-3)
     assert (want - dense(llama, store.plan, joined(parts[i] for i in order))).abs().max() > 0.1
 

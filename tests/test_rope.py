@@ -7,6 +7,7 @@ from families import FAMILIES, make_model
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from redknot_hf import cache_argument
 from redknot_hf.reuse.relocation import Relocation
 
 pytestmark = pytest.mark.core
@@ -48,7 +49,7 @@ def computed(model, positions, token=40):
     """Keys of every layer for one token, alone in its sequence, at each position: `[heads, positions, dim]`."""
     cache = DynamicCache(config=model.config)
     ids = torch.full((len(positions), 1), token)
-    model(ids, attention_mask=torch.ones_like(ids), position_ids=positions[:, None], past_key_values=cache)
+    model(ids, attention_mask=torch.ones_like(ids), position_ids=positions[:, None], **cache_argument(model, cache))
     return [layer.keys[:, :, 0].transpose(0, 1) for layer in cache.layers if layer.keys is not None]
 
 

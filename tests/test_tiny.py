@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from evals.tiny.corpus import ANSWER, DEPENDENT_KINDS, FACT_TOKENS, KINDS, QUESTION_TOKENS, Collection, Corpus
 from evals.tiny.lexicon import Lexicon
-from redknot_hf import HeadPlan
+from redknot_hf import HeadPlan, cache_argument
 
 FOLDER = Path(__file__).parents[1] / "evals" / "tiny"
 MIXES = (KINDS, DEPENDENT_KINDS)
@@ -225,12 +225,14 @@ def test_model_answers(lexicon, model):
 def answer_all(model, collection: Collection, end: int) -> list[tuple[list[bool], bool]]:
     """Return per question the answer's tokens predicted one by one, and whether it is generated whole."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([collection.context]), past_key_values=cache, logits_to_keep=1)
+    model(input_ids=torch.tensor([collection.context]), **cache_argument(model, cache), logits_to_keep=1)
     results = []
     for question in collection.questions:
         expected = [*question.answer, end]
         ids = torch.tensor([question.prompt + expected[:-1]])
-        logits = model(input_ids=ids, past_key_values=copy.deepcopy(cache), logits_to_keep=len(expected)).logits
+        logits = model(
+            input_ids=ids, **cache_argument(model, copy.deepcopy(cache)), logits_to_keep=len(expected)
+        ).logits
         hits = (logits[0].argmax(-1) == torch.tensor(expected)).tolist()
         ids = torch.tensor([collection.context + question.prompt])
         output = model.generate(

@@ -16,7 +16,7 @@ from evals.tiny.examination import Score, grade, set_exams
 from evals.tiny.lexicon import Lexicon
 from evals.tiny.network import Network
 from evals.tiny.train import Settings, Training, first_model, main
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 TINY = Path(__file__).parents[1] / "evals" / "tiny"
 
@@ -54,7 +54,7 @@ def test_network_is_the_model_dense_and_planned(model, plan, ids, sink):
     plan = HeadPlan([[spec if spec.is_global else HeadSpec(128, sink) for spec in layer] for layer in plan.heads])
     network = Network(model, plan, torch.float32, compiled=False)
     dense = model(ids, use_cache=False).logits
-    planned = model(ids, past_key_values=RedKnotCache(model.config, plan)).logits
+    planned = model(ids, **cache_argument(model, RedKnotCache(model.config, plan))).logits
     assert (dense - planned).abs().max() > 1  # the plan does hide something
     torch.testing.assert_close(network.logits(ids, planned=False), dense, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(network.logits(ids, planned=True), planned, atol=2e-4, rtol=1e-4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import VOCABULARY, make_model
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 pytest.importorskip("triton")
 
@@ -28,5 +28,5 @@ def test_tokens_are_those_of_the_plain_kernels(family):
 def test_the_default_needs_no_triton():
     model = make_model("llama", num_hidden_layers=1)
     cache = RedKnotCache(model.config, HeadPlan.uniform(model.config, HeadSpec()))
-    model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+    model(torch.ones(1, 3, dtype=torch.long), **cache_argument(model, cache))
     assert cache.layers[0].kernels.decode.__module__ == "redknot_kernels.plain.decode"

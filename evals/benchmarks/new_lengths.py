@@ -25,7 +25,7 @@ from rich.table import Table
 from evals.benchmarks.options import DEVICE, Device, Lengths, Out, Shape, command
 from evals.benchmarks.speed_gpu import LOCAL, Bench
 from evals.result_file import write_line
-from redknot_hf import HeadPlan
+from redknot_hf import HeadPlan, cache_argument
 
 app = command()
 
@@ -40,7 +40,7 @@ def read(bench: Bench, cache: Any, tokens: int) -> float:
     bench.wait()
     start = time.perf_counter()
     with torch.inference_mode():
-        bench.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        bench.model(input_ids=ids, logits_to_keep=1, **cache_argument(bench.model, cache))
     bench.wait()
     return time.perf_counter() - start
 

@@ -29,7 +29,7 @@ from evals.benchmarks.options import DEVICE, Device, command
 from evals.result_file import write_line
 from evals.tiny.corpus import Exam
 from evals.tiny.examination import Part, set_exams
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.profiling import HeadProfile, Prompt, profile_heads
 
 app = command()
@@ -75,7 +75,8 @@ class Judge:
         ids = torch.from_numpy(exam.ids)[None].to(self.model.device)
         rows = (places(exam) - 1).to(self.model.device)
         cache = RedKnotCache(self.model.config, plan)
-        return self.model(ids, past_key_values=cache, logits_to_keep=rows).logits[0].float().log_softmax(-1).cpu()
+        out = self.model(ids, logits_to_keep=rows, **cache_argument(self.model, cache))
+        return out.logits[0].float().log_softmax(-1).cpu()
 
 
 def places(exam: Exam) -> torch.Tensor:

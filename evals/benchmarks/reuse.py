@@ -36,7 +36,16 @@ from evals.intervals import mean
 from evals.result_file import write_line
 from evals.tiny.corpus import DEPENDENT_KINDS, KINDS, Corpus, Question
 from evals.tiny.lexicon import Lexicon
-from redknot_hf import AssembledCache, HeadPlan, RedKnotCache, SegmentRef, SegmentStore, assemble, refresh
+from redknot_hf import (
+    AssembledCache,
+    HeadPlan,
+    RedKnotCache,
+    SegmentRef,
+    SegmentStore,
+    assemble,
+    cache_argument,
+    refresh,
+)
 
 app = command()
 
@@ -148,7 +157,7 @@ def answers(model: Any, cache: Any, case: Case) -> list[Tensor]:
     with torch.no_grad():
         logits = model(
             input_ids=ids, attention_mask=real.to(model.device), position_ids=places.to(model.device),
-            past_key_values=cache,
+            **cache_argument(model, cache),
         ).logits  # fmt: skip
     return [
         row[len(q.prompt) - 1 : len(q.prompt) + len(q.answer) - 1].float().log_softmax(-1).cpu()
@@ -171,7 +180,7 @@ def read_whole(model: Any, cache: Any, case: Case) -> float:
     ids = torch.tensor([case.ids], device=model.device)
     with torch.no_grad():
         for chunk in ids.split(2048, 1):
-            model(input_ids=chunk, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=chunk, logits_to_keep=1, **cache_argument(model, cache))
     _synchronize(model)
     return time.perf_counter() - start
 

@@ -31,7 +31,7 @@ from transformers import DynamicCache, PreTrainedModel
 from evals.benchmarks.options import DEVICE, Device, Out, Shape, command
 from evals.benchmarks.speed_gpu import Bench
 from evals.result_file import write_line
-from redknot_hf import RedKnotCache, SegmentRef, SegmentStore, assemble
+from redknot_hf import RedKnotCache, SegmentRef, SegmentStore, assemble, cache_argument
 
 app = command()
 
@@ -69,7 +69,7 @@ class Prompt:
         """Runs tokens through the model; returns the logits behind the last, and the cache keeps them."""
         with record_function("redknot: suffix"), torch.inference_mode():
             tensor = torch.tensor([ids], device=self.bench.device)
-            return self.model(input_ids=tensor, past_key_values=cache, logits_to_keep=1).logits
+            return self.model(input_ids=tensor, logits_to_keep=1, **cache_argument(self.model, cache)).logits
 
     def dense(self) -> Any:
         self.model.set_attn_implementation("sdpa")

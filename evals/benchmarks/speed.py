@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from evals.benchmarks.options import Decoded, Lengths, Out, command
 from evals.result_file import write_line
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 app = command()
 
@@ -63,13 +63,13 @@ def measure(model: PreTrainedModel, plan: HeadPlan, length: int, tokens: int, re
             model.set_attn_implementation(attention)
             cache = make()
             start = time.perf_counter()
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            model(ids, logits_to_keep=1, **cache_argument(model, cache))
             prefill = time.perf_counter() - start
             nbytes[name] = resident(cache)
             steps = []
             for _ in range(tokens):
                 start = time.perf_counter()
-                model(ids[:, :1], past_key_values=cache)
+                model(ids[:, :1], **cache_argument(model, cache))
                 steps.append(time.perf_counter() - start)
             if turn:  # the first turn warms up
                 times[name].append((prefill, statistics.median(steps)))

@@ -28,7 +28,7 @@ from evals.benchmarks.bars import bars
 from evals.benchmarks.options import DEVICE, Decoded, Device, Lengths, Out, Shape, command
 from evals.benchmarks.random_llama import random_llama
 from evals.result_file import write_line
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, captured_decoding
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument, captured_decoding
 
 app = command()
 
@@ -92,8 +92,8 @@ class Bench:
         else:
             options = {**options, "streamer": clock}
         self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new, do_sample=False,
-            **options,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+            **cache_argument(self.model, cache), **options,
         )  # fmt: skip
         self.wait()
         first, *times = clock.times[1:] if len(ids) == 1 else clock.times
@@ -166,8 +166,8 @@ class Bench:
         self.wait()
         start = time.perf_counter()
         ids = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new, do_sample=False,
-            custom_generate=captured_decoding,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+            custom_generate=captured_decoding, **cache_argument(self.model, cache),
         )  # fmt: skip
         self.wait()
         return time.perf_counter() - start, ids
@@ -182,7 +182,7 @@ class Bench:
             self.reset_peak()
             with torch.no_grad():
                 for chunk in ids[:, :-1].split(CHUNK, 1):
-                    self.model(chunk, past_key_values=cache, logits_to_keep=1)
+                    self.model(chunk, logits_to_keep=1, **cache_argument(self.model, cache))
             self.wait()
             row = {"method": method, "batch": batch, "length": length, "first_s": time.perf_counter() - start}
             _, ids = self.captured(cache, ids, 16)  # compiles
@@ -231,7 +231,7 @@ class Bench:
     def reserve(self, cache: Any, ids: torch.Tensor) -> int:
         """Lets a reserved cache take its memory, and says how much is held then in all."""
         with torch.no_grad():
-            self.model(ids[:, :128], past_key_values=cache, logits_to_keep=1)
+            self.model(ids[:, :128], logits_to_keep=1, **cache_argument(self.model, cache))
         cache.reset()
         return self.held()
 

@@ -5,6 +5,7 @@ not ask for it.
 """
 
 from .attention.attention import redknot_attention
+from .cache.argument import cache_argument
 from .cache.cache import RedKnotCache
 from .decoding import captured_decoding
 from .plan.plan import HeadPlan, HeadSpec
@@ -20,6 +21,7 @@ __all__ = [
     "SegmentRef",
     "SegmentStore",
     "assemble",
+    "cache_argument",
     "captured_decoding",
     "prompt",
     "redknot_attention",

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from redknot_hf.cache.argument import OF_GENERATE, cache_argument
 from redknot_hf.cache.cache import RedKnotCache
 
 # Tokens after which the host looks whether all sequences have ended; a page at most, so that they can be taken back.
@@ -68,7 +69,7 @@ def captured_decoding(
         cache.crop(kept - chooser.count)
     sequences = torch.cat([input_ids, tokens], 1)
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)  # pyright: ignore
+        return GenerateDecoderOnlyOutput(sequences=sequences, **{OF_GENERATE: cache})  # pyright: ignore
     return sequences
 
 
@@ -125,6 +126,7 @@ class _Step:
 
     def __init__(self, model: PreTrainedModel, cache: RedKnotCache, chooser: _Chooser, mask: Ids) -> None:
         self.chooser, self.cache, self.model = chooser, cache, model
+        self.taken = cache_argument(model, cache)
         self.positions = mask.sum(1, keepdim=True).long()
         self.mask = mask
         if cache.is_compileable:  # of a captured step, only its own tokens are described
@@ -155,7 +157,7 @@ class _Step:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
         out = self.forward(
             input_ids=self.chooser.last, attention_mask=self.mask, position_ids=self.positions,
-            past_key_values=self.cache, use_cache=True,
+            use_cache=True, **self.taken,
         )  # fmt: skip
         logits = self.logits = out.logits[:, -1]
         self.positions += 1
@@ -184,8 +186,8 @@ def _read(
     for part, where in zip(prompt.split(size, 1), positions.split(size, 1), strict=True):
         start += part.shape[1]
         logits = model(
-            part, attention_mask=mask[:, :start], position_ids=where, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
+            part, attention_mask=mask[:, :start], position_ids=where, use_cache=True, logits_to_keep=1,
+            **cache_argument(model, cache),
         ).logits[:, -1]  # fmt: skip
     if logits is None:
         raise ValueError("the cache holds the whole prompt already: pass at least one token that it does not hold")
@@ -195,7 +197,7 @@ def _read(
 def _check(
     model: PreTrainedModel, config: GenerationConfig, criteria: StoppingCriteriaList, kwargs: dict[str, Any]
 ) -> RedKnotCache:
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(OF_GENERATE)
     device = model.device
     if not isinstance(cache, RedKnotCache) or cache.get_max_length() < 0:
         raise ValueError("captured_decoding needs past_key_values=RedKnotCache(..., max_cache_len=slots)")

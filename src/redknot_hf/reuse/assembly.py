@@ -21,6 +21,7 @@ from torch.profiler import record_function
 from transformers import Cache
 
 from redknot_hf.attention.mask import PaddingMask
+from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache, row_layers
 from redknot_hf.cache.device_rows import staged
 from redknot_hf.cache.handle import RedKnotHandle, Step
@@ -119,8 +120,8 @@ class Assembly(Cache):
             ids[b, : len(self.places[b])] = [i for p in pieces for i in p.part.ref.ids[p.first : p.stop]]
             places[b, : len(self.places[b])] = self.places[b]
         self.model(
-            input_ids=torch.from_numpy(ids).to(self.model.device), past_key_values=self, logits_to_keep=1,
-            position_ids=torch.from_numpy(places).to(self.model.device),
+            input_ids=torch.from_numpy(ids).to(self.model.device), logits_to_keep=1,
+            position_ids=torch.from_numpy(places).to(self.model.device), **cache_argument(self.model, self),
         )  # fmt: skip
 
     @torch.compiler.disable(reason="segments are put into a cache in the middle of a step")  # pyright: ignore

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
+from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache, row_layers
 from redknot_hf.cache.packing import settle_slots, splice
 from redknot_hf.plan.plan import HeadPlan
@@ -94,7 +95,7 @@ def _keys_error(model: Any, relocation: Relocation, text: list[int]) -> float:
 def _read(model: Any, text: list[int], places: Tensor) -> DynamicCache:
     cache = DynamicCache()  # without the config: sliding layers would forget
     ids = torch.tensor([text], device=model.device)
-    model(input_ids=ids, position_ids=places[None].to(model.device), past_key_values=cache, logits_to_keep=1)
+    model(input_ids=ids, position_ids=places[None].to(model.device), logits_to_keep=1, **cache_argument(model, cache))
     return cache
 
 
@@ -108,7 +109,7 @@ def _logits_error(model: Any, plan: HeadPlan, text: list[int], page_size: int, i
         splice(layer, i, 0, segment)
         settle_slots(layer)
     ids = torch.tensor([end], device=model.device)
-    found, wanted = (model(input_ids=ids, past_key_values=cache).logits for cache in (reused, read))
+    found, wanted = (model(input_ids=ids, **cache_argument(model, cache)).logits for cache in (reused, read))
     return _relative(found, wanted)
 
 

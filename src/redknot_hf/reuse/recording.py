@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from redknot_kernels import UNBOUNDED
 from torch import Tensor
 
+from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache, row_layers
 from redknot_hf.cache.layer import RECORDED
 from redknot_hf.cache.packing import read
@@ -77,7 +78,7 @@ def forward(model: Any, cache: RedKnotCache, texts: Sequence[Sequence[int]]) -> 
         mask = None if flags.all() else flags.to(model.device)
         model(
             input_ids=ids.to(model.device), attention_mask=mask, position_ids=places.to(model.device),
-            past_key_values=cache, logits_to_keep=1,
+            logits_to_keep=1, **cache_argument(model, cache),
         )  # fmt: skip
 
 

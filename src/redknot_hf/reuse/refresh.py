@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
+from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import row_layers
 from redknot_hf.cache.layer import RedKnotLayer
 from redknot_hf.cache.packing import settle_slots, splice
@@ -144,8 +145,8 @@ class _Context(Cache):
         ids = torch.tensor(self.ids)[positions].to(model.device)
         try:
             model(
-                input_ids=ids[None], position_ids=positions[None].to(model.device), past_key_values=self,
-                logits_to_keep=1,
+                input_ids=ids[None], position_ids=positions[None].to(model.device), logits_to_keep=1,
+                **cache_argument(model, self),
             )  # fmt: skip
         except _Enough:
             return

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from redknot_hf.cache.argument import cache_argument
+
 Positions = Int[Tensor, " tokens"] | Int[Tensor, "batch tokens"]
 
 # Error of a moved key against the model's own, relative to its norm. A wrong layout is off by about 1.
@@ -222,8 +224,8 @@ def _computed_keys(
     model.eval()
     try:
         model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places, past_key_values=cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places, use_cache=True,
+            **cache_argument(model, cache),
         )  # fmt: skip
     finally:
         model.train(training)
