@@ -3,7 +3,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from redknot_hf.profiling import calibration_prompts, read_texts
+from redknot_hf.profiling import calibration_kinds, calibration_prompts, python_texts, read_texts
 from redknot_hf.profiling.calibration import QUESTIONS
 
 
@@ -28,8 +28,8 @@ def answers(tokenizer, prompt):
 
 @pytest.mark.parametrize("texts", [(), ("Once upon a time. " * 400,)])
 def test_every_kind_asks_what_its_text_says(tokenizer, texts):
-    kinds = ("passkey", "pairs", "two_hop")
-    for prompt in calibration_prompts(tokenizer, length=3000, count=6, kinds=kinds, texts=texts):
+    kinds = ("passkey", "pairs", "two_hop", "home")
+    for prompt in calibration_prompts(tokenizer, length=3000, count=8, kinds=kinds, texts=texts):
         asked = list(answers(tokenizer, prompt))
         assert len(asked) == QUESTIONS
         text = asked[0][0]
@@ -37,13 +37,44 @@ def test_every_kind_asks_what_its_text_says(tokenizer, texts):
             line = question.splitlines()[-1]
             if prompt.kind == "passkey":
                 assert f"pass key of {line.split(' of ')[1].split('?')[0]} is {answer}." in text
+            elif prompt.kind == "home":
+                assert f" {line} {answer}." in text
             elif prompt.kind == "pairs":
                 assert f"\n{line} {answer}\n" in text
             else:
                 friend = text.split(f" The best friend of {line.split()[4]} is ")[1].split(".")[0]
                 assert f" {friend} lives in {answer}." in text
-        assert prompt.kind == "pairs" or len(prompt) == 3000
+        assert len(prompt) == 3000
         assert ("upon" in text) == (bool(texts) and prompt.kind != "pairs")
+
+
+@pytest.mark.parametrize("merges", [(), ("1 2", "12 3", "o l", "ol d", "e r", "- 1")])
+@pytest.mark.parametrize("texts", [(), ("Once upon a time. " * 400,)])
+def test_prompts_are_as_long_as_asked_whatever_the_tokenizer(merges, texts):
+    vocabulary = {char: i + 1 for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {merge.replace(" ", ""): 257 + i for i, merge in enumerate(merges)}
+    backend = Tokenizer(models.BPE({"<s>": 0, **vocabulary}, [tuple(merge.split()) for merge in merges]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    kinds = calibration_kinds(texts)
+    for length in (1999, 2048):
+        found = calibration_prompts(tokenizer, length=length, count=len(kinds), texts=texts)
+        assert {prompt.kind: len(prompt) for prompt in found} == dict.fromkeys(kinds, length)
+
+
+@pytest.mark.parametrize("texts", [(), ("".join(f"{i} " for i in range(2000)),)])
+def test_a_copy_is_of_what_the_text_says(tokenizer, texts):
+    for prompt in calibration_prompts(tokenizer, length=1000, count=3, kinds=("copy",), texts=texts):
+        copied = prompt.ids[prompt.scored]
+        assert prompt.scored.tolist() == [False] * 912 + [True] * 88
+        said, mark = tokenizer.decode(prompt.ids[:-97]), tokenizer.decode(prompt.ids[-97])
+        assert mark == "\n"
+        assert tokenizer.decode(prompt.ids[-96:]) in said
+        assert tokenizer.decode(copied) == tokenizer.decode(prompt.ids[-88:])
+
+
+def test_texts_that_python_ships_are_long():
+    assert sum(map(len, python_texts())) > 300_000
 
 
 def test_repeats_need_no_words(tokenizer):
@@ -62,7 +93,7 @@ def test_texts_are_read_as_they_are(tokenizer):
 
 def test_kinds_take_turns_and_seeds_decide(tokenizer):
     make = lambda seed: calibration_prompts(tokenizer, length=2000, count=6, texts=("words " * 999,), seed=seed)  # noqa: E731
-    assert [prompt.kind for prompt in make(0)] == ["passkey", "pairs", "two_hop", "repeats", "text", "passkey"]
+    assert [prompt.kind for prompt in make(0)] == ["passkey", "pairs", "two_hop", "repeats", "text", "copy"]
     same = [torch.equal(a.ids, b.ids) for a, b in zip(make(3), make(3), strict=True)]
     assert all(same)
     assert not torch.equal(make(3)[0].ids, make(4)[0].ids)
@@ -85,6 +116,9 @@ def test_a_tokenizer_with_a_first_token_has_it(tokenizer):
         ({"length": 300, "kinds": ("text",)}, "needs texts"),
         ({"length": 300, "kinds": ("text",), "texts": ("short",)}, "the texts have 5 tokens"),
         ({"length": 2, "kinds": ("repeats",)}, "a repeat needs 4"),
+        ({"length": 200, "kinds": ("pairs",)}, "length=200: a prompt of kind 'pairs' needs"),
+        ({"length": 10, "kinds": ("copy",)}, "length=10: a prompt of kind 'copy' needs"),
+        ({"length": 300, "kinds": ()}, "name some of"),
     ],
 )
 def test_what_does_not_fit_is_told(tokenizer, options, message):

@@ -8,6 +8,7 @@ from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.cli import app
 from redknot_hf.profiling import HeadProfile
 
+SHORT = ("--kinds", "repeats", "--length", "100")
 TINY = str(Path(__file__).parents[1] / "evals" / "tiny")
 
 
@@ -31,7 +32,7 @@ def test_profile_writes_a_plan_with_its_provenance(written):
     folder, output = written
     plan = HeadPlan.load(folder / "plan.json")
     assert plan.nbytes(256, 32, 4) <= 0.4 * 32 * 256 * 64 * 4
-    assert plan.provenance["model"] == TINY
+    assert plan.provenance["model"] == "tiny", "of a folder its name only"
     assert [found["length"] for found in plan.provenance["held_out"]] == [256, 384]
     assert plan.provenance["calibration"]["prompts"] == 3
     assert "held out, 384 tokens: KL" in output
@@ -44,6 +45,39 @@ def test_a_profile_converts_to_plans_for_other_budgets(written, tmp_path):
     assert result.exit_code == 0, result.output
     assert HeadPlan.load(tmp_path / "plan.json").num_global == 24
     assert HeadPlan.load(tmp_path / "plan.json") == HeadProfile.load(folder / "profile.json").plan(global_ratio=0.75)
+
+
+def test_a_plan_for_another_budget_carries_no_confirmation_of_the_first(written, tmp_path):
+    folder, output = written
+    assert "bytes kept of 256 tokens, and drift foretold" in output
+    assert "repeats  KL" in output
+    path = tmp_path / "plan.json"
+    for budget, confirmed in ((0.4, True), (0.3, False)):
+        result = run("plan", "convert", folder / "profile.json", "--out", path, "--budget", budget)
+        assert result.exit_code == 0, result.output
+        assert ("held_out" in HeadPlan.load(path).provenance) == confirmed
+        assert ("held out, 256 tokens: KL" in result.output) == confirmed
+    result = run("plan", "convert", folder / "profile.json", "--out", path, "--budget", 0.3, "--length", 4096)
+    assert HeadPlan.load(path).nbytes(4096, 32, 4) <= 0.3 * 32 * 4096 * 64 * 4
+    assert HeadPlan.load(path).num_global > 0
+
+
+def test_without_a_budget_the_smallest_plan_that_holds_is_found(tmp_path):
+    result = run(
+        *("profile", TINY, "--out", tmp_path / "plan.json", "--windows", "32,128", "--max-kl", 0.02),
+        *("--length", 256, "--prompts", 8, "--kinds", "repeats", "--dtype", "float32"),
+    )
+    assert result.exit_code == 0, result.output
+    plan = HeadPlan.load(tmp_path / "plan.json")
+    (row,) = plan.provenance["held_out"]
+    assert row["holds"]
+    assert row["kl"] <= 0.02
+    assert plan.provenance["budget"] < 1
+    gate = ("gate", TINY, "--plan", tmp_path / "plan.json", "--length", 256, "--kinds", "repeats", "--prompts", 2)
+    passed = run(*gate, "--max-kl", 0.1)
+    assert (passed.exit_code, ": holds" in passed.output) == (0, True), passed.output
+    failed = run(*gate, "--max-kl", 1e-9)
+    assert (failed.exit_code, "does not hold" in failed.output) == (1, True), failed.output
 
 
 def test_duo_attention_scores_convert(tmp_path):
@@ -82,9 +116,10 @@ def test_diff_names_the_heads_that_differ(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("profile", TINY, "--out", "x.json"), "give a bound"),
+        (("profile", TINY, "--out", "x.json", "--max-kl", "0", *SHORT), "max_kl=0"),
+        (("profile", TINY, "--out", "x.json", "--budget", "0.5", "--windows", "12,x"), "--windows 12,x: give numbers"),
         (
-            ("profile", TINY, "--out", "x.json", "--budget", "0.5", "--kinds", "repeats", "--length", "100"),
+            ("profile", TINY, "--out", "x.json", "--budget", "0.5", *SHORT, "--windows", "128"),
             "100 tokens",
         ),
         (("plan", "show", "nowhere.json"), "nowhere.json"),

@@ -23,12 +23,16 @@ def prompts(length=40, count=2, vocabulary=97):
     return [Prompt(torch.randint(1, vocabulary, (length,), generator=generator)) for _ in range(count)]
 
 
+def choices(*windows, sink=0):
+    return [HeadSpec(window, sink) for window in windows]
+
+
 @pytest.mark.parametrize("family", BLOCKS)
 def test_drift_is_the_change_of_the_stream(family):
     """Restricting one head changes the stream behind its layer's attention by exactly what was foretold."""
     model, prompt = make_model(family), prompts()[0]
     shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
-    foretold = drift(measure_drift(model, [prompt], (3, 9), 1, lambda: None)).reshape(*shape, 2)
+    foretold = drift(measure_drift(model, [prompt], choices(3, 9, sink=1), lambda: False)).reshape(*shape, 2)
     whole = streams(model, prompt, HeadPlan.uniform(model.config, HeadSpec()))
     linear = family not in (
         "gemma2",
@@ -62,10 +66,10 @@ def streams(model, prompt, plan):
 
 def test_drift_falls_with_the_window_and_weighs_scored_queries_most():
     model, (prompt, _) = make_model("llama"), prompts()
-    errors = drift(measure_drift(model, [prompt], (2, 8, 20, 38), 0, lambda: None))
+    errors = drift(measure_drift(model, [prompt], choices(2, 8, 20, 38), lambda: False))
     assert (errors[:, :-1].mean(0) > errors[:, 1:].mean(0)).all()
     early = Prompt(prompt.ids, torch.arange(40) <= 20)  # no query of theirs sees more than 20 tokens
-    sums = measure_drift(model, [early], (2, 20), 0, lambda: None)
+    sums = measure_drift(model, [early], choices(2, 20), lambda: False)
     scored, reading = np.moveaxis(sums[0, :, :, :, 0] / sums[0, :, :, :, 1], -1, 0)
     assert (scored[:, 1] < 1e-12).all()
     assert (scored[:, 0] > 1e-6).all()

@@ -1,13 +1,17 @@
 import numpy as np
 import pytest
 
+from redknot_hf import HeadSpec
 from redknot_hf.profiling import HeadProfile
 from redknot_hf.profiling.figure import heat_map
 
 
 @pytest.mark.parametrize("errors", [np.linspace(0, 1, 10).reshape(5, 2)[::-1], np.zeros((5, 2)), np.ones((5, 2))])
 def test_a_panel_for_each_window_and_a_frame_for_each_global_head(errors):
-    profile = HeadProfile("drift", (2, 3), (4, 16), 1, errors, (errors, errors), length=100, token_bytes=8)
+    profile = HeadProfile(
+        "drift", (2, 3), (HeadSpec(4, 1), HeadSpec(16, 1)), errors, (errors, errors), length=100,
+        head_dims=((1, 1),) * 2, itemsize=4,
+    )  # fmt: skip
     plan = profile.plan(global_ratio=0.4)
     figure = heat_map(profile, plan)
     panels = [axes for axes in figure.axes if axes.images]

@@ -332,6 +332,8 @@ def test_print_all_global():
         ("org/model-a", "org/model-a", ("1f", "1f"), None),
         ("org/model-a", "org/model-a", ("1f", None), None),
         ("org/model-a", "", (None, None), None),
+        ("org/Model-A", "/local/model-a_bf16", (None, None), None),
+        ("org/model-a-fp16", "/local/model-b-fp16", (None, None), "made for org/model-a-fp16"),
     ],
 )
 def test_plan_of_another_model_is_loaded_with_a_warning(tmp_path, made_for, name, revisions, warning):
@@ -342,3 +344,13 @@ def test_plan_of_another_model_is_loaded_with_a_warning(tmp_path, made_for, name
     with pytest.warns(UserWarning, match=warning) if warning else nullcontext():
         assert HeadPlan.load(tmp_path / "plan.json", config).num_global == 4
     HeadPlan.load(tmp_path / "plan.json")  # nothing to compare with
+
+
+def test_the_same_weights_in_another_dtype_are_the_same_model_with_a_word(tmp_path, caplog):
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=2, dtype="float32")
+    config.name_or_path = "/local/model-a"
+    plan = HeadPlan([[HeadSpec()] * 2] * 2, provenance={"model": "model-a-bf16", "dtype": "bfloat16"})
+    plan.save(tmp_path / "plan.json")
+    with caplog.at_level("INFO", "redknot_hf"):
+        assert HeadPlan.load(tmp_path / "plan.json", config) == plan
+    assert "measured on model-a-bf16 in bfloat16, and the model is in float32: the same heads" in caplog.text

@@ -18,7 +18,8 @@ def test_a_profile_says_where_it_comes_from(model, tmp_path):
     assert seen == [("drift", 1, 2), ("drift", 2, 2)]
     assert profile.windows == (4, 8)
     assert profile.length == 40
-    assert profile.token_bytes == 2 * 16 * 4
+    assert profile.head_dims == ((16, 16),) * 4
+    assert profile.itemsize == 4
     assert profile.provenance["calibration"]["scored"] == 78
     plan = profile.plan()
     assert plan.nbytes(40, 16, 4) <= 0.5 * 40 * 16 * 2 * 16 * 4

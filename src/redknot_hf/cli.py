@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from redknot_hf.plan.evidence import confirmed
 from redknot_hf.plan.plan import HeadPlan
-from redknot_hf.profiling.head_profile import FORMAT
-
-from .profiling import HeadProfile, Prompt, calibration_prompts, profile_heads, read_texts
+from redknot_hf.profiling import HeadProfile, Prompt, calibration_kinds, calibration_prompts, fidelity, profile_heads
+from redknot_hf.profiling.fidelity import MAX_KL
+from redknot_hf.profiling.profile_file import FORMAT
+from redknot_hf.profiling.prompt import held_apart
+from redknot_hf.profiling.texts import read_texts
 
 app = typer.Typer(no_args_is_help=True, help="A head-aware KV cache: which heads of a model need everything?")
 plans = typer.Typer(no_args_is_help=True, help="Look at head plans, convert and compare them.")
@@ -29,55 +41,59 @@ Out = Annotated[Path, typer.Option(help="File to write the plan to.")]
 Budget = Annotated[float | None, typer.Option(help="Share of the dense cache's bytes to keep, 0 to 1.")]
 Ratio = Annotated[float | None, typer.Option(help="Share of the KV heads that are global, 0 to 1.")]
 Bytes = Annotated[float | None, typer.Option(help="Bytes a token to keep, all heads together.")]
+Model = Annotated[str, typer.Argument(help="Id on the Hub, or a folder.")]
+Length = Annotated[int, typer.Option(help="Tokens of a prompt: the length that will be served.")]
+Kinds = Annotated[str | None, typer.Option(help="Of passkey,pairs,two_hop,repeats,text,copy,home; all by default.")]
+Texts = Annotated[str | None, typer.Option(help="Texts to ask in: a file, or a data set's id on the Hub.")]
+Revision = Annotated[str | None, typer.Option(help="Of the model.")]
+Dtype = Annotated[str, typer.Option(help="Of the model.")]
+Device = Annotated[str | None, typer.Option(help="By default a GPU if there is one.")]
+Seed = Annotated[int, typer.Option(help="Of the prompts.")]
 
 
 @app.command()
 def profile(  # noqa: PLR0913 - every one is an option of the command
-    model: Annotated[str, typer.Argument(help="Id on the Hub, or a folder.")],
+    model: Model,
     out: Out,
     budget: Budget = None,
     global_ratio: Ratio = None,
     bytes_per_token: Bytes = None,
-    method: Annotated[str, typer.Option(help="drift (minutes), loss (best, longer), mass or gates.")] = "drift",
-    windows: Annotated[str, typer.Option(help="Candidate windows of local heads.")] = "128,256,512,1024",
+    max_kl: Annotated[
+        float, typer.Option(help="KL, nats a token, that a plan which holds may be off; without a bound, the smallest")
+    ] = MAX_KL,
+    method: Annotated[str, typer.Option(help="drift (minutes), loss (longer), mass or gates.")] = "drift",
+    windows: Annotated[str | None, typer.Option(help="Of local heads; 64,256,1024 and a quarter of --length.")] = None,
     sink: Annotated[int, typer.Option(help="First tokens that local heads keep.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 4096,
-    prompts: Annotated[int, typer.Option(help="Number of prompts; every fourth is held out.")] = 8,
-    kinds: Annotated[str | None, typer.Option(help="passkey,pairs,two_hop,repeats,text; all by default.")] = None,
-    texts: Annotated[str | None, typer.Option(help="Texts to mix in: a file, or a data set's id on the Hub.")] = None,
+    length: Length = 4096,
+    prompts: Annotated[int, typer.Option(help="A quarter, one of every kind at least, is held out.")] = 16,
+    kinds: Kinds = None,
+    texts: Texts = None,
     check_length: Annotated[list[int] | None, typer.Option(help="Confirm the plan at this length too.")] = None,
-    seconds: Annotated[float, typer.Option(help="Time for the search of loss, or to train gates; about.")] = 800.0,
+    seconds: Annotated[float | None, typer.Option(help="Time for the whole run, about.")] = None,
     steps: Annotated[int, typer.Option(help="Training steps of gates.")] = 100,
     checkpoint: Annotated[Path | None, typer.Option(help="File that the training of gates goes on from.")] = None,
     profile_out: Annotated[Path | None, typer.Option(help="File to write the profile to, for other budgets.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Picture to draw the heat map to.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of the model.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the model.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="By default a GPU if there is one.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    seed: Seed = 0,
 ) -> None:
-    """Find the heads of MODEL that need everything, and write a plan."""
+    """Find the heads of MODEL that need everything, and write a plan: for a budget, or the smallest that holds."""
     with _told():
-        if budget is None and global_ratio is None and bytes_per_token is None:
-            raise ValueError("give a bound: --budget, --global-ratio or --bytes-per-token, such as --budget 0.25")
+        bounds: dict[str, Any] = {"budget": budget, "global_ratio": global_ratio, "max_kl": max_kl}
+        bounds |= {"bytes_per_token": bytes_per_token}
+        widths = _numbers(windows)
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-        read = read_texts(texts) if texts else ()
-        options: dict[str, Any] = {"kinds": kinds.split(",") if kinds else None, "texts": read}
-        inputs = calibration_prompts(tokenizer, length=length, count=prompts, seed=seed, **options)
-        held_out = _held_out(inputs, [
-            calibration_prompts(tokenizer, length=n, count=max(2, prompts // 4), seed=seed + 1, **options)
-            for n in check_length or ()
-        ])  # fmt: skip
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, dtype=dtype, attn_implementation="redknot"
-        )
-        loaded.to(device)
+        asked = Asked(tokenizer, kinds.split(",") if kinds else None, read_texts(texts) if texts else ())
+        measured, held_out = held_apart(asked.prompts(length, prompts, seed))
+        for other in check_length or ():
+            held_out += asked.prompts(other, max(2, prompts // 4, len(asked.kinds)), seed + 1)
+        loaded = _load(model, revision, dtype, device)
         with _progress() as report:
             found = profile_heads(
-                loaded, held_out[0], budget=budget, global_ratio=global_ratio, bytes_per_token=bytes_per_token,
-                windows=[int(window) for window in windows.split(",")], sink=sink, method=method,
-                held_out=held_out[1], seconds=seconds, steps=steps, checkpoint=checkpoint, report=report,
+                loaded, measured, **bounds, windows=widths, sink=sink, method=method, held_out=held_out or None,
+                seconds=seconds, steps=steps, checkpoint=checkpoint, report=report,
             )  # fmt: skip
         plan = found.plan()
         plan.save(out)
@@ -87,8 +103,71 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
             from redknot_hf.profiling.figure import heat_map
 
             heat_map(found, plan).savefig(figure, dpi=150)
+    console.print(str(found).removesuffix(str(plan)).rstrip(), markup=False, highlight=False)
     _show(plan)
     console.print(f"written to {out}", highlight=False)
+
+
+@app.command()
+def gate(  # noqa: PLR0913 - every one is an option of the command
+    model: Model,
+    plan: Annotated[Path, typer.Option(help="The plan to pass or fail.")],
+    length: Annotated[list[int], typer.Option(help="Tokens of a prompt; may be given again.")] = [4096],  # noqa: B006
+    prompts: Annotated[int, typer.Option(help="Number of prompts of each length.")] = 18,
+    kinds: Kinds = None,
+    texts: Texts = None,
+    max_kl: Annotated[float, typer.Option(help="KL, nats a token, that a plan which holds may be off.")] = MAX_KL,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    seed: Seed = 1_000_000,
+) -> None:
+    """Pass or fail a plan on questions and texts, kind by kind; the exit status is 1 if it does not hold."""
+    with _told():
+        held = HeadPlan.load(plan)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        asked = Asked(tokenizer, kinds.split(",") if kinds else None, read_texts(texts) if texts else ())
+        inputs = [prompt for n in length for prompt in asked.prompts(n, prompts, seed)]
+        loaded = _load(model, revision, dtype, device)
+        held.check(loaded.config)
+        rows = fidelity(loaded, held, inputs, max_kl)
+    for line in (line for row in rows for line in confirmed(row)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if all(row["holds"] for row in rows) else 1)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What prompts are made of."""
+
+    tokenizer: Any
+    named: Sequence[str] | None
+    texts: Sequence[str]
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """Of which they are."""
+        return self.named or calibration_kinds(self.texts)
+
+    def prompts(self, length: int, count: int, seed: int) -> list[Prompt]:
+        """So many of them."""
+        return calibration_prompts(
+            self.tokenizer, length=length, count=count, kinds=self.kinds, texts=self.texts, seed=seed
+        )
+
+
+def _load(model: str, revision: str | None, dtype: str, device: str | None) -> Any:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, revision=revision, dtype=dtype, attn_implementation="redknot"
+    )
+    return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _numbers(windows: str | None) -> list[int] | None:
+    try:
+        return None if windows is None else [int(window) for window in windows.split(",")]
+    except ValueError as e:
+        raise ValueError(f"--windows {windows}: give numbers of tokens with commas between, such as 64,256") from e
 
 
 @plans.command()
@@ -106,12 +185,13 @@ def convert(
     budget: Budget = None,
     global_ratio: Ratio = None,
     bytes_per_token: Bytes = None,
-    max_error: Annotated[float | None, typer.Option(help="Largest error of a profile's local heads.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Largest error of a profile's heads.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens at which a budget is meant; the profile's.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Least score of a global head of DuoAttention.")] = None,
 ) -> None:
     """Write a plan from a profile (for a budget), from RedKnot's head classes or from DuoAttention's scores."""
     bounds = {"budget": budget, "global_ratio": global_ratio, "bytes_per_token": bytes_per_token}
-    bounds |= {"max_error": max_error, "threshold": threshold}
+    bounds |= {"max_error": max_error, "threshold": threshold, "length": length}
     with _told():
         plan = _any_plan(source, **{name: bound for name, bound in bounds.items() if bound is not None})
         plan.save(out)
@@ -147,7 +227,7 @@ def diff(
     raise typer.Exit(1 if table.row_count else 0)
 
 
-def _any_plan(path: Path, **bound: float) -> HeadPlan:
+def _any_plan(path: Path, **bound: Any) -> HeadPlan:
     """A plan of any file that holds one, or that one follows from."""
     if path.is_dir() or path.suffix == ".tsv":
         return HeadPlan.from_duo_attention(path, **(bound or {"global_ratio": 0.5}))
@@ -159,23 +239,11 @@ def _any_plan(path: Path, **bound: float) -> HeadPlan:
     return HeadPlan.from_redknot(path) if "kv_head_classification" in data else HeadPlan.load(path)
 
 
-def _held_out(inputs: list[Prompt], longer: list[list[Prompt]]) -> tuple[list[Prompt], list[Prompt] | None]:
-    """What to measure on, and what to confirm on: every fourth prompt, and those of other lengths."""
-    if not longer:
-        return inputs, None
-    rest = [prompt for i, prompt in enumerate(inputs) if i % 4 != 3]
-    return rest, inputs[3::4] + [prompt for prompts in longer for prompt in prompts]
-
-
 def _show(plan: HeadPlan) -> None:
-    console.print(str(plan), markup=False, highlight=False)
+    console.print(str(plan), markup=False, highlight=False, soft_wrap=True)
     for name, entry in plan.provenance.items():
-        if name != "held_out":
-            console.print(f"{name}: {entry}", markup=False, highlight=False)
-    for found in plan.provenance.get("held_out", ()):
-        at = f"held out, {found['length']} tokens: KL {found['kl']:.4f}, right {found['accuracy']:.1%}"
-        at += f" (dense {found['dense_accuracy']:.1%})"
-        console.print(at + ("" if found["holds"] else "  [red]the plan does not hold at this length[/red]"))
+        if name not in ("held_out", "overlap"):
+            console.print(f"{name}: {entry}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _text(spec: Any) -> str:
@@ -196,7 +264,8 @@ def _told() -> Iterator[None]:
 
 @contextmanager
 def _progress() -> Iterator[Any]:
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns += (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 

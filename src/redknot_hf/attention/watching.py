@@ -103,6 +103,12 @@ def kv_shape(model: PreTrainedModel) -> tuple[tuple[int, ...], int]:
     return tuple(map(len, plan)), 2 * dim * model.dtype.itemsize
 
 
+def head_dims(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
+    """Elements of a key and of a value in one head, of each layer."""
+    shape, token_bytes = kv_shape(model)
+    return ((token_bytes // model.dtype.itemsize // 2,) * 2,) * len(shape)
+
+
 def check_model(model: PreTrainedModel) -> None:
     """Checks that a model can be profiled.
 

@@ -1,10 +1,12 @@
-"""How a plan prints: who it is, a glyph for each head, and what it saves."""
+"""How a plan prints: who it is, a glyph for each head, what it saves, and what confirms it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING
+
+from .evidence import evidence
 
 if TYPE_CHECKING:
     from .plan import HeadPlan
@@ -20,7 +22,7 @@ _HEAD_DIM, _ITEMSIZE = 128, 2
 
 def picture(plan: HeadPlan) -> str:
     """The whole of it, in lines."""
-    return "\n".join([_header(plan), *_glyphs(plan), _saving(plan)])
+    return "\n".join([_header(plan), *_glyphs(plan), _saving(plan), *evidence(plan.provenance)])
 
 
 def shape(counts: tuple[int, ...]) -> str:

@@ -4,6 +4,8 @@ A global head keeps every token. A local head keeps the first `sink` tokens and 
 of RedKnot (arXiv 2606.06256). A plan is data: plain Python without tensors.
 """
 
+import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +20,9 @@ from .formats import AnyPath, Rules
 from .picture import picture, shape
 from .spec import HeadSpec
 from .storage import HOT, PAGE_SIZE, itemsize
+
+_log = logging.getLogger(__name__)
+_DTYPE_SUFFIX = re.compile(r"[-_.](bf16|fp16|fp32|f16|f32|bfloat16|float16|float32)$")
 
 
 @dataclass(frozen=True, init=False)
@@ -232,9 +237,12 @@ class HeadPlan:
 def _made_for_another(provenance: Mapping[str, Any], config: Any) -> str | None:
     """Say how the model of the provenance differs from that of the config, as far as both are known."""
     model, mine = provenance.get("model"), getattr(config, "name_or_path", None)
-    # A model is at several paths, and under several owners: its last name stays.
-    if model and mine and Path(str(model)).name != Path(mine).name:
+    # A model is at several paths, under several owners and in several dtypes: its last name stays.
+    if model and mine and _bare_name(str(model)) != _bare_name(mine):
         return f"the plan was made for {model}, the model is {mine}"
+    measured, dtype = provenance.get("dtype"), str(getattr(config, "dtype", None) or "").removeprefix("torch.")
+    if model and mine and measured and dtype and measured != dtype:
+        _log.info("the plan was measured on %s in %s, and the model is in %s: the same heads", model, measured, dtype)
     revision, loaded = provenance.get("revision"), getattr(config, "_commit_hash", None)
     if model and revision and loaded and revision != loaded:
         return f"the plan was made for revision {revision} of {model}, the model is of revision {loaded}"
@@ -246,6 +254,11 @@ def _check_inside(chosen: Iterable[tuple[int, int]], counts: tuple[int, ...], na
         if not (0 <= layer < len(counts) and 0 <= head < counts[layer]):
             where = f"({layer}, {head}) lies outside the model, which has {shape(counts)}"
             raise ValueError(f"{name} {where}: give (layer, KV head) pairs that count from 0")
+
+
+def _bare_name(model: str) -> str:
+    """The last part of a model's name, without the dtype that folders are often called by."""
+    return _DTYPE_SUFFIX.sub("", Path(model).name.lower())
 
 
 def _kv_heads(config: Any) -> tuple[int, ...]:

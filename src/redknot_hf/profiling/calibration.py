@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from .prompt import Prompt
 
 QUESTIONS = 8  # asked at the end of each prompt
+_PASSAGE, _HINT = 96, 8  # tokens of a copied passage, and those of them that say which one it is
 
 _NAMES = (
     "Ada Amir Anna Bela Boris Carla Chen Dara Diego Elena Emil Farah Felix Greta Hana Hugo Ines Ivan Jana Jonas Kara "
@@ -26,6 +26,7 @@ _NOUNS = (
     "bridge clock garden harbor kettle ladder lantern letter market mirror museum orchard piano river school station "
     "table teacher tower train valley village violin wagon window writer"
 )
+_KINDS = ("passkey", "pairs", "two_hop", "repeats", "text", "copy", "home")
 _VERBS = "admires carries describes follows forgets guards hides paints praises repairs sells watches"
 _ADJECTIVES = "bright broken careful distant early empty gentle golden heavy humble narrow old patient quiet"
 
@@ -48,91 +49,77 @@ def calibration_prompts(
 
     Kinds: `"passkey"`, numbers of persons; `"pairs"`, a list of keys and values; `"two_hop"`, the city of somebody's
     friend; `"repeats"`, random tokens and then the same again, which needs no words of the tokenizer; `"text"`, the
-    caller's texts, of which the second half is scored. The first four take turns, and the fifth where there are texts,
-    which then also stand between the facts of `"passkey"` and `"two_hop"`.
+    caller's texts, of which the second half is scored; `"copy"`, a passage of a text that comes again; `"home"`, the
+    city of somebody's house. They take turns, `"text"` where there are texts, which then also stand between the facts
+    of `"passkey"`, `"two_hop"` and `"home"` and are what is copied.
 
     Args:
         tokenizer: The model's.
-        length: Tokens of each prompt.
+        length: Tokens of each prompt, whatever the tokenizer.
         count: Prompts.
         seed: The same arguments give the same prompts.
 
     Raises:
         ValueError: The length is too short for a kind, a kind is unknown, or texts are missing or too short.
     """
-    kinds = (*_MAKERS, "repeats", *(("text",) if texts else ())) if kinds is None else kinds
+    kinds = calibration_kinds(texts) if kinds is None else kinds
+    if not kinds:
+        raise ValueError(f"kinds={kinds!r}: name some of {_KINDS}")
     rng = random.Random(seed)
-    prompts = []
-    for i in range(count):
-        kind = kinds[i % len(kinds)]
-        if kind == "repeats":
-            prompts.append(_repeats(tokenizer, length, rng))
-        elif kind == "text":
-            prompts.append(_text(tokenizer, length, texts, rng))
-        elif kind in _MAKERS:
-            prompts.append(_hidden(tokenizer, length, kind, texts, rng))
-        else:
-            raise ValueError(f"kind {kind!r} is unknown: choose of {(*_MAKERS, 'repeats', 'text')}")
-    return prompts
+    return [_prompt(tokenizer, length, kinds[i % len(kinds)], texts, rng) for i in range(count)]
 
 
-def read_texts(source: str, limit: int = 64, *, split: str = "train", column: str | None = None) -> list[str]:
-    """Reads texts of a file (.txt, .json, .jsonl, .csv, .parquet) or of a data set of the Hub, by its id.
+def calibration_kinds(texts: Sequence[str] = ()) -> tuple[str, ...]:
+    """The kinds that prompts are of by default."""
+    return tuple(kind for kind in _KINDS if texts or kind != "text")
 
-    Args:
-        limit: Texts to read at most.
-        split: Of the data set.
-        column: Which one holds the text; by default "text", or else the first that holds strings.
 
-    Raises:
-        FileNotFoundError: The source is a path and there is no such file.
-        ImportError: `datasets` is not installed.
-        ValueError: There is no column of strings.
-    """
-    path = Path(source)
-    if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8")]
-    try:
-        from datasets import load_dataset
-    except ImportError as e:
-        raise ImportError(f"reading {source} needs datasets: pip install 'redknot-hf[cli]', or give a .txt") from e
-    builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-    if path.suffix in builders:
-        if not path.exists():
-            raise FileNotFoundError(f"{source} does not exist: give a file, or the id of a data set of the Hub")
-        rows = load_dataset(builders[path.suffix], data_files=source, split="train", streaming=True)
-    else:
-        rows = load_dataset(source, split=split, streaming=True)
-    found = list(rows.take(limit))
-    strings = [name for name, entry in (found[0] if found else {}).items() if isinstance(entry, str)]
-    column = column or ("text" if "text" in strings else next(iter(strings), None))
-    if column not in strings:
-        raise ValueError(f"{source} has no column {column or 'of strings'}: name one of {strings}")
-    return [row[column] for row in found]
+def _prompt(tokenizer: Any, length: int, kind: str, texts: Sequence[str], rng: random.Random) -> Prompt:
+    match kind:
+        case "passkey" | "two_hop" | "home":
+            return _hidden(tokenizer, length, kind, texts, rng)
+        case "pairs":
+            return _pairs(tokenizer, length, rng)
+        case "repeats":
+            return _repeats(tokenizer, length, rng)
+        case "text":
+            return _text(tokenizer, length, texts, rng)
+        case "copy":
+            return _copy(tokenizer, length, texts, rng)
+    raise ValueError(f"kind {kind!r} is unknown: choose of {_KINDS}")
 
 
 def _hidden(tokenizer: Any, length: int, kind: str, texts: Sequence[str], rng: random.Random) -> Prompt:
     """Facts at random places between other sentences, and questions at the end."""
-    facts, asked = _MAKERS[kind](rng, length)
+    facts, asked = _MAKERS[kind](rng)
     needles = [_ids(tokenizer, fact) for fact in facts]
     tail = [(_ids(tokenizer, text), scored) for text, scored in asked]
     start = _beginning(tokenizer)
     room = length - len(start) - sum(map(len, needles)) - sum(len(ids) for ids, _ in tail)
     if room < 0:
         raise ValueError(f"length={length}: a prompt of kind {kind!r} needs {length - room} tokens of this tokenizer")
-    filler = _filler(tokenizer, room, texts, rng) if kind != "pairs" else []
+    body = start + _scattered(needles, _filler(tokenizer, room, texts, rng), rng)
+    return _asked(body, tail, kind)
+
+
+def _scattered(needles: Sequence[list[int]], filler: list[int], rng: random.Random) -> list[int]:
+    """The filler with the needles at random places in it, in their order."""
     places = sorted(rng.randint(0, len(filler)) for _ in needles)
-    body, at = list(start), 0
+    body, at = [], 0
     for place, needle in zip(places, needles, strict=True):
         body += filler[at:place] + needle
         at = place
-    body += filler[at:]
+    return body + filler[at:]
+
+
+def _asked(body: list[int], tail: Sequence[tuple[list[int], bool]], kind: str) -> Prompt:
+    """A text, and what is asked and answered behind it."""
     ids = body + [token for part, _ in tail for token in part]
     scored = [False] * len(body) + [flag for part, flag in tail for _ in part]
     return Prompt(torch.tensor(ids), torch.tensor(scored), kind)
 
 
-def _passkeys(rng: random.Random, length: int) -> Needles:
+def _passkeys(rng: random.Random) -> Needles:
     names = rng.sample(_NAMES.split(), QUESTIONS)
     keys = [str(rng.randint(10_000, 99_999)) for _ in names]
     facts = [f" The pass key of {name} is {key}. Remember it." for name, key in zip(names, keys, strict=True)]
@@ -143,17 +130,7 @@ def _passkeys(rng: random.Random, length: int) -> Needles:
     return facts, [piece for pair in asked for piece in pair]
 
 
-def _pairs(rng: random.Random, length: int) -> Needles:
-    # As many as surely fit: a pair takes at most a token for each of its 20 letters.
-    number = max(QUESTIONS, length // 24 - QUESTIONS)
-    names = rng.sample([f"{word}-{i}" for word in _ADJECTIVES.split() for i in range(100, 1000)], number)
-    pairs = {name: str(rng.randint(1000, 9999)) for name in names}
-    facts = [f"\n{key}: {entry}" for key, entry in pairs.items()]
-    keys = rng.sample(list(pairs), QUESTIONS)
-    return facts, [piece for key in keys for piece in ((f"\n{key}:", False), (f" {pairs[key]}", True))]
-
-
-def _two_hops(rng: random.Random, length: int) -> Needles:
+def _two_hops(rng: random.Random) -> Needles:
     names, cities = rng.sample(_NAMES.split(), 2 * QUESTIONS), rng.sample(_CITIES.split(), QUESTIONS)
     friends = dict(zip(names[:QUESTIONS], names[QUESTIONS:], strict=True))
     homes = dict(zip(friends.values(), cities, strict=True))
@@ -166,11 +143,64 @@ def _two_hops(rng: random.Random, length: int) -> Needles:
     return facts, [piece for pair in asked for piece in pair]
 
 
-_MAKERS: dict[str, Callable[[random.Random, int], Needles]] = {
+def _homes(rng: random.Random) -> Needles:
+    names, cities = rng.sample(_NAMES.split(), QUESTIONS), rng.sample(_CITIES.split(), QUESTIONS)
+    homes = dict(zip(names, cities, strict=True))
+    facts = [f" {name} has a house in {city}." for name, city in homes.items()]
+    asked = [((f"\n{name} has a house in", False), (f" {homes[name]}", True)) for name in rng.sample(names, QUESTIONS)]
+    return facts, [piece for pair in asked for piece in pair]
+
+
+_MAKERS: dict[str, Callable[[random.Random], Needles]] = {
     "passkey": _passkeys,
-    "pairs": _pairs,
     "two_hop": _two_hops,
+    "home": _homes,
 }
+
+
+def _pairs(tokenizer: Any, length: int, rng: random.Random) -> Prompt:
+    """A list of keys and values as long as fits, whose beginning may be cut, and some of its keys again at the end."""
+    names: set[str] = set()
+    start = _beginning(tokenizer)
+
+    def pair() -> tuple[str, str, list[int]]:
+        while (name := f"{rng.choice(_ADJECTIVES.split())}-{rng.randint(100, max(999, length))}") in names:
+            pass
+        names.add(name)
+        entry = str(rng.randint(1000, 9999))
+        return name, entry, _ids(tokenizer, f"\n{name}: {entry}")
+
+    lines = [pair() for _ in range(QUESTIONS)]
+    asked = [lines[i] for i in rng.sample(range(QUESTIONS), QUESTIONS)]
+    tail = [
+        (_ids(tokenizer, text), scored)
+        for name, entry, _ in asked
+        for text, scored in ((f"\n{name}:", False), (f" {entry}", True))
+    ]
+    room = length - len(start) - sum(len(ids) for _, _, ids in lines) - sum(len(ids) for ids, _ in tail)
+    if room < 0:
+        raise ValueError(f"length={length}: a prompt of kind 'pairs' needs {length - room} tokens of this tokenizer")
+    while room:
+        name, entry, ids = pair()
+        lines.append((name, entry, ids[-room:]))
+        room -= len(lines[-1][2])
+    cut = lines.pop() if len(lines) > QUESTIONS else None
+    rng.shuffle(lines)
+    body = [token for _, _, ids in ([cut] if cut else []) + lines for token in ids]
+    return _asked(start + body, tail, "pairs")
+
+
+def _copy(tokenizer: Any, length: int, texts: Sequence[str], rng: random.Random) -> Prompt:
+    """A passage somewhere in a text, and at its end the same passage again, scored behind its first tokens."""
+    start, mark = _beginning(tokenizer), _ids(tokenizer, "\n")
+    passage = min(_PASSAGE, (length - len(start) - 2 * len(mark)) // 2)
+    if passage <= _HINT:
+        raise ValueError(f"length={length}: a prompt of kind 'copy' needs {2 * _HINT + 8} tokens of this tokenizer")
+    filler = _filler(tokenizer, length - len(start) - len(mark) - passage, texts, rng)
+    at = rng.randint(0, max(0, 3 * len(filler) // 4 - passage))
+    again = filler[at : at + passage]
+    tail = [(mark, False), (again[:_HINT], False), (again[_HINT:], True)]
+    return _asked(start + filler, tail, "copy")
 
 
 def _repeats(tokenizer: Any, length: int, rng: random.Random) -> Prompt:

@@ -49,15 +49,14 @@ class Divergence:
         chosen = range(len(self.prompts)) if chosen is None else chosen
         return np.array([self._compare(plan, i)["kl"] for i in chosen])
 
-    def compare(self, plan: HeadPlan) -> dict[str, float]:
-        """Means over the scored tokens of all prompts, each prompt counting alike.
+    def compare(self, plan: HeadPlan) -> list[dict[str, float]]:
+        """Means over the scored tokens of each prompt.
 
         Returns:
             `kl`; `agreement`, how often the likeliest token stays; `accuracy` and `dense_accuracy`, how often it is
             that of the prompt.
         """
-        found = [self._compare(plan, i) for i in range(len(self.prompts))]
-        return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+        return [self._compare(plan, i) for i in range(len(self.prompts))]
 
     def settle(self, plan: HeadPlan, chosen: Sequence[int] | None = None) -> None:
         """Keeps the streams between the layers under a plan, so that plans like it need only the layers that differ.

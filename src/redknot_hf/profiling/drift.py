@@ -25,37 +25,41 @@ _ROWS = 1024  # queries whose errors are held at once, each as wide as the model
 
 
 def measure_drift(
-    model: PreTrainedModel, prompts: Sequence[Prompt], windows: Sequence[int], sink: int, tick: Callable[[], object]
-) -> Float[np.ndarray, "prompts heads windows 2 2"]:
-    """Measures each prompt: squared relative errors of every head at every window, summed, and their number.
+    model: PreTrainedModel, prompts: Sequence[Prompt], choices: Sequence[HeadSpec], tick: Callable[[], bool]
+) -> Float[np.ndarray, "prompts heads choices 2 2"]:
+    """Measures each prompt: squared relative errors of every head under every choice, summed, and their number.
 
     Both are told apart for the queries that predict the prompt's scored tokens, and for queries all over it.
 
     The error is that of the head's contribution to the residual stream, after `o_proj`, when its attention keeps to
-    `sink` and window. It is relative to the stream that the attention's output has been added to, query by query, as
-    what reads the stream norms it. One forward pass serves all heads and windows, and every layer sees the stream of
+    the choice. It is relative to the stream that the attention's output has been added to, query by query, as
+    what reads the stream norms it. One forward pass serves all heads and choices, and every layer sees the stream of
     the unrestricted model.
 
     Args:
-        tick: Called after each prompt.
+        tick: Called after each prompt; where it says so, the prompts left are not measured.
 
     Raises:
         ValueError: A layer of the model has no output projection, or a number is not finite.
     """
     found = []
     for prompt in prompts:
-        meter = _Meter(windows, sink, _queries(prompt).to(model.device), len(prompt.targets))
+        meter = _Meter(choices, _queries(prompt).to(model.device), len(prompt.targets))
         with torch.no_grad(), meter.listening(model), watching(model, meter):
             model(prompt.ids[None].to(model.device), use_cache=False, logits_to_keep=1)
         found.append(meter.result())
-        tick()
+        if tick():
+            break
     return np.stack(found)
 
 
-def drift(sums: Float[np.ndarray, "prompts heads windows 2 2"]) -> Float[np.ndarray, "heads windows"]:
-    """The drift over some prompts: root of the mean squared relative error, queries all over weighing `READING`."""
-    errors, number = np.moveaxis(sums.sum(0), -1, 0)
-    scored, reading = np.moveaxis(errors / number, -1, 0)
+def drift(sums: Float[np.ndarray, "prompts heads choices 2 2"]) -> Float[np.ndarray, "heads choices"]:
+    """The drift over some prompts: root of the mean squared relative error, queries all over weighing `READING`.
+
+    Prompts count alike, however many of their tokens are scored.
+    """
+    errors, number = np.moveaxis(sums, -1, 0)
+    scored, reading = np.moveaxis((errors / number).mean(0), -1, 0)
     return np.sqrt((scored + READING * reading) / (1 + READING))
 
 
@@ -73,17 +77,17 @@ class _Meter:
         scored: How many of them, the first, predict scored tokens.
     """
 
-    def __init__(self, windows: Sequence[int], sink: int, rows: Int[Tensor, " rows"], scored: int) -> None:
-        self.specs = [HeadSpec(window, sink) for window in windows]
+    def __init__(self, choices: Sequence[HeadSpec], rows: Int[Tensor, " rows"], scored: int) -> None:
+        self.choices = choices
         self.rows, self.scored = rows, scored
-        self.errors: dict[int, Float[Tensor, "windows heads rows"]] = {}
-        self.sums: dict[int, Float[Tensor, "heads windows 2 2"]] = {}
+        self.errors: dict[int, Float[Tensor, "choices heads rows"]] = {}
+        self.sums: dict[int, Float[Tensor, "heads choices 2 2"]] = {}
 
     def __call__(self, call: Call) -> Attended:
         whole = call.attend((HeadSpec(),) * call.heads)
         errors = [
             _projected(whole[0, self.rows] - call.attend((spec,) * call.heads)[0, self.rows], call)
-            for spec in self.specs
+            for spec in self.choices
         ]
         self.errors[call.layer] = torch.stack(errors)
         return whole
@@ -134,7 +138,7 @@ class _Meter:
         counts = sums.new_tensor([part.shape[-1] for part in parts]).expand_as(sums)
         self.sums[layer] = torch.stack([sums, counts], -1)
 
-    def result(self) -> Float[np.ndarray, "heads windows 2 2"]:
+    def result(self) -> Float[np.ndarray, "heads choices 2 2"]:
         """The sums of all heads, layer by layer."""
         if self.errors or not self.sums:
             raise ValueError(f"layers {sorted(self.errors)} do not add their attention's output to a residual stream")

@@ -8,14 +8,14 @@ import numpy as np
 
 from redknot_hf.plan.plan import HeadPlan
 
-from .head_profile import HeadProfile
+from .head_profile import HeadProfile, name_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
-    """Draws the errors by layer and KV head, a panel for each window, on a scale of powers of ten.
+    """Draws the errors by layer and KV head, a panel for each choice, on a scale of powers of ten.
 
     Args:
         profile: What to draw.
@@ -32,15 +32,15 @@ def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
         raise ImportError("a heat map needs matplotlib: pip install 'redknot-hf[plot]'") from e
     layers, heads = len(profile.heads_by_layer), max(profile.heads_by_layer)
     width = 1.2 + 0.22 * heads
-    figure = Figure((1.2 + width * len(profile.windows), 1.2 + 0.2 * layers), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(profile.windows), sharey=True))
+    figure = Figure((1.2 + width * len(profile.choices), 1.2 + 0.2 * layers), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(profile.choices), sharey=True))
     positive = profile.errors[profile.errors > 0]
     norm = LogNorm(np.quantile(positive, 0.02), positive.max()) if len(set(positive)) > 1 else None
     image = None
-    for panel, window in zip(panels, profile.windows, strict=True):
-        rows = [np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in profile.table(window)]
+    for panel, choice in zip(panels, profile.choices, strict=True):
+        rows = [np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in profile.table(choice)]
         image = panel.imshow(np.stack(rows), norm=norm, cmap="magma_r", aspect="auto", interpolation="none")
-        panel.set(title=f"window {window}", xlabel="KV head")
+        panel.set(title=name_of(choice), xlabel="KV head")
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
         for layer, specs in enumerate(plan or ()):

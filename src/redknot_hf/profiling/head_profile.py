@@ -2,66 +2,80 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
-FORMAT, VERSION = "redknot-profile", 1
+from . import profile_file
+from .allocation import allocate, steps
+
 Number = int | float
-Errors = Float[np.ndarray, "heads windows"]
+Errors = Float[np.ndarray, "heads choices"]
+Options = Float[np.ndarray, "heads options"]  # the choices, and last to keep everything
+Picks = Int[np.ndarray, " heads"]
+
+# What errors of a method add up as: those of drift are lengths of vectors, whose squares add up.
+_POWER = {"drift": 2}
+_SHOWN = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)  # shares of the bytes at which a profile prints its curve
 
 
 @dataclass(frozen=True, eq=False)
 class HeadProfile:
-    """The error that restricting each KV head causes, by window, and from it a plan for any budget.
+    """The error that each choice causes in each KV head, and from it a plan for any budget.
 
-    A plan is a prefix of moves: the moves (this head to that window) are sorted by their error and made one after
-    another until the budget is met. So one bound holds for all heads, each local head has the smallest window that
-    meets it, and a head is global when no window does.
+    A choice is a `HeadSpec`: a window. Whatever is measured, a head may also keep everything, at no error. For a
+    budget of bytes the heads take the choices whose errors sum up to the least.
 
     Attributes:
         method: How the errors were measured: "drift", "loss", "mass" or "gates".
         heads_by_layer: KV heads of each layer; heads are counted layer by layer.
-        windows: Candidate windows in tokens, ascending.
-        sink: Tokens that a local head keeps beside its window.
-        errors: Error of every head at every window; it never grows with the window.
+        choices: What a head may keep short of everything, the cheapest first.
+        errors: Error of every head under every choice; none grows where a choice keeps more.
         halves: The same over two disjoint halves of the prompts.
-        length: Tokens of the longest prompt; budgets are reckoned at this length.
-        token_bytes: Bytes of one token's key and value in one KV head.
-        target: The budget that the profile was asked for: what `plan()` without arguments makes.
+        length: Tokens of the longest prompt; budgets are reckoned at this length, unless another one is given.
+        head_dims: Elements of a key and of a value, of each layer.
+        itemsize: Bytes of an element in the model's dtype.
+        target: The bound that the profile was asked for: what `plan()` without arguments makes.
+        searched: The choice of every head, `len(choices)` for everything, that a search found for the target.
         provenance: Model, calibration and cost, as JSON can hold it.
     """
 
     method: str
     heads_by_layer: tuple[int, ...]
-    windows: tuple[int, ...]
-    sink: int
+    choices: tuple[HeadSpec, ...]
     errors: Errors
     halves: tuple[Errors, Errors]
     length: int
-    token_bytes: int
+    head_dims: tuple[tuple[int, int], ...]
+    itemsize: int
     target: Mapping[str, Number] = field(default_factory=dict)
+    searched: tuple[int, ...] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = (sum(self.heads_by_layer), len(self.windows))
+        shape = (sum(self.heads_by_layer), len(self.choices))
         for name, errors in (("errors", self.errors), *(("halves", half) for half in self.halves)):
             if errors.shape != shape:
                 raise ValueError(f"{name} are {list(errors.shape)}: give a row for each of {shape[0]} heads")
             if not np.isfinite(errors).all():
                 head = int(np.argwhere(~np.isfinite(errors))[0][0])
                 raise ValueError(f"the {self.method} of head {head} is {errors[head]}: it must be finite")
-        object.__setattr__(self, "errors", _falling(self.errors))
-        object.__setattr__(self, "halves", tuple(map(_falling, self.halves)))
+        if len(self.head_dims) != len(self.heads_by_layer):
+            raise ValueError(f"head_dims are of {len(self.head_dims)} layers, of {len(self.heads_by_layer)}")
+        object.__setattr__(self, "errors", _falling(self.errors, self.choices))
+        object.__setattr__(self, "halves", tuple(_falling(half, self.choices) for half in self.halves))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The windows among the choices, ascending."""
+        return tuple(sorted({spec.window for spec in self.choices if spec.window is not None}))
 
     def plan(
         self,
@@ -70,6 +84,7 @@ class HeadProfile:
         global_ratio: Number | None = None,
         bytes_per_token: Number | None = None,
         max_error: Number | None = None,
+        length: int | None = None,
     ) -> HeadPlan:
         """Makes the plan for one of these bounds, or for what the profile was asked for.
 
@@ -77,114 +92,169 @@ class HeadProfile:
             budget: Share of the dense cache's bytes, 0 to 1, to keep of a sequence of `length` tokens, at most.
             global_ratio: Share of the KV heads that are global, exactly `round(ratio * heads)`.
             bytes_per_token: Bytes a token to keep of a sequence of `length` tokens, all heads together, at most.
-            max_error: Error that no restricted head exceeds, in the unit of the method.
+            max_error: Error that no head exceeds, in the unit of the method.
+            length: Tokens of the sequences that will be served; by default those of the profile's longest prompt.
+
+        Returns:
+            The plan. What confirmed a plan for the profile's own target is in the provenance of that one only.
 
         Raises:
-            ValueError: Not exactly one bound is given, or no plan meets it.
+            ValueError: Not exactly one bound is given, or no plan meets it; the message says what is possible.
         """
         given = {"budget": budget, "global_ratio": global_ratio}
         given |= {"bytes_per_token": bytes_per_token, "max_error": max_error}
         given = {name: bound for name, bound in given.items() if bound is not None} or dict(self.target)
         check_target(given)
-        order = self._moves(self.errors)
-        made = self._made(self.errors, order, given)
-        measured = float(self.errors[order[made - 1]]) if made else 0.0
-        return self._plan_of(order[:made], {**given, self.method: round(measured, 6)})
+        length = self.length if length is None else length
+        asked = given == dict(self.target) and length == self.length
+        picks = self._picks(self.errors, given, length)
+        if asked and self.searched is not None:
+            picks = np.array(self.searched)
+        provenance = {name: entry for name, entry in self.provenance.items() if asked or name != "held_out"}
+        provenance |= {"overlap": round(self.overlap(**given, length=length), 4)}
+        measured = self._all(self.errors)[np.arange(len(picks)), picks]
+        provenance |= {"method": self.method, **given, "length": length, self.method: round(float(measured.max()), 6)}
+        return self._plan_of(picks, provenance)
 
-    def overlap(self, **bound: Number) -> float:
+    def picks(self, *, length: int | None = None, **bound: Number) -> Picks:
+        """The index of every head's choice, `len(choices)` for everything; arguments as `plan`."""
+        return self._picks(self.errors, bound or dict(self.target), self.length if length is None else length)
+
+    def costs(self, length: int | None = None) -> Options:
+        """Bytes that every head keeps of a sequence under every choice, and last of everything."""
+        return self._costs(self.length if length is None else length)
+
+    def bytes_allowed(self) -> float:
+        """Bytes that the target allows, all heads together, where it is one of bytes."""
+        ((name, value),) = self.target.items()
+        return float(value * (self.costs()[:, -1].sum() if name == "budget" else self.length))
+
+    def overlap(self, *, length: int | None = None, **bound: Number) -> float:
         """Overlap (Jaccard) of the global heads that each half of the prompts would choose; arguments as `plan`.
 
         1 where both halves choose the same heads, or none.
         """
-        first, second = (self._global(half, bound or dict(self.target)) for half in self.halves)
+        given, length = bound or dict(self.target), self.length if length is None else length
+        check_target(given)
+        first, second = (
+            {head for head, spec in enumerate(self._specs(self._picks(half, given, length))) if spec.is_global}
+            for half in self.halves
+        )
         return len(first & second) / len(first | second) if first | second else 1.0
 
-    def table(self, window: int | None = None) -> list[Float[np.ndarray, " heads"]]:
-        """Errors at one window, by default the widest, an array for each layer."""
-        column = len(self.windows) - 1 if window is None else self.windows.index(window)
+    def curve(self, length: int | None = None) -> list[tuple[float, float]]:
+        """Share of the dense bytes, and error in the method's unit, of the best plans: from all choices to none.
+
+        Args:
+            length: Tokens of the sequences that will be served.
+
+        Returns:
+            Pairs by rising share. The errors of drift are the root of their summed squares.
+        """
+        costs, errors = self._costs(self.length if length is None else length), self._weights(self.errors)
+        picks, order = steps(costs, errors)
+        heads = np.arange(len(costs))
+        spent, error = costs[heads, picks].sum(), errors[heads, picks].sum()
+        found = [(spent, error)]
+        for step in order:
+            spent, error = spent + step.cost, error - step.gain
+            found.append((spent, error))
+        dense, power = costs[:, -1].sum(), _POWER.get(self.method, 1)
+        return [(float(bytes_ / dense), float(max(error, 0.0) ** (1 / power))) for bytes_, error in found]
+
+    def table(self, window: int | HeadSpec | None = None) -> list[Float[np.ndarray, " heads"]]:
+        """Errors under one choice, or at one window, by default the last; an array for each layer."""
+        if isinstance(window, int):
+            window = next(spec for spec in self.choices if spec.window == window)
+        column = len(self.choices) - 1 if window is None else self.choices.index(window)
         return np.split(self.errors[:, column], np.cumsum(self.heads_by_layer)[:-1])
 
     def save(self, path: AnyPath) -> None:
         """Writes the profile as JSON."""
-        data = {"format": FORMAT, "version": VERSION, "method": self.method, "heads_by_layer": self.heads_by_layer}
-        data |= {"windows": self.windows, "sink": self.sink, "length": self.length, "token_bytes": self.token_bytes}
-        data |= {"target": dict(self.target), "provenance": dict(self.provenance)}
-        data |= {"errors": _digits(self.errors), "halves": [_digits(half) for half in self.halves]}
-        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry, allow_nan=False)}" for key, entry in data.items())
-        Path(path).write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+        profile_file.write(path, self)
 
     @classmethod
     def load(cls, path: AnyPath) -> HeadProfile:
-        """Loads what `save` wrote.
+        """Loads what `save` wrote, files of version 1 included.
 
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: The file is of another format or version, or damaged.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = data.get("format"), data.get("version")
-        except (ValueError, AttributeError) as e:
-            raise ValueError(f"{path}: is no profile ({e}); write it again with HeadProfile.save") from e
-        if found != (FORMAT, VERSION):
-            raise ValueError(f"{path}: has format {found}, not {(FORMAT, VERSION)}; give a file of HeadProfile.save")
-        try:
-            errors, halves = np.array(data["errors"]), tuple(np.array(half) for half in data["halves"])
-            data = {key: data[key] for key in data if key not in ("format", "version", "errors", "halves")}
-            data |= {name: tuple(data[name]) for name in ("heads_by_layer", "windows")}
-            return cls(**data, errors=errors, halves=(halves[0], halves[1]))
-        except (KeyError, TypeError, IndexError) as e:
-            raise ValueError(f"{path}: is damaged ({type(e).__name__}: {e}); profile again") from e
+        return profile_file.read(path, cls)
 
     def __str__(self) -> str:
         heads = f"{len(self.heads_by_layer)} layers, {len(self.errors)} KV heads"
-        found = f"HeadProfile({self.method}: {heads}, windows {', '.join(map(str, self.windows))}, sink {self.sink})"
-        return f"{found}\n{self.plan()}" if self.target else found
-
-    def _moves(self, errors: Errors) -> list[tuple[int, int]]:
-        """(head, window) pairs by rising error; among equals wide windows come first, as each head must go."""
-        heads, columns = np.indices(errors.shape)
-        order = np.lexsort((heads.ravel(), -columns.ravel(), errors.ravel()))
-        return [divmod(int(i), len(self.windows)) for i in order]
-
-    def _made(self, errors: Errors, order: list[tuple[int, int]], bound: Mapping[str, Number]) -> int:
-        """How many of the moves the bound asks for, or allows."""
-        ((name, value),) = bound.items()
-        if name == "max_error":
-            return int(sum(errors[move] <= value for move in order))
-        heads = len(self.errors)
-        if name == "global_ratio":
-            wanted = heads - round(value * heads)
-            left = np.cumsum([column == len(self.windows) - 1 for _, column in order])
-            return int(np.searchsorted(left, wanted)) + 1 if wanted else 0
-        kept = {c: HeadSpec(window, self.sink).kept(self.length) for c, window in enumerate(self.windows)}
-        held = np.full(heads, self.length)
-        allowed = value * heads * self.length if name == "budget" else value * self.length / self.token_bytes
-        if held.sum() <= allowed:
-            return 0
-        for made, (head, column) in enumerate(order, 1):
-            held[head] = kept[column]
-            if held.sum() <= allowed:
-                return made
-        least = held.sum() * (self.token_bytes / self.length if name == "bytes_per_token" else 1 / heads / self.length)
-        raise ValueError(
-            f"{name}={value} is impossible: with every head local to {self.windows[0]} + {self.sink} tokens, a "
-            f"sequence of {self.length} tokens keeps {least:.4g}. Give more, or smaller windows."
+        lines = [f"HeadProfile({self.method}: {heads}, choices {', '.join(map(name_of, self.choices))})"]
+        shares, errors = zip(*self.curve(), strict=True)
+        shown = [share for share in _SHOWN if share >= shares[0]]
+        cells = [(f"{share:.0%}", f"{np.interp(share, shares, errors):.3g}") for share in shown]
+        lines.append(
+            f"bytes kept of {self.length} tokens, and {self.method} foretold (bytes from {shares[0]:.1%} on):"
         )
+        lines += ["  " + "  ".join(f"{cell[row]:>7}" for cell in cells) for row in range(2)]
+        return "\n".join([*lines, *([str(self.plan())] if self.target else [])])
 
-    def _plan_of(self, moves: Iterable[tuple[int, int]], choice: Mapping[str, Number]) -> HeadPlan:
-        specs = [HeadSpec()] * len(self.errors)
-        for head, column in moves:
-            specs[head] = HeadSpec(self.windows[column], self.sink)
+    def _specs(self, picks: Picks) -> list[HeadSpec]:
+        return [(*self.choices, HeadSpec())[pick] for pick in picks.tolist()]
+
+    def _all(self, errors: Errors) -> Options:
+        """The errors with a column more: everything is kept, and nothing goes wrong."""
+        return np.concatenate([errors, np.zeros((len(errors), 1))], 1)
+
+    def _weights(self, errors: Errors) -> Options:
+        """The same, as they add up."""
+        return self._all(errors) ** _POWER.get(self.method, 1)
+
+    def _costs(self, length: int) -> Options:
+        """Bytes that every head keeps under every choice, and last without a restriction."""
+        if length < 1:
+            raise ValueError(f"length is {length}: give the tokens of the sequences that will be served")
+        rows = [
+            [HeadPlan([[spec]]).nbytes(length, dims, self.itemsize) for spec in (*self.choices, HeadSpec())]
+            for dims in self.head_dims
+        ]
+        return np.repeat(np.array(rows, dtype=float), self.heads_by_layer, axis=0)
+
+    def _picks(self, errors: Errors, bound: Mapping[str, Number], length: int) -> Picks:
+        """The choice of every head under a bound."""
+        ((name, value),) = bound.items()
+        costs = self._costs(length)
+        if name == "max_error":
+            return self._cheapest(errors, costs, value)
+        if name == "global_ratio":
+            return self._at_ratio(errors, costs, value)
+        unit = costs[:, -1].sum() if name == "budget" else length
+        try:
+            return allocate(costs, self._weights(errors), float(value * unit))
+        except ValueError as e:
+            least = costs.min(1).sum() / unit
+            raise ValueError(
+                f"{name}={value} is impossible: with every head at {name_of(self.choices[0])}, a sequence of {length} "
+                f"tokens keeps {least:.4g}. Give more, or smaller windows."
+            ) from e
+
+    def _cheapest(self, errors: Errors, costs: Options, most: Number) -> Picks:
+        """The cheapest choice of every head that causes no more than this error."""
+        return np.where(self._all(errors) <= most, costs, np.inf).argmin(1)
+
+    def _at_ratio(self, errors: Errors, costs: Options, ratio: Number) -> Picks:
+        """Heads whose best window does worst are global; one bound of error holds for the others."""
+        local = np.array([i for i, spec in enumerate(self.choices) if not spec.is_global])
+        best = errors[:, local].min(1)
+        order = np.argsort(best, kind="stable")
+        rest = order[: len(errors) - round(ratio * len(errors))]
+        most = best[rest].max(initial=0.0)
+        allowed = np.full(self._all(errors).shape, False)
+        allowed[:, -1] = True
+        allowed[rest] = False
+        allowed[np.ix_(rest, local)] = errors[np.ix_(rest, local)] <= most
+        return np.where(allowed, costs, np.inf).argmin(1)
+
+    def _plan_of(self, picks: Picks, provenance: Mapping[str, Any]) -> HeadPlan:
+        specs = self._specs(picks)
         ends = np.cumsum((0, *self.heads_by_layer))
-        layers = tuple(tuple(specs[a:b]) for a, b in pairwise(ends))
-        return HeadPlan(layers, provenance={**self.provenance, "method": self.method, **choice})
-
-    def _global(self, errors: Errors, bound: Mapping[str, Number]) -> set[int]:
-        check_target(bound)
-        order = self._moves(errors)
-        left = {head for head, _ in order[: self._made(errors, order, bound)]}
-        return set(range(len(errors))) - left
+        return HeadPlan(tuple(tuple(specs[a:b]) for a, b in pairwise(ends)), provenance=provenance)
 
 
 def check_target(bound: Mapping[str, Number]) -> None:
@@ -202,10 +272,22 @@ def check_target(bound: Mapping[str, Number]) -> None:
         raise ValueError(f"{name} is {value}: give a {'share from 0 to 1' if top == 1 else 'number above 0'}")
 
 
-def _digits(errors: Errors) -> list[list[float]]:
-    return [[float(f"{error:.6g}") for error in row] for row in errors]
+def name_of(spec: HeadSpec) -> str:
+    """What a choice is called where people read it."""
+    return "everything" if spec.window is None else f"window {spec.window}"
 
 
-def _falling(errors: Errors) -> Errors:
-    """A wider window keeps all that a smaller one keeps; noise must not say otherwise."""
-    return np.maximum.accumulate(errors[:, ::-1], axis=1)[:, ::-1]
+def _falling(errors: Errors, choices: Sequence[HeadSpec]) -> Errors:
+    """Who keeps more errs no more; noise must not say otherwise."""
+    found = errors.copy()
+    for column, spec in enumerate(choices):
+        more = [i for i, other in enumerate(choices) if _keeps_all_of(other, spec)]
+        found[:, column] = errors[:, more].max(1)
+    return found
+
+
+def _keeps_all_of(more: HeadSpec, less: HeadSpec) -> bool:
+    """Whether the first keeps all that the second keeps."""
+    if more.window is None or less.window is None:
+        return more.window is None
+    return more.window >= less.window and more.sink + more.window >= less.sink + less.window

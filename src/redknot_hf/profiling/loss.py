@@ -44,7 +44,7 @@ class LossSearch:
         tick: Callable[[int], object],
     ) -> None:
         self.model, self.windows, self.sink, self.tick = model, windows, sink, tick
-        sums = measure_drift(model, prompts, windows, sink, lambda: None)
+        sums = measure_drift(model, prompts, [HeadSpec(window, sink) for window in windows], lambda: False)
         self.drifts = drift(sums)
         self.divergence = Divergence(model, prompts)
         self.until: float | None = None

@@ -19,6 +19,7 @@ from redknot_hf.plan.plan import HeadSpec
 from .prompt import Prompt, evenly
 
 _ROWS = 64  # queries of a prompt whose weights are looked at
+_SINKS = 4  # tokens that attention falls back on where a text begins
 
 
 def measure_mass(
@@ -27,8 +28,10 @@ def measure_mass(
     """Measures each prompt: the greater of edge mass and prefix shift of every head at every window.
 
     Edge mass is the mean share of a query's attention outside of sink and window. Prefix shift is 1 - cosine between
-    the attention among the tokens of the prompt's second half, read behind the first half and read alone. Both are
-    taken at up to 64 queries, and of a group of query heads the greatest counts.
+    the attention among the tokens of the prompt's second half, read behind the first half and read alone. Its first
+    tokens are left out of that: read alone they become an attention sink, which they are not behind the first half,
+    and which would decide for most heads of a pretrained model. Both are taken at up to 64 queries, and of a group of
+    query heads the greatest counts.
     """
     found = []
     for prompt in prompts:
@@ -43,7 +46,8 @@ def measure_mass(
                     model(read, use_cache=False, logits_to_keep=1)
         layers = []
         for layer in sorted(whole.among):
-            shift = 1 - torch.cosine_similarity(whole.among[layer].flatten(1), alone.among[layer].flatten(1))
+            behind, by_itself = (watcher.among[layer][..., _SINKS:].flatten(1) for watcher in (whole, alone))
+            shift = 1 - torch.cosine_similarity(behind, by_itself)
             layers.append(torch.maximum(whole.outside[layer], shift[:, None]).unflatten(0, (whole.heads[layer], -1)))
         found.append(torch.cat([layer.amax(1) for layer in layers]).double().cpu().numpy())
         tick()

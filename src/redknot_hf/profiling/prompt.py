@@ -51,7 +51,7 @@ def evenly(targets: Int[Tensor, " targets"], most: int) -> Int[Tensor, " taken"]
     return targets.flip(0)[::step].flip(0)
 
 
-def as_prompts(inputs: Any, windows: Sequence[int], sink: int) -> list[Prompt]:
+def as_prompts(inputs: Any, windows: Sequence[int] = (), sink: int = 0) -> list[Prompt]:
     """Makes prompts of what a caller has: prompts, sequences of token ids, or a tensor with a prompt a row.
 
     Raises:
@@ -61,13 +61,26 @@ def as_prompts(inputs: Any, windows: Sequence[int], sink: int) -> list[Prompt]:
     prompts = [item if isinstance(item, Prompt) else Prompt(_ids(item)) for item in inputs]
     if not prompts:
         raise ValueError("there are no prompts: give some, for example calibration_prompts(tokenizer, length=4096)")
-    short, reach = min(map(len, prompts)), max(windows) + sink
+    short, reach = min(map(len, prompts)), max(windows, default=0) + sink
     if short <= reach:
         raise ValueError(
             f"a prompt has {short} tokens, and a window of {max(windows)} with a sink of {sink} hides nothing of it: "
             f"give prompts longer than {reach} tokens, or smaller windows"
         )
     return prompts
+
+
+def held_apart(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to measure, and of every kind a quarter of them, one at least, to confirm a plan on.
+
+    A kind of which there is only one prompt is measured, and with fewer than four prompts nothing is held out.
+    """
+    kinds: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        kinds.setdefault(prompt.kind, []).append(i)
+    enough = len(prompts) >= 4
+    held = {i for of in kinds.values() if enough and len(of) > 1 for i in of[3::4] or of[-1:]}
+    return [p for i, p in enumerate(prompts) if i not in held], [p for i, p in enumerate(prompts) if i in held]
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
