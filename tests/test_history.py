@@ -41,3 +41,13 @@ def test_select_and_fork():
     fork.add(1)
     assert fork.real_among_last(13, 3).tolist() == [11, 11, 13]
     assert history.real_among_last(12, 2).tolist() == [12, 10]
+
+
+def test_padding_is_forgotten_with_the_sequences_that_had_it():
+    history = padded_history()
+    history.forget_padding()
+    assert history.padded
+    history.select(torch.tensor([0, 0]))
+    history.forget_padding()
+    assert not history.padded
+    assert history.real_among_last(12, 2).tolist() == [12, 12]

@@ -1,8 +1,9 @@
 """Paged attention against an oracle: dense attention in float64 under the explicit mask."""
 
 import pytest
+import redknot_kernels.plain.prefill as prefill_module
 import torch
-from paged_rows import HEADS, STEPS, Rows, oracle
+from paged_rows import GLOBAL, HEADS, STEPS, Rows, oracle
 from redknot_kernels import UNBOUNDED, HeadRules, Pages, append, decode
 
 
@@ -23,6 +24,22 @@ def test_the_models_own_window_bounds_the_sinks(steps, reach):
     for tokens in STEPS[steps]:
         out, expected = rows.step(tokens, group=2, scale=0.3)
         torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_later_chunk_costs_what_the_rows_hold_and_not_what_a_window_allows(monkeypatch):
+    widest = []
+    inner = prefill_module.attend
+
+    def attend(query, key, *args, **kwargs):
+        widest.append(key.shape[2])
+        return inner(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(prefill_module, "attend", attend)
+    rows = Rows(2, [GLOBAL, (10**8, 2), (10**5, 0), (41, 90), (7, 10**6)], (16, 16), 8, 123)
+    for tokens in (40, 33, 50):
+        out, expected = rows.step(tokens, group=2, scale=0.3)
+        torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+    assert max(widest) <= 3 * 123
 
 
 @pytest.mark.parametrize(

@@ -116,17 +116,19 @@ def _run(query: Query, step: Step, run: Run, options: dict[str, Any]) -> Output:
         return layer.kernels.prefill(
             query, run.take(step.key), run.take(step.value), run.context, rows.rules, **options
         )
-    on_device = layer.on_device()
-    table, lengths = on_device.table[run.sequences], on_device.counts[:-1][run.sequences]
-    return layer.kernels.decode(query, pool.pages, table, lengths, rows.rules, **options)
+    with pool.lock:
+        on_device = layer.on_device()
+        table, lengths = on_device.table[run.sequences], on_device.counts[:-1][run.sequences]
+        return layer.kernels.decode(query, pool.pages, table, lengths, rows.rules, **options)
 
 
 def _explicit(query: Query, step: Step, mask: Explicit, options: dict[str, Any]) -> Output:
     """Attends under a mask of the caller's own, which says what comes after what; each head's window still holds."""
     layer = step.layer
     if step.past is None:
-        layer.prefetch()
-        step.past = _read_past(step)
+        with layer.storage()[1].lock:
+            layer.bring_back()
+            step.past = _read_past(step)
         write(step, None)
     out = query.new_empty(len(query), query.shape[2], query.shape[1], step.value.shape[-1])
     heads = step.key.shape[1]

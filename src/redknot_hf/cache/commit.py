@@ -23,43 +23,45 @@ def write(step: Step, real: Real | None) -> None:
         return
     layer = step.layer
     rows, pool = layer.storage()
-    layer.prefetch()
     counts = _counts(step, real)
-    layer.reserve(rows.lengths + counts)
-    on_device = layer.on_device()
-    for run in runs(step, real):
-        key, value = run.take(step.key), run.take(step.value)
-        part = on_device.table[run.sequences], on_device.counts[:-1][run.sequences]
-        if key.shape[2] > layer.page_size and rows.lengths[run.sequences][0] > 0:
-            past = int(rows.lengths[run.sequences][0])
-            run.context = read_context(pool.pages, part[0], past, rows.rules)
-        layer.kernels.append(pool.pages, key, value, *part, rows.rules)
-        step.runs.append(run)
-    layer.advance(step, counts, real)
-    layer.on_device()  # a captured step may be next
+    with pool.lock:
+        layer.bring_back()
+        layer.reserve(rows.lengths + counts)
+        on_device = layer.on_device()
+        for run in runs(step, real):
+            key, value = run.take(step.key), run.take(step.value)
+            part = on_device.table[run.sequences], on_device.counts[:-1][run.sequences]
+            if key.shape[2] > layer.page_size and rows.lengths[run.sequences][0] > 0:
+                past = int(rows.lengths[run.sequences][0])
+                run.context = read_context(pool.pages, part[0], past, rows.rules)
+            layer.kernels.append(pool.pages, key, value, *part, rows.rules)
+            step.runs.append(run)
+        layer.advance(step, counts, real)
+        layer.on_device()  # a captured step may be next
 
 
 def write_and_attend(query: Query, step: Step, real: Real | None, options: dict[str, Any]) -> Output:
     """Writes a step of at most a page and attends it, by one call of the kernels."""
     layer = step.layer
     rows, pool = layer.storage()
-    layer.prefetch()
     counts = _counts(step, real)
-    layer.reserve(rows.lengths + counts)
-    if real is None and step.tokens == 1 and (views := layer.views()):
-        assert layer.kernels.step_in_views is not None
-        out = layer.kernels.step_in_views(
-            query, step.key, step.value, views, int(rows.lengths[0]), rows.rules, **options
-        )
+    with pool.lock:
+        layer.bring_back()
+        layer.reserve(rows.lengths + counts)
+        if real is None and step.tokens == 1 and (views := layer.views()):
+            assert layer.kernels.step_in_views is not None
+            out = layer.kernels.step_in_views(
+                query, step.key, step.value, views, int(rows.lengths[0]), rows.rules, **options
+            )
+            layer.advance(step, counts, real)
+            return out
+        on_device = layer.on_device()
+        out = layer.kernels.step(
+            query, pool.pages, step.key, step.value, on_device.table, on_device.counts, real, rows.rules,
+            **options,
+        )  # fmt: skip
         layer.advance(step, counts, real)
-        return out
-    on_device = layer.on_device()
-    out = layer.kernels.step(
-        query, pool.pages, step.key, step.value, on_device.table, on_device.counts, real, rows.rules,
-        **options,
-    )  # fmt: skip
-    layer.advance(step, counts, real)
-    on_device.advanced(rows, layer.slots)
+        on_device.advanced(rows, layer.slots)
     return out
 
 

@@ -57,6 +57,12 @@ class SlotHistory:
         """Makes sequence i what sequence `index[i]` was."""
         self._spans = [s if isinstance(s, int) else s.index_select(0, index.to(s.device)) for s in self._spans]
 
+    def forget_padding(self) -> None:
+        """Counts steps without padding as such, where the sequences that had some are gone; waits for the device."""
+        spans, self._spans = self._spans, []
+        for span in spans:
+            self.add(span if isinstance(span, int) or not bool(span.all()) else span.shape[1])
+
     def fork(self) -> SlotHistory:
         """A copy that grows apart."""
         other = SlotHistory()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import numpy as np
@@ -166,15 +165,15 @@ class RedKnotLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Drops all tokens and their memory, but not what `max_cache_len` reserved; pages of forks stay theirs."""
-        pool, rows = self.pool, self.rows
-        if self.max_cache_len is not None and rows is not None:
-            rows.cut(np.zeros_like(rows.lengths))
+        if self.max_cache_len is None or self.rows is None or self.pool is None:
+            self._clear()
+            return
+        with self.pool.lock:
+            self.rows.cut(np.zeros_like(self.rows.lengths))
             self.slots, self.history = 0, SlotHistory()
             self._settle()
-            return
-        self._clear()
-        if pool is not None:
-            pool.trim(spare=0)
+            for part in self.pool.pages:
+                part.zero_()  # what was there need not stay readable
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last slots: a negative number of them, or 0 to give spare memory back.
@@ -183,28 +182,35 @@ class RedKnotLayer(CacheLayerMixin):
             ValueError: The number is positive, or reaches beyond what the rows keep.
         """
         lengths = self.lengths_after_crop(tokens_to_remove)
-        if lengths is not None and self.rows is not None:
-            self.slots += int(tokens_to_remove)
-            self.history.drop_last(-int(tokens_to_remove))
-            self.rows.cut(lengths)
-        self.trim()
-        self._settle()
+        if self.rows is None or self.pool is None:
+            return
+        with self.pool.lock:
+            if lengths is not None:
+                self.slots += int(tokens_to_remove)
+                self.history.drop_last(-int(tokens_to_remove))
+                self.rows.cut(lengths)
+            self._shrink()
+            self._settle()
 
     def activate_past_recording(self) -> None:
         """Keeps `RECORDED` more tokens per local row from now on, so that as many can be taken back by `crop`."""
-        if not self.record_past and self.rows is not None:
-            self._widen()
+        if not self.record_past and self.pool is not None:
+            self.catch_up()
+            with self.pool.lock:
+                self._widen()
         self.record_past = True
 
     def offload(self) -> None:
         """Moves the pages to the host; the next step, or `prefetch`, brings them back."""
         if self.pool is not None:
-            self.pool.to(torch.device("cpu"))
+            with self.pool.lock:
+                self.pool.to(torch.device("cpu"))
 
     def prefetch(self) -> None:
         """Moves the pages to the layer's device."""
-        if self.pool is not None and self.pool.pages.device != self.device:
-            self.pool.to(self.device)
+        if self.pool is not None:
+            with self.pool.lock:
+                self.bring_back()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes sequence i what sequence `beam_idx[i]` was; pages are shared until they are written."""
@@ -218,22 +224,30 @@ class RedKnotLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some sequences and gives the memory of the others back."""
         self._select(indices)
-        self.trim()
+        self.history.forget_padding()
+        if self.pool is not None:
+            with self.pool.lock:
+                self._shrink()
 
-    # What committing a step calls
+    # What committing a step calls; whoever does holds the pool's lock
+
+    def bring_back(self) -> None:
+        """Moves the pages to the layer's device, and frees those that nobody holds any more."""
+        _, pool = self.storage()
+        pool.collect()
+        if pool.pages.device != self.device:
+            pool.to(self.device)
 
     def reserve(self, lengths: Int[np.ndarray, " batch"]) -> None:
         """Gives every row the pages to hold sequences of these lengths, and pages of its own where it will write."""
         rows, pool = self.storage()
         if self.max_cache_len is not None:  # a captured step cannot ask for pages
             lengths = np.full(rows.batch, self.max_cache_len)
-        if pool.lost_a_holder():
-            self.trim()
-        if not pool.shared and rows.has_room(lengths):
+        if rows.has_room(lengths):
             return
         allocate = lambda count: pool.allocate(count, spare=rows.unbounded)  # noqa: E731
         if pool.shared:
-            pool.copy(*rows.unshare(lengths, pool.refs(), allocate))
+            pool.copy(*rows.unshare(lengths, pool.references.counts, allocate))
         if pool.alone(rows) and rows.pages_missing(lengths) > pool.free:
             pool.lay_out(rows, lengths)  # growing copies everything in any case
         else:
@@ -291,7 +305,11 @@ class RedKnotLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of the pages; they may be shared with a fork."""
-        return 0 if self.pool is None else self.pool.nbytes
+        if self.pool is None:
+            return 0
+        with self.pool.lock:
+            self.pool.collect()
+            return self.pool.nbytes
 
     def lengths_after_crop(self, tokens_to_remove: int | Tensor) -> Int[np.ndarray, " batch"] | None:
         """Tokens of each sequence after a crop; `None` if there is nothing to take back. Raises as `crop` does."""
@@ -312,14 +330,14 @@ class RedKnotLayer(CacheLayerMixin):
             )
         return lengths
 
-    def trim(self) -> None:
-        """Gives pages that no row holds back to the device, apart from one for each global row."""
+    def __getstate__(self) -> dict[str, Any]:
+        """With the pages of its own rows only, whoever else holds pages of the pool."""
         if self.pool is None or self.rows is None:
-            return
-        if self.pool.alone(self.rows) and self.pool.free > self.rows.unbounded:
-            self.pool.lay_out(self.rows, self.rows.lengths)
-        else:
-            self.pool.trim(self.rows.unbounded)
+            return vars(self)
+        self.catch_up()
+        with self.pool.lock:
+            pool, rows = self.pool.part(self.rows)
+        return {**vars(self), "pool": pool, "rows": rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -330,13 +348,15 @@ class RedKnotLayer(CacheLayerMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> RedKnotLayer:
         """A fork: the same pages, copied when either side writes to them; with `max_cache_len`, pages of its own."""
         self.catch_up()
-        other = copy(self)
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
         other.history = self.history.fork()
         other.rows_on_device, other.row_views = DeviceRows(), RowViews()
         if self.pool is not None and self.rows is not None:
-            other.rows = self.rows.fork()
-            other.pool = self.pool if self.max_cache_len is None else self.pool.clone()
-            other.pool.hold(other.rows)
+            with self.pool.lock:
+                other.rows = self.rows.fork()
+                other.pool = self.pool if self.max_cache_len is None else self.pool.clone()
+                other.pool.hold(other.rows)
             other._settle()
         memo[id(self)] = other
         return other
@@ -363,6 +383,11 @@ class RedKnotLayer(CacheLayerMixin):
     def _head_rules(self, heads: int, slack: int) -> HeadRules:
         return head_rules(local_specs(self.specs, heads), self.page_size, self.sliding_window, slack)
 
+    def _shrink(self) -> None:
+        if self.pool is not None:
+            self.pool.collect()
+            self.pool.shrink()
+
     def _settle(self) -> None:
         """With `max_cache_len`: reserves everything and brings it to the device, where captured steps will look."""
         if self.max_cache_len is None or self.rows is None or self.pool is None:
@@ -378,15 +403,14 @@ class RedKnotLayer(CacheLayerMixin):
             return
         self.catch_up()
         where = index.cpu()
-        self.rows.select(where.numpy())
-        self.batch_size = self.rows.batch
         self.history.select(where)
-        self.pool.shared = True
-        self._settle()
+        with self.pool.lock:
+            self.rows.select(where.numpy())
+            self.batch_size = self.rows.batch
+            self._settle()
 
     def _widen(self) -> None:
         rows, pool = self.storage()
-        self.catch_up()
         self.rules = self._head_rules(rows.rules.heads, RECORDED)
 
         def reserve() -> None:
@@ -395,5 +419,5 @@ class RedKnotLayer(CacheLayerMixin):
             self.reserve(rows.lengths)
 
         widen(rows, pool, self.rules, reserve)
-        self.trim()
+        self._shrink()
         self._settle()

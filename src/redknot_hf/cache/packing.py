@@ -34,14 +34,15 @@ def splice(layer: RedKnotLayer, index: int, sequence: int, segment: Segment, rot
     """
     rows, pool = layer.storage()
     start = int(rows.lengths[sequence])
-    layer.prefetch()
     lengths = rows.lengths.copy()
     lengths[sequence] = start + segment.tokens
-    layer.reserve(lengths)
-    table = layer.table_on_device()[sequence]
-    span = segment.tokens, 0, start
-    place(layer, index, segment, pool.pages, table, rows.rules, span, rotation)
-    count(layer, index, sequence, segment, 0)
+    with pool.lock:
+        layer.bring_back()
+        layer.reserve(lengths)
+        table = layer.table_on_device()[sequence]
+        span = segment.tokens, 0, start
+        place(layer, index, segment, pool.pages, table, rows.rules, span, rotation)
+        count(layer, index, sequence, segment, 0)
 
 
 def place(
@@ -97,9 +98,10 @@ def read(
     size = rows.rules.page_size
     sink, ring = (np.array(x)[heads] for x in (rows.rules.sink, rows.rules.ring))
     slots = np.where(positions < sink, positions, sink + (positions - sink) % ring)
-    pages = rows.table[sequence, heads, slots // size].astype(np.int64)
-    where = staged(pages * size + slots % size, pool.pages.device).to(pool.pages.device, non_blocking=True)
-    keys, values = (x.view(-1, x.shape[-1]).index_select(0, where) for x in pool.pages)
+    with pool.lock:
+        pages = rows.table[sequence, heads, slots // size].astype(np.int64)
+        where = staged(pages * size + slots % size, pool.pages.device).to(pool.pages.device, non_blocking=True)
+        keys, values = (x.view(-1, x.shape[-1]).index_select(0, where) for x in pool.pages)
     return keys, values
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from copy import copy
+from threading import Lock
 from typing import Any
-from weakref import WeakSet
+from weakref import finalize, ref
 
 import numpy as np
 import torch
@@ -13,20 +15,30 @@ from redknot_kernels import Pages, copy_pages
 from torch import Tensor
 
 from .device_rows import staged
-from .rows import ABSENT, Ids, Rows
+from .rows import Rows
+from .table import ABSENT, Ids, PageTable, References
+
+# A pool that several hold grows by an eighth at least, and gives back no less while they are several: each time all
+# of it is copied, so that many holders that grow or go one by one would else copy it as often as they are many.
+_SHARE = 8
 
 
 class PagePool:
     """Keys and values of one layer, page by page.
 
-    A page is free when no table lists it, so nothing can leak: rows that are cut, dropped or garbage-collected give
-    their pages back without a word. The pool grows and shrinks by whole pages, layer by layer: while it is resized,
-    one layer's keys (or values) stand in memory twice, not the cache.
+    Pages are counted where tables list them (reference counts), and a page that none lists is free. Rows that are
+    garbage-collected give their pages back too, at once or, if the pool is at work just then, when that is done. The
+    pool grows and shrinks by whole pages, layer by layer: while it is resized, one layer's keys (or values) stand in
+    memory twice, not the cache.
+
+    Forks hold pages of one pool, and may be used from different threads: whoever reads or writes rows or pages that
+    others may hold does so under `lock`, from reserving pages until the kernels have been called.
 
     Attributes:
         pages: Keys and values. Always finite, so that a masked slot cannot spoil a sum.
         fixed: The number of pages is settled (`max_cache_len`).
-        shared: Some page may have several holders.
+        lock: Not re-entrant. Methods of the pool and of its rows do not take it themselves.
+        references: How often each page is listed, and which are free.
     """
 
     def __init__(
@@ -34,11 +46,15 @@ class PagePool:
     ) -> None:
         self.page_size = page_size
         self.fixed = pages is not None
-        self.shared = False
         with torch.inference_mode(False):  # so that what was made in inference mode can be written outside of it
             self.pages = Pages(*(torch.zeros(pages or 0, page_size, dim, dtype=dtype, device=device) for dim in dims))
-        self._holders: WeakSet[Rows] = WeakSet()
-        self._holders_seen = 0
+        self._held_by_nobody()
+
+    def _held_by_nobody(self) -> None:
+        self.lock = Lock()
+        self.references = References(self.size)
+        self._holders: dict[PageTable, ref[Rows]] = {}
+        self._gone: deque[PageTable] = deque()  # tables whose rows have died, still counted
 
     @property
     def size(self) -> int:
@@ -48,7 +64,12 @@ class PagePool:
     @property
     def free(self) -> int:
         """Number of pages that nobody holds."""
-        return int((self.refs() == 0).sum())
+        return self.references.free
+
+    @property
+    def shared(self) -> bool:
+        """Whether some page is listed more than once."""
+        return self.references.shared
 
     @property
     def nbytes(self) -> int:
@@ -56,68 +77,89 @@ class PagePool:
         return sum(x.untyped_storage().nbytes() for x in self.pages)
 
     def hold(self, rows: Rows) -> None:
-        """Remembers a holder of pages, for as long as it lives."""
-        self.shared = self.shared or len(self._holders) > 0
-        self._holders.add(rows)
-        self._holders_seen = len(self._holders)
+        """Counts the pages that rows list, from now on and for as long as they live."""
+        table = rows.page_table
+        self._holders[table] = ref(rows)
+        table.references = self.references
+        table.share(table.listed)
+        finalize(rows, _rows_died, ref(self), table).atexit = False
 
-    def lost_a_holder(self) -> bool:
-        """Whether a holder has died since this was asked last, so that its pages may go."""
-        seen, self._holders_seen = self._holders_seen, len(self._holders)
-        return self._holders_seen < seen
+    def collect(self) -> None:
+        """Takes back the pages of rows that have died."""
+        if self._gone:
+            while self._gone:
+                table = self._gone.popleft()
+                del self._holders[table]
+                table.release(table.listed)
+            self.shrink(self.size // _SHARE)
+
+    def shrink(self, at_most: int = 0) -> None:
+        """Gives free pages back to the device, apart from one for each row that grows for ever.
+
+        Args:
+            at_most: Free pages beyond which it does so while several hold pages.
+        """
+        rows = [x for x in (holder() for holder in self._holders.values()) if x is not None]
+        if not rows:
+            return
+        spare = max(x.unbounded for x in rows)
+        if self.alone(rows[0]):
+            if self.free > spare:
+                self.lay_out(rows[0], rows[0].lengths)
+        elif self.free > max(spare, at_most if len(rows) > 1 else 0):
+            self.trim(spare)
 
     def refs(self) -> Int[np.ndarray, " pages"]:
-        """How often each page is listed."""
-        listed = [rows.table[rows.table != ABSENT] for rows in self._holders]
-        refs = np.bincount(np.concatenate(listed), minlength=self.size) if listed else np.zeros(self.size, np.int64)
-        self.shared = bool((refs > 1).any())
-        return refs
+        """How often each page is listed, counted anew from all tables: what `references` must say."""
+        listed = [table.listed for table in self._holders]
+        return np.bincount(np.concatenate(listed), minlength=self.size) if listed else np.zeros(self.size, np.int64)
 
     def allocate(self, count: int, spare: int = 0) -> Ids:
-        """Finds `count` free pages; where the pool must grow, by `spare` more, so that it need not the next time.
+        """Hands out `count` free pages; where the pool must grow, by `spare` more, so that it need not the next time.
 
         Raises:
             RuntimeError: The pool is fixed and full.
         """
-        free = np.flatnonzero(self.refs() == 0)
-        if len(free) < count:
+        missing = count - self.free
+        if missing > 0:
             if self.fixed:
                 raise RuntimeError(
-                    f"the pool is full: {count} pages of {self.page_size} tokens are needed and {len(free)} of "
+                    f"the pool is full: {count} pages of {self.page_size} tokens are needed and {self.free} of "
                     f"{self.size} are free. max_cache_len reserves them for the first batch: forks and repeated "
                     "sequences need pages of their own. Make the cache without max_cache_len, so that it grows."
                 )
-            grown = np.arange(self.size, self.size + count - len(free) + spare)
-            self.grow(self.size + len(grown))
-            free = np.concatenate([free, grown])
-        return free[:count]
+            if len(self._holders) > 1:
+                spare = max(spare, self.size // _SHARE)
+            self.grow(self.size + missing + spare)
+        return self.references.take(count)
 
     def alone(self, rows: Rows) -> bool:
         """Whether all pages are free or these rows', each listed once, and may be put into another order."""
-        sole = not self.fixed and len(self._holders) == 1 and rows in self._holders
-        return sole and bool(self.refs().max(initial=0) < 2)
+        return not self.fixed and len(self._holders) == 1 and rows.page_table in self._holders and not self.shared
 
     def lay_out(self, rows: Rows, lengths: Int[np.ndarray, " batch"]) -> None:
         """Gives rows that are alone here runs of pages with room for these lengths; the pool gets the size of that."""
         self._rebuild(rows.lay_out(lengths))
+        self.references.resize(self.size, rows.page_table.listed)
 
     def grow(self, pages: int) -> None:
         """Adds free pages, up to this number in all."""
         if pages > self.size:
             self._rebuild(np.append(np.arange(self.size), np.full(pages - self.size, ABSENT)))
+            self.references.resize(pages)
 
     def trim(self, spare: int) -> None:
         """Gives free pages beyond `spare` back to the device, unless the pool is fixed."""
-        refs = self.refs()
-        free = np.flatnonzero(refs == 0)
-        if self.fixed or len(free) <= spare:
+        counts = self.references.counts
+        if self.fixed or self.free <= spare:
             return
-        kept = np.concatenate([np.flatnonzero(refs), free[:spare]])
+        kept = np.concatenate([np.flatnonzero(counts), np.flatnonzero(counts == 0)[:spare]])
         new = np.full(self.size, ABSENT, np.int32)
         new[kept] = np.arange(len(kept))
         self._rebuild(kept)
-        for rows in self._holders:
-            rows.renumber(new)
+        self.references.resize(len(kept), np.repeat(np.arange(len(kept)), counts[kept]))
+        for table in self._holders:
+            table.renumber(new)
 
     def copy(self, source: Ids, target: Ids) -> None:
         """Copies pages to pages."""
@@ -127,10 +169,22 @@ class PagePool:
     def clone(self) -> PagePool:
         """A pool of its own with the same pages, held by nobody."""
         other = copy(self)
-        other._holders, other._holders_seen, other.shared = WeakSet(), 0, False
         with torch.inference_mode(False):
             other.pages = Pages(*(x.clone() for x in self.pages))
+        other._held_by_nobody()
         return other
+
+    def part(self, rows: Rows) -> tuple[PagePool, Rows]:
+        """Copies of some rows and of the pages that they list alone, held by nobody: what a pickle of them takes."""
+        pages, mine = np.unique(rows.page_table.listed), rows.fork()
+        new = np.full(self.size, ABSENT, np.int32)
+        new[pages] = np.arange(len(pages))
+        mine.page_table.renumber(new)
+        other, where = copy(self), self._on_device(pages)
+        with torch.inference_mode(False):
+            other.pages = Pages(*(x.index_select(0, where) for x in self.pages))
+        other._held_by_nobody()
+        return other, mine
 
     def to(self, device: torch.device) -> None:
         """Moves all pages to a device."""
@@ -140,11 +194,11 @@ class PagePool:
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the holders, who come forward themselves."""
-        return {**vars(self), "_holders": None}
+        return {name: x for name, x in vars(self).items() if name in ("page_size", "fixed", "pages")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._holders = WeakSet()
+        self._held_by_nobody()
 
     def _rebuild(self, source: Ids) -> None:
         """Makes page i what page `source[i]` was, or empty; keys first: only one copy is extra."""
@@ -155,6 +209,19 @@ class PagePool:
 
     def _on_device(self, ids: Ids) -> Int[Tensor, " ids"]:
         return staged(ids.astype(np.int64), self.pages.device).to(self.pages.device, non_blocking=True)
+
+
+def _rows_died(pool: ref[PagePool], table: PageTable) -> None:
+    """Lets a pool take pages back; whoever works with it now will do so later."""
+    found = pool()
+    if found is None:
+        return
+    found._gone.append(table)
+    if found.lock.acquire(blocking=False):
+        try:
+            found.collect()
+        finally:
+            found.lock.release()
 
 
 def _rebuilt(

@@ -2,7 +2,7 @@
 
 A row is one KV head of one sequence. Its pages are listed in `table`; `redknot_kernels.rules` says which slot a
 position has. Pages may stand in several tables, or several times in one: they are shared, and copied before they are
-written.
+written (copy-on-write).
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from .table import ABSENT, Ids, PageTable
+
 if TYPE_CHECKING:
     from redknot_kernels import HeadRules
 
-Ids = Int[np.ndarray, " ids"]
 Allocate = Callable[[int], Ids]
-
-ABSENT = -1
 
 
 class Run(NamedTuple):
@@ -48,19 +47,28 @@ class Rows:
 
     Attributes:
         rules: What each KV head keeps.
-        table: Page of each column of each row, `ABSENT` where there is none; `[batch, heads, columns]`.
+        page_table: The pages of each row, which it counts where a pool holds them.
         lengths: Tokens of each sequence, padding not counted; `[batch]`. Replaced when it changes, never written.
-        version: Grows with every change of `table`.
     """
 
     def __init__(self, batch: int, rules: HeadRules) -> None:
         self.rules = rules
-        self.table: Int[np.ndarray, "batch heads columns"] = np.full((batch, rules.heads, 0), ABSENT, np.int32)
+        self.page_table = PageTable(np.full((batch, rules.heads, 0), ABSENT, np.int32))
         self.lengths: Int[np.ndarray, " batch"] = np.zeros(batch, np.int64)
-        self.version = 0
         # Rings lose what lies `ring` behind the end; after a cut, what they had lost before stays lost.
         self._floor: Int[np.ndarray, "batch heads"] = np.zeros((batch, rules.heads), np.int64)
+        # Up to these lengths rows have pages that nobody else lists, so that they may be written.
         self._room = self.lengths.copy()
+
+    @property
+    def table(self) -> Int[np.ndarray, "batch heads columns"]:
+        """Page of each column of each row, `ABSENT` where there is none."""
+        return self.page_table.ids
+
+    @property
+    def version(self) -> int:
+        """Grows with every change of the table."""
+        return self.page_table.version
 
     @property
     def batch(self) -> int:
@@ -83,7 +91,7 @@ class Rows:
         return np.minimum(pages[:, None], np.array(self.rules.max_pages))
 
     def has_room(self, lengths: Int[np.ndarray, " batch"]) -> bool:
-        """Whether every row has the pages to hold sequences of these lengths."""
+        """Whether every row has the pages to hold sequences of these lengths, and may write to them."""
         return all(map(le, lengths.tolist(), self._room.tolist()))  # for few sequences faster than numpy
 
     def pages_missing(self, lengths: Int[np.ndarray, " batch"]) -> int:
@@ -91,19 +99,21 @@ class Rows:
         return int(np.maximum(self.pages_needed(lengths) - (self.table != ABSENT).sum(2), 0).sum())
 
     def reserve(self, lengths: Int[np.ndarray, " batch"], allocate: Allocate) -> None:
-        """Gives every row the pages it needs to hold sequences of these lengths."""
+        """Gives every row the pages it needs to hold sequences of these lengths; shared ones are not copied."""
         if self.has_room(lengths):
             return
         needed = self.pages_needed(lengths)
         missing_columns = needed.max(initial=0) - self.table.shape[2]
         if missing_columns > 0:
-            self.table = np.pad(self.table, ((0, 0), (0, 0), (0, missing_columns)), constant_values=ABSENT)
+            self.page_table.ids = np.pad(self.table, ((0, 0), (0, 0), (0, missing_columns)), constant_values=ABSENT)
         missing = self._columns_below(needed) & (self.table == ABSENT)
-        pages = allocate(int(missing.sum()))
-        for heads in self._blocks():  # each in the order of its rows, which keeps runs of pages together
-            block, where = self.table[:, heads], missing[:, heads]
-            block[where], pages = np.split(pages, [where.sum()])
-            self.table[:, heads] = block
+        if missing.any():
+            pages = allocate(int(missing.sum()))
+            for heads in self._blocks():  # each in the order of its rows, which keeps runs of pages together
+                block, where = self.table[:, heads], missing[:, heads]
+                block[where], pages = np.split(pages, [where.sum()])
+                self.table[:, heads] = block
+            self.page_table.version += 1
         self._reserved(lengths)
 
     def lay_out(self, lengths: Int[np.ndarray, " batch"]) -> Ids:
@@ -124,11 +134,12 @@ class Rows:
             first[:, heads], taken = ends - room[:, heads], ends[-1, -1]
         old = self.table[:, :, : needed.max(initial=0)]
         columns = np.arange(needed.max(initial=0), dtype=np.int32)
-        self.table = (first[:, :, None] + columns).astype(np.int32)
+        self.page_table.ids = (first[:, :, None] + columns).astype(np.int32)
         source = np.full(taken, ABSENT, np.int64)
         held = old != ABSENT
         source[self.table[:, :, : old.shape[2]][held]] = old[held]
         self.table[~self._columns_below(needed)] = ABSENT
+        self.page_table.version += 1
         self._reserved(lengths)
         return source
 
@@ -154,7 +165,8 @@ class Rows:
         if len(pages):
             copies = allocate(len(pages))
             self.table.flat[where] = copies
-            self.version += 1
+            self.page_table.release(pages)
+            self.page_table.version += 1
             return pages, copies
         return pages, pages
 
@@ -189,19 +201,29 @@ class Rows:
     def cut(self, lengths: Int[np.ndarray, " batch"]) -> None:
         """Cuts the sequences back to `lengths` and drops the pages that hold nothing any more."""
         needed = self.pages_needed(lengths)
-        self.table = np.where(self._columns_below(needed), self.table, ABSENT).astype(np.int32)
-        self.table = self.table[:, :, : needed.max(initial=0)]
+        self._drop(~self._columns_below(needed))
+        self.page_table.ids = self.table[:, :, : needed.max(initial=0)]
         self._floor = np.minimum(self.oldest(), lengths[:, None])
         self.lengths = lengths
-        self._room = np.minimum(self._room, -(-lengths // self.rules.page_size) * self.rules.page_size)
-        self.version += 1
+        self._room = np.minimum(self._room, lengths)
+        references, size = self.page_table.references, self.rules.page_size
+        if references is not None and not references.shared:
+            self._room = -(-self._room // size) * size
+        self.page_table.version += 1
 
     def select(self, index: Int[np.ndarray, " selected"]) -> None:
         """Makes row i what row `index[i]` was; pages are shared, not copied."""
-        self.table, self.lengths, self._floor, self._room = (
+        times = np.bincount(index, minlength=self.batch)
+        again = np.repeat(np.arange(self.batch), np.maximum(times - 1, 0))
+        more, less = self.table[again], self.table[times == 0]
+        self.page_table.share(more[more != ABSENT])
+        self.page_table.release(less[less != ABSENT])
+        self.page_table.ids, self.lengths, self._floor, self._room = (
             x[index] for x in (self.table, self.lengths, self._floor, self._room)
         )
-        self.version += 1
+        if len(again):
+            self._room = np.zeros_like(self._room)
+        self.page_table.version += 1
 
     def runs(self) -> Kinds | None:
         """Where the rows of each kind of head lie, if they can be read without a table.
@@ -211,12 +233,6 @@ class Rows:
         """
         found = [(tuple(heads), _runs(self.table[:, heads])) for heads in self._blocks()]
         return tuple((heads, runs) for heads, runs in found if runs) if all(runs for _, runs in found) else None
-
-    def renumber(self, new: Int[np.ndarray, " pool"]) -> None:
-        """Replaces every page id by `new[id]`."""
-        held = self.table != ABSENT
-        self.table[held] = new[self.table[held]]
-        self.version += 1
 
     def positions_held(self, sequence: int, head: int) -> Int[np.ndarray, " tokens"]:
         """Positions whose tokens a row still holds, in order."""
@@ -228,27 +244,35 @@ class Rows:
         """Takes rules with longer rings. Rows that have gone round lose their pages: the caller writes them anew."""
         wrapped = self.wrapped()
         self._floor = np.where(wrapped, self.oldest(), self._floor)
-        self.table[wrapped] = ABSENT
+        self._drop(np.broadcast_to(wrapped[:, :, None], self.table.shape))
         self.rules = rules
         self._room = np.zeros_like(self._room)
-        self.version += 1
+        self.page_table.version += 1
 
     def wrapped(self) -> Bool[np.ndarray, "batch heads"]:
         """Rows longer than their slots, so that the ring has gone round."""
         return self.lengths[:, None] > np.array(self.rules.sink) + np.array(self.rules.ring)
 
     def fork(self) -> Rows:
-        """Another holder of the same pages."""
+        """Another holder of the same pages, which neither side may write any more."""
+        self._room = np.zeros_like(self._room)
         other = Rows(self.batch, self.rules)
-        other.table, other.lengths, other._floor, other._room = (
+        other.page_table.ids, other.lengths, other._floor, other._room = (
             x.copy() for x in (self.table, self.lengths, self._floor, self._room)
         )
         return other
 
     def _reserved(self, lengths: Int[np.ndarray, " batch"]) -> None:
+        """Remembers that rows of sequences that grow to these lengths have pages of their own for them."""
         size = self.rules.page_size
-        self._room = np.maximum(self._room, -(-lengths // size) * size)
-        self.version += 1
+        whole = np.where(lengths > self.lengths, -(-lengths // size) * size, lengths)
+        self._room = np.maximum(self._room, whole)
+
+    def _drop(self, dropped: Bool[np.ndarray, "batch heads columns"]) -> None:
+        """Takes pages out of the table."""
+        dropped = dropped & (self.table != ABSENT)
+        self.page_table.release(self.table[dropped])
+        self.page_table.ids = np.where(dropped, ABSENT, self.table).astype(np.int32)
 
     def _blocks(self) -> list[list[int]]:
         """The heads that grow for ever, and the others by equal rules."""

@@ -203,19 +203,21 @@ class Assembly(Cache):
     def _keep(self, index: int, layer: RedKnotLayer, laid: Sequence[_LaidOut]) -> None:
         """Lets the rows take what their rules keep."""
         rows, pool = layer.storage()
-        layer.reserve(self.room)
-        table, everything = layer.table_on_device(), ((UNBOUNDED,) * rows.rules.heads, (0,) * rows.rules.heads)
-        for b, (text, pieces) in enumerate(zip(laid, self.batch, strict=True)):
-            span = text.keys.shape[1], int(rows.lengths[b]), 0
-            flat = text.keys.flatten(0, 1), text.values.flatten(0, 1)
-            if pieces:
-                layer.kernels.place(pool.pages, *flat, table[b], rows.rules, everything, span)
-            for piece in pieces:
-                rows.splice(b, piece.stop - piece.first, np.zeros(rows.rules.heads, np.int64))
-                if piece.rest:
-                    count(layer, index, b, self._segment(piece.part), piece.part.boundary)
-        settle_slots(layer)
-        layer.on_device()  # a captured step may be next
+        everything = (UNBOUNDED,) * rows.rules.heads, (0,) * rows.rules.heads
+        with pool.lock:
+            layer.reserve(self.room)
+            table = layer.table_on_device()
+            for b, (text, pieces) in enumerate(zip(laid, self.batch, strict=True)):
+                span = text.keys.shape[1], int(rows.lengths[b]), 0
+                flat = text.keys.flatten(0, 1), text.values.flatten(0, 1)
+                if pieces:
+                    layer.kernels.place(pool.pages, *flat, table[b], rows.rules, everything, span)
+                for piece in pieces:
+                    rows.splice(b, piece.stop - piece.first, np.zeros(rows.rules.heads, np.int64))
+                    if piece.rest:
+                        count(layer, index, b, self._segment(piece.part), piece.part.boundary)
+            settle_slots(layer)
+            layer.on_device()  # a captured step may be next
 
     def _splice(self, index: int, layer: RedKnotLayer) -> None:
         """Puts segments of which nothing is recomputed into the rows."""
@@ -224,11 +226,13 @@ class Assembly(Cache):
                 segment = self._segment(piece.part)
                 if not layer.is_initialized:
                     initialize(layer, index, self.model, segment, len(self.batch))
-                layer.reserve(self.room)
+                with layer.storage()[1].lock:
+                    layer.reserve(self.room)
                 with record_function("redknot: splice"):
                     splice(layer, index, b, segment, self._turns[id(piece.part)][index])
-        settle_slots(layer)
-        layer.on_device()
+        with layer.storage()[1].lock:
+            settle_slots(layer)
+            layer.on_device()
 
     def _segment(self, part: Reused) -> Segment:
         """The stored tokens, which the current stream may use from now on."""

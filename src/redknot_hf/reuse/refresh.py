@@ -187,8 +187,9 @@ class _Context(Cache):
         whole = Segment("context", tuple(self.ids), (), self.kept, torch.cat([x.to(home) for x in flat]))
         for i, layer in row_layers(cache):
             splice(layer, i, 0, whole)
-            settle_slots(layer)
-            layer.on_device()
+            with layer.storage()[1].lock:
+                settle_slots(layer)
+                layer.on_device()
 
 
 def _scores(model: Any, context: _Context, by: str, depth: int) -> Float[Tensor, " tokens"]:

@@ -1,6 +1,6 @@
 """Attention of many new tokens: causal for global heads, a band and a sink for local ones, both with a past."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -109,7 +109,8 @@ def _banded(query, k_new, v_new, past, rules, scale, softcap):
     """Blocks of queries, each over the sink and over the keys from its first query's window to its last query."""
     batch, _, tokens, _ = query.shape
     length, stored = past
-    window, sink = rules.window[0], min(rules.sink[0], length + tokens)
+    window, sink = min(rules.window[0], length + tokens), min(rules.sink[0], length + tokens)
+    rules = replace(rules.take((0,)), window=(window,), sink=(sink,))  # a longer window sees no more than there is
     block = _block(window, tokens)
     blocks = -(-tokens // block)
     sinks, bands = zip(*(_sink_and_band(new, s, length, sink) for new, s in _pairs((k_new, v_new), stored)))
@@ -120,7 +121,7 @@ def _banded(query, k_new, v_new, past, rules, scale, softcap):
     query = F.pad(query, (0, 0, 0, blocks * block - tokens)).unflatten(2, (blocks, block))
     step = max(1, _CHUNK_BYTES // (bands[0][:, :, 0].numel() * query.element_size() * 2))
     outs, lses = [], []
-    for first, stop, mask in _masks(length, block, blocks, step, sink, rules.take((0,))):
+    for first, stop, mask in _masks(length, block, blocks, step, rules):
         mask = mask.to(query.device)
         q = query[:, :, first:stop].transpose(1, 2).flatten(0, 1)
         k, v = (_blocks(s, band[:, :, first:stop]) for s, band in zip(sinks, bands))
@@ -161,9 +162,9 @@ def _blocks(sinks, band):  # [batch, heads, sink, dim], [batch, heads, blocks, d
     return band.flatten(0, 1)
 
 
-def _masks(length, block, blocks, step, sink, rules):
+def _masks(length, block, blocks, step, rules):
     """Runs of blocks with their mask `[1 or blocks, 1, block, sink + span]`; one mask serves all blocks alike."""
-    window, reach = rules.window[0], rules.reach
+    window, sink, reach = rules.window[0], rules.sink[0], rules.reach
     start = lambda i: length + i * block  # noqa: E731
     kind = []
     for i in range(blocks):
@@ -176,12 +177,12 @@ def _masks(length, block, blocks, step, sink, rules):
         while stop < blocks and kind[stop] == kind[first] and stop - first < step:
             stop += 1
         shown = torch.arange(first, first + 1 if kind[first] else stop)
-        yield first, stop, _block_masks(start(shown), block, sink, rules)
+        yield first, stop, _block_masks(start(shown), block, rules)
         first = stop
 
 
-def _block_masks(starts, block, sink, rules):
-    span = rules.window[0] - 1 + block
+def _block_masks(starts, block, rules):
+    span, sink = rules.window[0] - 1 + block, rules.sink[0]
     queries = starts[:, None, None] + torch.arange(block)
     band = starts[:, None, None] - rules.window[0] + 1 + torch.arange(span)
     band = torch.where(band < sink, UNBOUNDED, band)  # the sinks stand apart, and nothing stands before the start
