@@ -1,7 +1,16 @@
 """Tiny models of every supported family, with random weights that tell positions and heads apart."""
 
+from typing import Any
+
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 97
@@ -51,6 +60,39 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "altup_num_inputs": 2,
         },
     ),
+    "gemma4": (  # the shape of E2B and E4B: layers that share keys, and full layers with wider heads
+        "gemma4_text",
+        {
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "global_head_dim": 32,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+        },
+    ),
+    "gemma4_ragged": (  # the shape of 26B and 31B: full layers with fewer heads, whose values are their keys
+        "gemma4_text",
+        {
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
+    "mimo_v2_flash": (  # sliding layers have twice the heads that the config says, and values are narrower than keys
+        "mimo_v2_flash",
+        {
+            "sliding_window": 12,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "phi3": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": None}),
     "gpt_oss": ("gpt_oss", {"sliding_window": 12, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "granite": ("granite", {"attention_multiplier": 0.2}),
@@ -65,7 +107,10 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     model_type, differs = FAMILIES[family]
     config = CONFIG_MAPPING[model_type](**{**_COMMON, **differs, **overrides})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="redknot", dtype=dtype)
+    return _told_apart(AutoModelForCausalLM.from_config(config, attn_implementation="redknot", dtype=dtype))
+
+
+def _told_apart(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():  # the usual initialisation is so small that attention hardly matters
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and "embed" not in name:
@@ -75,6 +120,25 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+def make_vision_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A small random Gemma3 or Gemma4 that takes images, of which each is 4 tokens (90) of the text."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = CONFIG_MAPPING[FAMILIES[family][0]](**{**_COMMON, **FAMILIES[family][1]})
+    if family == "gemma3":
+        vision |= {"image_size": 28, "patch_size": 14}
+        tokens = {"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92}
+        config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+        model_class: Any = Gemma3ForConditionalGeneration
+    else:
+        text.use_bidirectional_attention = "vision"
+        tokens = {"image_token_id": 90, "boi_token_id": 91, "eoi_token_id": 92, "video_token_id": 93}
+        config = Gemma4Config(text_config=text, audio_token_id=94, boa_token_id=95, eoa_token_index=96, **tokens)
+        model_class = Gemma4ForConditionalGeneration
+    torch.manual_seed(seed)
+    model = model_class._from_config(config, attn_implementation="redknot")
+    return _told_apart(model)
 
 
 def make_model_with_idle_heads() -> PreTrainedModel:

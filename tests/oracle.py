@@ -6,11 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from redknot_hf import HeadPlan, HeadSpec
 
 _plan: HeadPlan | None = None
+_flags: Tensor | None = None  # of padding, where a mask function has made a matrix of them
 
 
 def random_plan(config, seed: int = 0) -> HeadPlan:
@@ -18,25 +19,27 @@ def random_plan(config, seed: int = 0) -> HeadPlan:
     generator = torch.Generator().manual_seed(seed)
     pick = lambda options: options[int(torch.randint(len(options), (), generator=generator))]  # noqa: E731
     specs = [None, (1, 0), (3, 1), (7, 2), (16, 0), (17, 4), (40, 3)]
-    heads = [
-        HeadSpec() if (s := pick(specs)) is None else HeadSpec(*s)
-        for _ in range(config.num_hidden_layers * config.num_key_value_heads)
-    ]
-    rows = zip(*[iter(heads)] * config.num_key_value_heads, strict=True)
-    return HeadPlan(tuple(rows))
+    draw = lambda: HeadSpec() if (s := pick(specs)) is None else HeadSpec(*s)  # noqa: E731
+    return HeadPlan([[draw() for _ in layer] for layer in HeadPlan.uniform(config, HeadSpec())])
+
+
+class _Flags(torch.Tensor):
+    """Which slots are real, `[batch, 1, 1, slots]`, told from a row of a matrix."""
 
 
 @contextmanager
 def under_plan(model: PreTrainedModel, plan: HeadPlan) -> Iterator[None]:
     """Every head of the model under its rule; forward passes take the whole sequence and `use_cache=False`."""
     global _plan
-    before = model.config._attn_implementation, _plan
-    model.set_attn_implementation("masked_oracle")
+    parts = model.config.sub_configs
+    switch = lambda name: model.set_attn_implementation({"text_config": name} if parts else name)  # noqa: E731
+    before = model.config.get_text_config()._attn_implementation, _plan
+    switch("masked_oracle")
     _plan = plan
     try:
         yield
     finally:
-        model.set_attn_implementation(before[0])
+        switch(before[0])
         _plan = before[1]
 
 
@@ -67,14 +70,15 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
     layer = _kept_by(module)
     window = DynamicCache(config=module.config).layers[layer]
     reach = getattr(window, "sliding_window", None) or 1 << 30
-    if attention_mask.shape[2] == 1:  # flags of padding
-        real = attention_mask[:, 0, 0]
+    if isinstance(attention_mask, _Flags):
+        real = attention_mask.as_subclass(Tensor)[:, 0, 0]
         position = real.cumsum(-1) - 1
         q, k = position[:, -query.shape[2] :, None], position[:, None, :]  # queries are the last
         shown = (k <= q) & real[:, None, :]
-    else:
-        q, k = torch.arange(query.shape[2])[None, :, None], torch.arange(key.shape[2])[None, None]
+    else:  # what no query sees is padding
         shown = attention_mask[:, 0]
+        position = (shown.any(1) if _flags is None else _flags[:, : key.shape[2]]).cumsum(-1) - 1
+        q, k = position[:, -query.shape[2] :, None], position[:, None, :]
     shown = shown & (k > q - reach)
     seen = [shown & ((k > q - (s.window or 1 << 30)) | (k < s.sink)) for s in _plan[layer]]
     group = query.shape[1] // key.shape[1]
@@ -90,10 +94,18 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
     return (weights @ value.float()).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def _mask(batch_size, kv_length, attention_mask=None, device="cpu", **kwargs):
+def _mask(
+    batch_size, kv_length, attention_mask=None, device="cpu", use_vmap=False, allow_is_causal_skip=True, **kwargs
+):
+    global _flags
+    _flags = None
+    if use_vmap or not allow_is_causal_skip:  # an overlay, of images say
+        _flags = attention_mask
+        common = {"attention_mask": attention_mask, "device": device, "use_vmap": use_vmap}
+        return sdpa_mask(batch_size, kv_length=kv_length, allow_is_causal_skip=False, **common, **kwargs)
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    return attention_mask[:, None, None, :kv_length]
+    return attention_mask[:, None, None, :kv_length].as_subclass(_Flags)
 
 
 AttentionInterface.register("masked_oracle", _attention)

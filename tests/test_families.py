@@ -68,3 +68,43 @@ def test_half_precision_is_within_the_rounding_of_dense_attention(dtype):
     with torch.no_grad():
         parts = [model(ids[:, a:b], **cache_argument(model, cache)).logits for a, b in [(0, 40), (40, 41), (41, 75)]]
     assert (torch.cat(parts, 1).float() - expected).abs().max() <= 2 * rounding
+
+
+@pytest.mark.parametrize(
+    "options", [{"page_size": 16}, {"page_size": 64}, {"page_size": 16, "max_cache_len": 80}], ids=str
+)
+@pytest.mark.parametrize("padding", [(0, 0), (0, 9), (38, 9)], ids=str)
+def test_layers_that_share_keys_may_be_asked_by_the_last_queries_only(padding, options):
+    """From its first sharing layer on Gemma4 runs those tokens only whose logits are wanted."""
+    model = make_model("gemma4")
+    ids, mask = prompts(2, 60, padding=padding)
+    plan = random_plan(model.config, seed=3)
+    expected = masked_logits(model, plan, ids, mask)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for keep in (1, 2, 17, 40, 0):
+        cache = RedKnotCache(model.config, plan, **options)
+        with torch.no_grad():
+            for start, stop in [(0, 43), (43, 51), (51, 60)]:
+                logits = model(
+                    ids[:, start:stop],
+                    attention_mask=mask[:, :stop],
+                    position_ids=positions[:, start:stop],
+                    past_key_values=cache,
+                    logits_to_keep=keep,
+                ).logits
+                first = max(stop - keep, start) if keep else start
+                assert logits.shape[1] == stop - first
+                real = mask[:, first:stop].bool()
+                torch.testing.assert_close(logits[real], expected[:, first:stop][real], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"prefill_chunk_size": 17}], ids=str)
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_ragged", "mimo_v2_flash"])
+def test_beams_and_chunks_of_models_whose_layers_differ(family, how):
+    model = make_model(family)
+    ids, mask = prompts(2, 40, padding=(0, 9))
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, **how}
+    cache = RedKnotCache(model.config, HeadPlan.uniform(model.config, HeadSpec()), page_size=16)
+    ours = model.generate(ids, past_key_values=cache, **options)
+    model.set_attn_implementation("eager")
+    assert torch.equal(ours, model.generate(ids, past_key_values=DynamicCache(config=model.config), **options))

@@ -6,9 +6,11 @@ import torch
 from families import make_model
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, LlamaConfig, MistralConfig, StaticCache
 from transformers.masking_utils import (
+    causal_mask_function,
     create_causal_mask,
     create_chunked_causal_mask,
     create_sliding_window_causal_mask,
+    or_masks,
     sdpa_mask,
 )
 
@@ -197,3 +199,15 @@ def test_generate_makes_one_padding_mask_for_a_forward_pass(monkeypatch):
         model(torch.randint(3, 90, (2, 6)), attention_mask=PADDED, **cache_argument(model, cache))
     assert len(seen) == len(model.model.layers)
     assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("vmap", [False, True])
+@pytest.mark.parametrize("given", [None, PADDED.repeat(1, 2).bool()], ids=["no mask", "padded"])
+def test_a_pattern_in_a_step_that_may_be_captured_is_told_of_all_slots(given, vmap):
+    """Such a step is asked for its own slots only; flags of these would drop the pattern without a word."""
+    both_ways = or_masks(causal_mask_function, lambda b, h, q, k: (q >= 9) & (k >= 9))
+    options = {"mask_function": both_ways, "attention_mask": given, "allow_is_causal_skip": False, "use_vmap": vmap}
+    found = redknot_mask(2, 5, 5, q_offset=7, kv_offset=7, **options)
+    assert torch.equal(found, sdpa_mask(2, 5, 12, q_offset=7, **options))
+    one = redknot_mask(2, 1, 1, q_offset=11, kv_offset=11, **options | {"use_vmap": False})
+    assert one.shape == (2, 1, 1, 1)  # the last token sees all that came before it, whatever the overlay says

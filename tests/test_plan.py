@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 from contextlib import nullcontext
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlavaConfig
+from transformers import Gemma4TextConfig, GPT2Config, LlamaConfig, LlavaConfig, MiMoV2FlashConfig
 
 from redknot_hf.plan.plan import HeadPlan
 from redknot_hf.plan.spec import HeadSpec
@@ -98,6 +99,36 @@ def test_shape_comes_from_the_text_config(model_config, shape):
     assert tuple(map(len, plan)) == shape
     assert plan.num_global == 0
     plan.check(model_config)
+
+
+GEMMA4 = Gemma4TextConfig(
+    num_hidden_layers=4, num_key_value_heads=4, num_global_key_value_heads=2, attention_k_eq_v=True, head_dim=8,
+    global_head_dim=16, layer_types=["sliding_attention", "full_attention"] * 2,
+)  # fmt: skip
+MIMO = MiMoV2FlashConfig(
+    num_hidden_layers=3, num_key_value_heads=2, head_dim=6, v_head_dim=4,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_config", "shape", "token_elements"),
+    [(GEMMA4, (4, 2, 4, 2), 2 * (4 * 16 + 2 * 32)), (MIMO, (2, 4, 4), 10 * 10)],
+    ids=["gemma4", "mimo"],
+)
+def test_heads_and_dims_that_differ_by_layer(tmp_path, model_config, shape, token_elements):
+    plan = HeadPlan.with_global(model_config, [(0, 1), (1, shape[1] - 1)], LOCAL)
+    assert tuple(map(len, plan)) == shape
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert HeadPlan.load(path, model_config) == plan
+    assert str(list(shape)) in str(plan)
+    full = HeadPlan.uniform(model_config, HeadSpec())
+    assert full.nbytes(10, model_config, "float16") == 20 * token_elements
+    with pytest.raises(ValueError, match=rf"the model .* has .*{re.escape(str(list(shape)))} KV heads"):
+        HeadPlan.uniform(config(len(shape), 3), LOCAL).check(model_config)
+    with pytest.raises(ValueError, match=r"lies outside the model"):
+        HeadPlan.with_global(model_config, [(1, shape[1])], LOCAL)
 
 
 def test_config_without_layers_is_refused():

@@ -146,7 +146,9 @@ def redknot_mask(  # noqa: PLR0913 - what transformers passes
     if attention_mask is not None and attention_mask.shape[0] != batch_size:
         raise ValueError(f"the attention mask has {attention_mask.shape[0]} rows: give one for each of {batch_size}")
     if kv_length == q_length and (isinstance(kv_offset, Tensor) or kv_offset > 0):
-        return _flags_of_new_tokens(batch_size, q_length, kv_offset, attention_mask, kwargs.get("device"))
+        if not use_vmap and (q_length == 1 or allow_is_causal_skip):  # one token sees no more by an overlay
+            return _flags_of_new_tokens(batch_size, q_length, kv_offset, attention_mask, kwargs.get("device"))
+        kv_length, kv_offset = int(kv_offset) + kv_length, 0  # a pattern says which of all slots are seen
     last = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     # Of the local patterns only the sliding window needs no matrix: chunks, say, do not end where the query is.
     reach = kwargs.get("local_size")

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from redknot_hf.attention.mask import PaddingMask, redknot_mask
+from redknot_hf.plan.per_layer import kv_heads
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
 from redknot_hf.plan.rules import head_rules
 
@@ -95,20 +96,6 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     return [model.get_submodule(name.rpartition(".")[0]) for name, _ in attention_layers(model)]
 
 
-def kv_shape(model: PreTrainedModel) -> tuple[tuple[int, ...], int]:
-    """KV heads of each layer, and bytes of one token's key and value in one head."""
-    plan = HeadPlan.uniform(model.config, HeadSpec())
-    config = model.config.get_text_config(decoder=True)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return tuple(map(len, plan)), 2 * dim * model.dtype.itemsize
-
-
-def head_dims(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
-    """Elements of a key and of a value in one head, of each layer."""
-    shape, token_bytes = kv_shape(model)
-    return ((token_bytes // model.dtype.itemsize // 2,) * 2,) * len(shape)
-
-
 def check_model(model: PreTrainedModel) -> None:
     """Checks that a model can be profiled.
 
@@ -121,7 +108,7 @@ def check_model(model: PreTrainedModel) -> None:
             f"the model runs with attn_implementation={used!r}: load it with attn_implementation='redknot', or call "
             "model.set_attn_implementation('redknot')"
         )
-    layers, wanted = len(attention_layers(model)), len(kv_shape(model)[0])
+    layers, wanted = len(attention_layers(model)), len(kv_heads(model.config))
     if layers != wanted:
         raise ValueError(
             f"{type(model).__name__} has {wanted} layers and {layers} attention layers with an o_proj: profiling "

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Bool, Int
 from redknot_kernels import implementation
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from redknot_hf.plan.plan import HeadPlan
+from redknot_hf.plan.formats import AnyPath
+from redknot_hf.plan.per_layer import text_config
+from redknot_hf.plan.plan import HeadPlan, as_plan
 
 from .handle import BROKEN_OFF
 from .layer import RedKnotLayer
@@ -26,13 +28,13 @@ class RedKnotCache(Cache):
 
     Pass it to `generate` or to a model's forward as `past_key_values`; the model must run with
     `attn_implementation="redknot"`. It grows page by page and is mutated by every forward pass. One cache serves one
-    conversation or batch; `copy.deepcopy(cache)` forks it at the cost of its page tables.
+    conversation or batch; `cache.fork()` makes another that holds the same, at the cost of its page tables.
 
     Source: RedKnot, arXiv 2606.06256 (head classes and SegPagedAttention).
 
     Args:
-        config: The model's config.
-        plan: Rule of every KV head; `HeadPlan.uniform(config, HeadSpec())` keeps everything.
+        config: The model's config, or the model.
+        plan: Rule of every KV head, or the file of a plan; `HeadPlan.uniform(config, HeadSpec())` keeps everything.
         page_size: Tokens of a page: 16, 32, 64 or 128. Local rows keep up to two pages more than their window.
         max_cache_len: Slots, padding included, to reserve with the first forward pass, never to exceed; `None` grows.
             With it, and with Triton, decoding can be compiled and captured, and `generate` does so by itself.
@@ -45,16 +47,16 @@ class RedKnotCache(Cache):
 
     def __init__(
         self,
-        config: PreTrainedConfig,
-        plan: HeadPlan,
+        config: PreTrainedConfig | PreTrainedModel,
+        plan: HeadPlan | AnyPath,
         *,
         page_size: int = 64,
         max_cache_len: int | None = None,
         impl: str | None = None,
     ) -> None:
-        text = config.get_text_config(decoder=True)
+        text = text_config(config)
         _check_model(text)
-        plan.check(text)
+        plan = as_plan(plan, text)
         if other := sorted({spec.storage for layer in plan for spec in layer} - {"model"}):
             raise ValueError(
                 f"the plan stores heads as {' and '.join(other)}, which RedKnotCache does not hold yet: pass "
@@ -103,6 +105,14 @@ class RedKnotCache(Cache):
                 "model.config and a plan of this model"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def fork(self) -> RedKnotCache:
+        """A cache that holds the same and goes its own way: of a text that is read once, every question asks a fork.
+
+        It costs page tables; pages are shared until either side writes to them. With `max_cache_len` they are copied.
+        `copy.deepcopy(cache)` does the same.
+        """
+        return deepcopy(self)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last slots of every sequence: a negative number; 0 gives spare memory back.

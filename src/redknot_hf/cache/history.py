@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -43,6 +44,14 @@ class SlotHistory:
             counts += taken if isinstance(span, int) else span[:, _slots(span) - taken :].sum(1).cpu().numpy()
             slots -= taken
         return counts
+
+    def real_slots(self, sequence: int) -> Int[Tensor, " real"]:
+        """Where the real tokens of a sequence stand."""
+        flags = [
+            torch.ones(span, dtype=torch.bool) if isinstance(span, int) else span[sequence].cpu()
+            for span in self._spans
+        ]
+        return torch.cat(flags).nonzero()[:, 0] if flags else torch.zeros(0, dtype=torch.long)
 
     def drop_last(self, slots: int) -> None:
         """Takes the last slots back."""

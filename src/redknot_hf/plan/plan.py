@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import index
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from . import formats
 from .formats import AnyPath, Rules
+from .per_layer import kv_dims, kv_heads
 from .picture import picture, shape
 from .spec import HeadSpec
 from .storage import HOT, PAGE_SIZE, itemsize
@@ -54,7 +56,7 @@ class HeadPlan:
     @classmethod
     def uniform(cls, config: Any, spec: HeadSpec) -> "HeadPlan":
         """Give every KV head of the model with this transformers config the same spec."""
-        return cls(tuple((spec,) * count for count in _kv_heads(config)))
+        return cls(tuple((spec,) * count for count in kv_heads(config)))
 
     @classmethod
     def with_global(cls, config: Any, global_heads: Iterable[tuple[int, int]], local: HeadSpec) -> "HeadPlan":
@@ -63,7 +65,7 @@ class HeadPlan:
         Raises:
             ValueError: A pair lies outside the model.
         """
-        counts = _kv_heads(config)
+        counts = kv_heads(config)
         chosen = {(index(layer), index(head)) for layer, head in global_heads}
         _check_inside(chosen, counts, "global head")
         spec = {True: HeadSpec(), False: local}
@@ -175,7 +177,7 @@ class HeadPlan:
         Raises:
             ValueError: The model has other layers or KV heads.
         """
-        mine, theirs = tuple(map(len, self.heads)), _kv_heads(config)
+        mine, theirs = tuple(map(len, self.heads)), kv_heads(config)
         if mine != theirs:
             names = [*(getattr(config, "architectures", None) or []), getattr(config, "model_type", None)]
             model = " / ".join(filter(None, names)) or type(config).__name__
@@ -197,7 +199,7 @@ class HeadPlan:
     def nbytes(
         self,
         length: int,
-        head_dim: int | tuple[int, int],
+        head_dim: Any,
         dtype: Any,
         *,
         page_size: int = PAGE_SIZE,
@@ -207,16 +209,22 @@ class HeadPlan:
 
         Args:
             length: Tokens of the sequence.
-            head_dim: Elements of a key and of a value, or the pair (key, value) where they differ.
+            head_dim: Elements of a key and of a value, or the pair (key, value) where they differ; or the model's
+                config, which says them for each layer.
             dtype: A torch or numpy dtype, its name, or the bytes of an element.
             page_size, hot: Those of the cache; they count where heads have a storage of their own.
 
         Raises:
             ValueError: The dtype is unknown, or the length negative.
         """
-        dims = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
-        size, counts = itemsize(dtype), Counter(chain.from_iterable(self.heads))
-        return sum(n * spec.nbytes(length, *dims, size, page_size, hot) for spec, n in counts.items())
+        if hasattr(head_dim, "num_hidden_layers") or hasattr(head_dim, "get_text_config"):
+            self.check(head_dim)
+            dims = kv_dims(head_dim)
+        else:
+            dims = (head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim),) * len(self)
+        size = itemsize(dtype)
+        counts = Counter((spec, dim) for layer, dim in zip(self, dims, strict=True) for spec in layer)
+        return sum(n * spec.nbytes(length, *dim, size, page_size, hot) for (spec, dim), n in counts.items())
 
     def __getitem__(self, layer: int) -> tuple[HeadSpec, ...]:
         return self.heads[layer]
@@ -232,6 +240,21 @@ class HeadPlan:
 
     def __str__(self) -> str:
         return picture(self)
+
+
+def as_plan(plan: Any, config: Any) -> HeadPlan:
+    """Return the plan, or that of the file, once it has been checked against the config.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is neither, or does not fit the config.
+    """
+    if isinstance(plan, str | PathLike):
+        return HeadPlan.load(plan, config)
+    if not isinstance(plan, HeadPlan):
+        raise ValueError(f"plan is {plan!r:.80}: give a HeadPlan, or the file of one")
+    plan.check(config)
+    return plan
 
 
 def _made_for_another(provenance: Mapping[str, Any], config: Any) -> str | None:
@@ -259,17 +282,3 @@ def _check_inside(chosen: Iterable[tuple[int, int]], counts: tuple[int, ...], na
 def _bare_name(model: str) -> str:
     """The last part of a model's name, without the dtype that folders are often called by."""
     return _DTYPE_SUFFIX.sub("", Path(model).name.lower())
-
-
-def _kv_heads(config: Any) -> tuple[int, ...]:
-    """Return the KV heads of each layer of the (text) model with this transformers config."""
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    layers = getattr(config, "num_hidden_layers", None)
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    if isinstance(layers, int) and isinstance(heads, int):
-        return (heads,) * layers
-    if isinstance(heads, (list, tuple)) and len(heads) == layers:
-        return tuple(heads)
-    found = f"num_hidden_layers={layers!r} and {heads!r} KV heads"
-    raise ValueError(f"{type(config).__name__} has {found}: give the config of a decoder, model.config")

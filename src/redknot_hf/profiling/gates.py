@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from redknot_hf.attention.dense import dense_attention
-from redknot_hf.attention.watching import Attended, Call, blocks, kv_shape, watching
+from redknot_hf.attention.watching import Attended, Call, blocks, watching
 from redknot_hf.plan.formats import AnyPath
+from redknot_hf.plan.per_layer import kv_heads
 from redknot_hf.plan.plan import HeadSpec
 from redknot_hf.plan.rules import head_rules
 
@@ -48,7 +49,7 @@ class Gates:
     def __init__(self, divergence: Divergence, spec: HeadSpec, chosen: Sequence[int]) -> None:
         self.divergence, self.spec, self.chosen = divergence, spec, chosen
         model = divergence.model
-        self.shape = kv_shape(model)[0]
+        self.shape = kv_heads(model.config)
         self.logits = torch.full((sum(self.shape),), OPEN, device=model.device, requires_grad=True)
         self.optimizer = torch.optim.Adam([self.logits], lr=RATE)
         self.step = 0

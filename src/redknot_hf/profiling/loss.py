@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from redknot_hf.attention.watching import kv_shape
+from redknot_hf.plan.per_layer import kv_heads
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
 from .divergence import Divergence
@@ -116,7 +116,7 @@ class LossSearch:
 
     def plan(self, local: Sequence[int], spec: HeadSpec) -> HeadPlan:
         """The plan that restricts these heads, counted layer by layer."""
-        places = [(layer, head) for layer, n in enumerate(kv_shape(self.model)[0]) for head in range(n)]
+        places = [(layer, head) for layer, n in enumerate(kv_heads(self.model.config)) for head in range(n)]
         restricted = set(local)
         return HeadPlan.with_global(
             self.model.config, [place for i, place in enumerate(places) if i not in restricted], spec

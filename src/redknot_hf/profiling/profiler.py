@@ -14,8 +14,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from redknot_hf.attention.watching import check_model, head_dims, kv_shape
+from redknot_hf.attention.watching import check_model
 from redknot_hf.plan.formats import AnyPath
+from redknot_hf.plan.per_layer import kv_dims, kv_heads
 from redknot_hf.plan.plan import HeadSpec
 
 from .clock import Clock
@@ -135,11 +136,11 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
 
 def _blank(job: Job, method: str, choices: tuple[HeadSpec, ...], target: Mapping[str, Number]) -> HeadProfile:
     """A profile of which nothing is measured yet."""
-    shape, _ = kv_shape(job.model)
+    shape = kv_heads(job.model.config)
     zeros = np.zeros((sum(shape), len(choices)))
     return HeadProfile(
         method=method, heads_by_layer=shape, choices=choices, errors=zeros, halves=(zeros, zeros),
-        length=max(map(len, job.prompts)), head_dims=head_dims(job.model), itemsize=job.model.dtype.itemsize,
+        length=max(map(len, job.prompts)), head_dims=kv_dims(job.model.config), itemsize=job.model.dtype.itemsize,
         target=target, provenance=_provenance(job.model, job.prompts),
     )  # fmt: skip
 

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedModel
 
 from redknot_hf.attention.dense import dense_attention
-from redknot_hf.attention.watching import Attended, Call, blocks, kv_shape, watching
+from redknot_hf.attention.watching import Attended, Call, blocks, watching
+from redknot_hf.plan.per_layer import kv_heads
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
 from .allocation import allocate
@@ -94,7 +95,7 @@ class SwapSearch:
 
     def _plan(self, picks: Picks) -> HeadPlan:
         specs, heads = [self.choices[pick] for pick in picks], []
-        for count in kv_shape(self.model)[0]:
+        for count in kv_heads(self.model.config):
             heads.append(specs[:count])
             specs = specs[count:]
         return HeadPlan(heads)

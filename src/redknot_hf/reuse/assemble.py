@@ -13,9 +13,11 @@ from torch import Tensor
 from redknot_hf.cache.cache import RedKnotCache
 
 from .assembly import put
+from .ids import Texts, one_for_each
+from .recording import row_layers
 from .relocation import Relocation
 from .schedule import BOUNDARY, Boundary, Refs, Reused, as_batch, is_spliced, schedule, store_of
-from .store import SegmentStore
+from .store import SegmentRef, SegmentStore
 
 
 class AssembledCache(RedKnotCache):
@@ -56,8 +58,8 @@ def assemble(
     Of every segment the first tokens, the boundary, run through the model on all that stands before them, so their
     keys and values are right in this context; the stored rest is rotated to its place and put into the pages. A
     segment whose prefix is exactly what stands before it needs neither. The boundaries of all segments share a forward
-    pass, of up to 8192 tokens. The cache then serves `generate` with the whole prompt (`prompt` makes it), several
-    questions, further turns.
+    pass, of up to 8192 tokens. The cache then serves `generate` with the whole prompt: `prompt(cache, question)` makes
+    it, for as many questions as there are.
 
     Source: boundary replay of RedKnot, arXiv 2606.06256, and of its later code (reuse of stored keys by position).
 
@@ -97,26 +99,58 @@ def assemble(
 
 
 def prompt(
-    segments: Refs, suffixes: Sequence[Sequence[int]] | Sequence[int], device: torch.device | str | None = None
-) -> dict[str, Int[Tensor, "batch tokens"]]:
-    """What `generate` takes beside the assembled cache: ids and mask of contexts and suffixes, padded on the left.
+    context: Refs | AssembledCache,
+    suffixes: Texts,
+    device: torch.device | str | None = None,
+    *,
+    cache: AssembledCache | None = None,
+) -> dict[str, Any]:
+    """What `generate` takes for a question: ids and mask of contexts and suffixes, padded on the left.
+
+    Of a cache it makes as many prompts as there are questions: each brings a fork of it, so that none finds the answer
+    to another one behind the context. `model.generate(**prompt(cache, question))`.
 
     Args:
-        segments: As given to `assemble`.
-        suffixes: What follows each context; one for one sequence.
-        device: Of the model.
+        context: The assembled cache; or the segments as given to `assemble`, where the caller passes the cache on.
+        suffixes: Token ids of what follows each context; those of one sequence may stand bare.
+        device: Of the model; by default the cache's, where there is one.
+        cache: Made of these segments: the prompt then brings a fork of it.
+
+    Returns:
+        `input_ids` and `attention_mask`, `[batch, tokens]`, and with a cache `past_key_values`.
 
     Raises:
-        ValueError: There is not one suffix for each sequence.
+        ValueError: There is not one suffix of token ids for each sequence; or the cache was assembled of other
+            segments or in another order, or holds more than its context.
     """
-    batch = as_batch(segments)
-    ends: list[list[int]] = [list(suffixes)] if suffixes and isinstance(suffixes[0], int) else [*map(list, suffixes)]  # pyright: ignore
-    if len(ends) != len(batch):
-        raise ValueError(f"{len(ends)} suffixes for {len(batch)} sequences: give one for each")
-    contexts = [[i for ref in refs for i in ref.ids] for refs in batch]
-    halves = [_left_padded(contexts), _left_padded(ends)]
+    if isinstance(context, AssembledCache):
+        cache, batch = context, [[part.ref for part in parts] for parts in context.reused]
+    else:
+        batch = as_batch(context)
+    ends = one_for_each(suffixes, batch, "suffixes")
+    if not all(ends):
+        raise ValueError("a suffix has no tokens: give what follows the context, one token at least")
+    halves = [_left_padded([[i for ref in refs for i in ref.ids] for refs in batch]), _left_padded(ends)]
+    if cache is not None:
+        _check_context(cache, batch, halves[0][0].shape[1])
+        device = next(layer.device for _, layer in row_layers(cache)) if device is None else device
     ids, real = (torch.cat(parts, 1).to(device) for parts in zip(*halves, strict=True))
-    return {"input_ids": ids, "attention_mask": real}
+    made = {"input_ids": ids, "attention_mask": real}
+    return made if cache is None else made | {"past_key_values": cache.fork()}
+
+
+def _check_context(cache: AssembledCache, batch: Sequence[Sequence[SegmentRef]], slots: int) -> None:
+    held = [[part.ref for part in parts] for parts in cache.reused]
+    if held != [list(refs) for refs in batch]:
+        raise ValueError(
+            f"the cache was assembled of {held} and the prompt is of {[list(refs) for refs in batch]}: give the "
+            "segments in the same order, or the cache in their place"
+        )
+    if cache.get_seq_length() != slots:
+        raise ValueError(
+            f"the cache holds {cache.get_seq_length()} tokens and its context has {slots}: a question of its own no "
+            "longer follows the context. Ask forks, cache.fork(); or assemble again."
+        )
 
 
 def _left_padded(texts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:

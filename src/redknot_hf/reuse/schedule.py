@@ -81,8 +81,13 @@ class Piece:
 
 def as_batch(segments: Refs) -> list[list[SegmentRef]]:
     """One list of segments a sequence, of which at least one has some."""
+    if isinstance(segments, SegmentRef):
+        raise ValueError("the context is one segment: give a list of them, [segment]")
     single = all(isinstance(one, SegmentRef) for one in segments)
     batch: list[list[SegmentRef]] = [list(one) for one in ([segments] if single else segments)]  # pyright: ignore
+    for one in (one for refs in batch for one in refs):
+        if not isinstance(one, SegmentRef):
+            raise ValueError(f"a segment is {one!r:.40}: give what SegmentStore.add returned")
     if not any(batch):
         raise ValueError("there are no segments to assemble: begin with RedKnotCache(model.config, plan)")
     return batch
@@ -125,6 +130,8 @@ def _tokens(asked: Any, ref: SegmentRef, start: int) -> int:
         asked = asked(ref, start)
     if asked == "all":
         return len(ref)
+    if hasattr(asked, "item"):  # a number of numpy or torch
+        asked = asked.item()
     if isinstance(asked, bool) or not isinstance(asked, int | float) or asked < 0 or (asked > 1 and asked % 1):
         raise ValueError(f"boundary={asked!r}: give tokens (an int), a share (a float from 0 to 1), or 'all'")
     if isinstance(asked, float):
@@ -162,7 +169,6 @@ def _pieces(parts: Sequence[Reused], most: int) -> Iterator[Piece]:
 
 def _stored_bytes(store: SegmentStore) -> Callable[[Piece], int]:
     """Tells about how many bytes the stored rest of a piece is."""
-    config = store.model.config.get_text_config(decoder=True)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config = store.model.config
     kept = store.plan if store.keep == "plan" else HeadPlan.uniform(config, HeadSpec())
-    return lambda piece: kept.nbytes(len(piece.part.ref), dim, store.model.dtype) if piece.rest else 0
+    return lambda piece: kept.nbytes(len(piece.part.ref), config, store.model.dtype) if piece.rest else 0

@@ -11,22 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from redknot_hf.cache.span import Segment
-from redknot_hf.plan.plan import HeadPlan
+from redknot_hf.plan.formats import AnyPath
+from redknot_hf.plan.plan import HeadPlan, as_plan
 
 from .files import SegmentFileError, SegmentFolder, outline
 from .gate import Verdict, gate
 from .identity import model_identity, segment_address, weights_state
+from .ids import Ids, as_ids
 from .recording import Keep, record
 from .tiers import Counts, Held, Tiers
 
 GIB = 2**30
 # Tokens, padding included, that are prefilled in one batch.
 _BATCH_TOKENS = 8192
-
-Ids = Sequence[int] | Tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class SegmentStore:
 
     Args:
         model: A causal LM with `attn_implementation="redknot"`.
-        plan: What every KV head sees and keeps.
+        plan: What every KV head sees and keeps, or the file of a plan.
         device_bytes, host_bytes: Most bytes in the memory of the device and of the host; `None` is no bound.
         path: A folder, or a URL that fsspec knows, which every segment is written to as well. Other processes may use
             the same.
@@ -81,7 +80,7 @@ class SegmentStore:
     def __init__(  # noqa: PLR0913 - all but two have defaults
         self,
         model: Any,
-        plan: HeadPlan,
+        plan: HeadPlan | AnyPath,
         *,
         device_bytes: int | None = GIB,
         host_bytes: int | None = 8 * GIB,
@@ -93,8 +92,7 @@ class SegmentStore:
     ) -> None:
         if keep not in get_args(Keep):
             raise ValueError(f"keep={keep!r}: choose one of {get_args(Keep)}")
-        plan.check(model.config)
-        self.model, self.plan = model, plan
+        self.model, self.plan = model, as_plan(plan, model.config)
         self.keep: Keep = keep  # pyright: ignore[reportAttributeAccessIssue]
         self.page_size, self.impl = page_size, impl
         self._name = identity
@@ -134,8 +132,12 @@ class SegmentStore:
 
     def ref(self, ids: Ids, prefix: Ids | SegmentRef | None = None) -> SegmentRef:
         """Names a text without computing anything; what is not in the store then is when it is first used."""
-        behind = (*prefix.prefix, *prefix.ids) if isinstance(prefix, SegmentRef) else _tokens(prefix)
-        tokens = _tokens(ids)
+        behind = (
+            (*prefix.prefix, *prefix.ids)
+            if isinstance(prefix, SegmentRef)
+            else as_ids(() if prefix is None else prefix)
+        )
+        tokens = as_ids(ids)
         if not tokens:
             raise ValueError("the text has no tokens: leave it out")
         return SegmentRef(segment_address(self.identity, self.plan, self.keep, tokens, behind), tokens, behind, self)
@@ -270,16 +272,6 @@ class SegmentStore:
             return None
         self._on_disk.add(wanted.address)
         return self.tiers.read_in(segment)
-
-
-def _tokens(ids: Ids | None) -> tuple[int, ...]:
-    if ids is None:
-        return ()
-    if isinstance(ids, Tensor):
-        if ids.ndim != 1:
-            raise ValueError(f"a text of shape {tuple(ids.shape)}: give the ids of one text, [tokens]")
-        ids = ids.tolist()
-    return tuple(map(int, ids))
 
 
 def _batches(refs: Sequence[SegmentRef]) -> Iterator[list[SegmentRef]]:
