@@ -1,19 +1,30 @@
 # `make demo` and `make test` need Python 3.11+, git and make; they set up the rest in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-OLDEST := .venv-oldest/bin
 KVPRESS := .venv-kvpress/bin
 
-.PHONY: demo test test-oldest lint speed evals real clean
+.PHONY: demo test test-oldest test-previous test-newest lint speed evals real clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/quickstart.py
 
-test: .venv/.ready
-	$(BIN)/python -m pytest --numprocesses auto
+# All tests, in environment $(1) with options $(2). Shapes are checked, but where a compiler must look through.
+define run_tests
+	$(1)/bin/python -m pytest --numprocesses auto $(2)
+	$(1)/bin/python -m pytest --numprocesses auto $(2) --override-ini addopts= tests/compiled_cases.py
+endef
 
-test-oldest: .venv-oldest/.ready
-	$(OLDEST)/python -m pytest -m core
+test: .venv/.ready
+	$(call run_tests,.venv)
+
+# The reduced set on older versions of transformers.
+test-oldest test-previous: test-%: .venv-%/.ready
+	$(call run_tests,.venv-$*,-m core)
+
+# All tests on the newest transformers 5 of the index, whatever constraints.txt says.
+test-newest: .venv/.ready
+	$(call layer,.venv-newest,--upgrade "transformers<6")
+	$(call run_tests,.venv-newest)
 
 lint: .venv/.ready
 	$(BIN)/ruff format --check .
@@ -33,7 +44,7 @@ real: .venv/.ready
 	$(BIN)/python -m evals.real fetch
 
 clean:
-	rm -rf .venv .venv-oldest .venv-kvpress
+	rm -rf .venv .venv-oldest .venv-previous .venv-newest .venv-kvpress
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -42,11 +53,16 @@ clean:
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples,evals,lm-eval,real]" --group test --group lint
 	touch $@
 
-.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	$(OLDEST)/pip install --quiet --upgrade "pip>=25.1"
-	$(OLDEST)/pip install --quiet -c constraints-oldest.txt torch
-	$(OLDEST)/pip install --quiet -c constraints-oldest.txt -e ".[examples,evals]" --group test
+# An environment $(1) on top of .venv, which holds only what $(2) asks for and .venv has not.
+define layer
+	$(BIN)/python -m venv --clear --without-pip $(1)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$(echo $(1)/lib/python3*/site-packages)/below.pth
+	$(BIN)/pip --python $(1) install --quiet $(2)
+endef
+
+.venv-oldest/.ready .venv-previous/.ready: .venv-%/.ready: constraints-%.txt .venv/.ready
+	$(call layer,.venv-$*,-r $<)
 	touch $@
 
 # kvpress takes no transformers as new as ours, so it lives apart and is called as a program.

@@ -1,7 +1,7 @@
 """Captured decoding: `generate` compiles the steps of a reserved cache once, and gives the same tokens.
 
-`test_compile.py` runs this file in a process of its own: the checks of shapes that other tests run under are wrappers
-that no compiler looks through.
+`make test` runs this file on its own, without the checks of shapes that other tests run under: those are wrappers that
+no compiler looks through.
 """
 
 import pytest
@@ -14,6 +14,7 @@ from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.cache.cache import row_layers
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.core
 
 LAYERS = {"llama": {}, "gemma2": {"layer_types": ["full_attention", "sliding_attention"]}}
 LAYERS["gpt_oss"] = LAYERS["gemma2"]

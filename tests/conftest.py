@@ -1,12 +1,16 @@
 """What every test runs under."""
 
+import importlib.util
 import os
 
 import pytest
 import torch
+from quick_interpreter import quicken
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before the modules are imported
+    if importlib.util.find_spec("triton"):
+        quicken()
 
 # Tests are many and small: one thread each is faster than two that wait for each other.
 torch.set_num_threads(1)

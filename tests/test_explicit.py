@@ -6,7 +6,7 @@ from families import VOCABULARY, make_model, make_vision_model
 from oracle import masked_logits, random_plan, under_plan
 from transformers import DynamicCache
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 
 def everything(config):
@@ -89,7 +89,7 @@ def test_chunks_with_an_image_in_a_reserved_cache_that_may_be_captured():
     with torch.no_grad():
         for a, b in ((0, 10), (10, 18), (18, 33)):
             part = {"attention_mask": mask[:, :b], "position_ids": positions[:, a:b], "token_type_ids": types[:, :b]}
-            ours = model(ids[:, a:b], **part, past_key_values=cache).logits
+            ours = model(ids[:, a:b], **part, **cache_argument(model, cache)).logits
         with under_plan(model, plan):
             part = {"attention_mask": mask[:, :33], "position_ids": positions[:, :33], "token_type_ids": types[:, :33]}
             dense = model(ids[:, :33], **part, use_cache=False).logits[:, 18:]
@@ -130,7 +130,7 @@ def test_matrices_and_flags_in_any_order(padding, order, kind):
         for (a, b), form in zip(STEPS, order, strict=True):
             mask = whole[:, :, a:b, :b] if form == "F" else flags[:, :b]
             part = {"position_ids": positions[:, a:b], "attention_mask": mask}
-            found.append(model(ids[:, a:b], **part, past_key_values=cache).logits)
+            found.append(model(ids[:, a:b], **part, **cache_argument(model, cache)).logits)
     expected, real = masked_logits(model, plan, ids, flags), flags.bool()
     torch.testing.assert_close(torch.cat(found, 1)[real], expected[real], atol=2e-4, rtol=1e-4)
     assert [layer.rows.lengths.tolist() for layer in cache.layers] == [flags.sum(1).tolist()] * 4
@@ -145,10 +145,12 @@ def test_half_precision_masks_hide_padding_too(dtype):
     caches = [RedKnotCache(model.config, random_plan(model.config), page_size=16) for _ in range(2)]
     with torch.no_grad():
         for cache, mask in zip(caches, (added, flags), strict=True):
-            model(ids, attention_mask=mask, past_key_values=cache)
+            model(ids, attention_mask=mask, **cache_argument(model, cache))
         one, other = (
             model(
-                ids[:, :1], attention_mask=torch.ones(2, 41) * flags[:, [*range(40), 39]], past_key_values=cache
+                ids[:, :1],
+                attention_mask=torch.ones(2, 41) * flags[:, [*range(40), 39]],
+                **cache_argument(model, cache),
             ).logits
             for cache in caches
         )
@@ -161,11 +163,13 @@ def test_a_matrix_follows_when_padded_sequences_are_gone():
     flags = (torch.arange(40) >= torch.tensor([0, 9])[:, None]).long()
     cache, alone = (RedKnotCache(model.config, plan, page_size=16) for _ in range(2))
     with torch.no_grad():
-        model(ids[:, :40], attention_mask=flags, past_key_values=cache)
+        model(ids[:, :40], attention_mask=flags, **cache_argument(model, cache))
         cache.batch_select_indices(torch.tensor([0]))
-        model(ids[:1, :40], past_key_values=alone)
+        model(ids[:1, :40], **cache_argument(model, alone))
         ours, expected = (
-            model(ids[:1, 40:], attention_mask=torch.ones(1, 1, 1, 41, dtype=torch.bool), past_key_values=c).logits
+            model(
+                ids[:1, 40:], attention_mask=torch.ones(1, 1, 1, 41, dtype=torch.bool), **cache_argument(model, c)
+            ).logits
             for c in (cache, alone)
         )
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
@@ -178,11 +182,13 @@ def test_beams_and_crops_keep_what_was_learnt():
     whole = matrix(flags, "bool")
     cache = RedKnotCache(model.config, plan, page_size=16)
     with torch.no_grad():
-        model(ids[:, :38], attention_mask=whole[:, :, :38, :38], past_key_values=cache)
-        model(ids[:, 38:], attention_mask=flags, past_key_values=cache)
+        model(ids[:, :38], attention_mask=whole[:, :, :38, :38], **cache_argument(model, cache))
+        model(ids[:, 38:], attention_mask=flags, **cache_argument(model, cache))
         cache.crop(-2)
         cache.reorder_cache(torch.tensor([1, 0]))
-        found = model(ids.flip(0)[:, 38:], attention_mask=whole.flip(0)[:, :, 38:], past_key_values=cache).logits
+        found = model(
+            ids.flip(0)[:, 38:], attention_mask=whole.flip(0)[:, :, 38:], **cache_argument(model, cache)
+        ).logits
     expected = masked_logits(model, plan, ids, flags).flip(0)[:, 38:]
     # Positions are the caller's: these count padding, which rotates queries and keys alike.
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)

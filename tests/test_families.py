@@ -89,7 +89,7 @@ def test_layers_that_share_keys_may_be_asked_by_the_last_queries_only(padding, o
                     ids[:, start:stop],
                     attention_mask=mask[:, :stop],
                     position_ids=positions[:, start:stop],
-                    past_key_values=cache,
+                    **cache_argument(model, cache),
                     logits_to_keep=keep,
                 ).logits
                 first = max(stop - keep, start) if keep else start

@@ -12,7 +12,7 @@ from families import make_model
 from oracle import masked_logits, random_plan
 from test_cache import feed, planned, some_ids
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, cache_argument
 from redknot_hf.cache.pool import PagePool
 
 PAGE = 16
@@ -164,9 +164,9 @@ def test_a_mask_of_ones_own_is_taken_again_once_the_padded_sequences_are_gone():
     ids, flags = some_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
     flags[1, :6] = 0
     with torch.no_grad():
-        model(ids, attention_mask=flags, past_key_values=cache)
+        model(ids, attention_mask=flags, **cache_argument(model, cache))
         cache.batch_select_indices(torch.tensor([0]))
         mask = torch.ones(1, 1, 4, 24, dtype=torch.bool).tril(20)
-        logits = model(some_ids(1, 4, seed=2), attention_mask=mask, past_key_values=cache).logits
+        logits = model(some_ids(1, 4, seed=2), attention_mask=mask, **cache_argument(model, cache)).logits
     whole = torch.cat([ids[:1], some_ids(1, 4, seed=2)], 1)
     torch.testing.assert_close(logits, masked_logits(model, cache.plan, whole)[:, -4:], atol=2e-4, rtol=1e-4)

@@ -1,10 +1,14 @@
 """A handle answers questions about itself, and refuses every operation that would read what is not there."""
 
+import copy
+
 import pytest
 import torch
 from families import make_model
+from oracle import masked_logits, random_plan
+from test_families import prompts
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.cache.handle import RedKnotHandle
 
 
@@ -60,3 +64,46 @@ def test_moving_to_where_it_is_changes_nothing(handle):
 def test_operations_name_themselves_and_the_fix(handle, name, operation):
     with pytest.raises(RuntimeError, match=rf"{name} was called .*set_attn_implementation\('redknot'\).*DynamicCache"):
         operation(handle)
+
+
+def copied(model, while_it_ran):
+    model.set_attn_implementation(while_it_ran)
+    config = copy.deepcopy(model.config)
+    model.set_attn_implementation("redknot")
+    return config
+
+
+STRANGERS = {
+    "copied while the model ran SDPA": lambda model: copied(model, "sdpa"),
+    "copied while the model ran eager attention": lambda model: copied(model, "eager"),
+    "copied as it is": lambda model: copied(model, "redknot"),
+    "of a file": lambda model: type(model.config)(**model.config.to_dict()),
+    "of another instance": lambda model: (
+        type(model)._from_config(copy.deepcopy(model.config), attn_implementation="sdpa").config
+    ),
+}
+
+
+@pytest.mark.parametrize("reserved", [None, 80])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral_sliding"])
+@pytest.mark.parametrize("config", STRANGERS)
+def test_the_config_need_not_be_the_running_models_own(config, family, reserved):
+    model = make_model(family)
+    config = STRANGERS[config](model)
+    plan = random_plan(config)
+    cache = RedKnotCache(config, plan, page_size=16, max_cache_len=reserved)
+    ids, mask = prompts(2, 45, padding=(0, 6))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def step(a, b):
+        step = {"attention_mask": mask[:, :b], "position_ids": positions[:, a:b]}
+        return model(ids[:, a:b], **step, **cache_argument(model, cache)).logits
+
+    real = mask.bool()
+    with torch.no_grad():
+        found = torch.cat([step(0, 40), step(40, 44), step(44, 45)], 1)[real]
+        torch.testing.assert_close(found, masked_logits(model, plan, ids, mask)[real], atol=2e-4, rtol=1e-4)
+        model.set_attn_implementation("sdpa")  # whatever the cache's config says
+        with pytest.raises((ValueError, RuntimeError), match=r"model\.set_attn_implementation\('redknot'\)"):
+            step(44, 45)
+    assert {layer.slots for layer in cache.layers} == {45}

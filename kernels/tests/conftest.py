@@ -1,12 +1,16 @@
 """Kernels run in Triton's interpreter where there is no accelerator."""
 
+import importlib.util
 import os
 
 import pytest
 import torch
+from quick_interpreter import quicken
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before the modules are imported
+    if importlib.util.find_spec("triton"):
+        quicken()
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from .attention.attention import redknot_attention
 from .cache.argument import cache_argument
 from .cache.cache import RedKnotCache
 from .decoding import captured_decoding
+from .guidance import guidance
 from .plan.plan import HeadPlan, HeadSpec
 from .reuse.assemble import AssembledCache, assemble, prompt
 from .reuse.refresh import refresh
@@ -23,6 +24,7 @@ __all__ = [
     "assemble",
     "cache_argument",
     "captured_decoding",
+    "guidance",
     "prompt",
     "redknot_attention",
     "refresh",

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .takeover import refuse_prefix
+
 _NAMES = ("cache", "past_key_values")
 
 # What `generate` calls it, in the arguments of a `custom_generate` and in its outputs.
@@ -24,8 +26,11 @@ def cache_argument(model: nn.Module, cache: Cache | None) -> dict[str, Cache | N
 
     Raises:
         TypeError: Neither the model nor any module of it takes a cache.
+        ValueError: A wrapper would pass the model another one.
     """
     for module in model.modules():  # what wraps a model hands on what it is given
+        if cache is not None:
+            refuse_prefix(module)
         taken = inspect.signature(module.forward).parameters
         for name in _NAMES:
             if name in taken:

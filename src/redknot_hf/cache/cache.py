@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from copy import copy, deepcopy
 from typing import Any
@@ -17,8 +18,9 @@ from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.per_layer import text_config
 from redknot_hf.plan.plan import HeadPlan, as_plan
 
-from .handle import BROKEN_OFF
+from .handle import BROKEN_OFF, RedKnotHandle
 from .layer import RedKnotLayer
+from .takeover import call_of, refuse_takeover, switch_of
 
 PAGE_SIZES = (16, 32, 64, 128)
 
@@ -68,6 +70,7 @@ class RedKnotCache(Cache):
             raise ValueError(f"max_cache_len={max_cache_len}: give a positive number of tokens, or None to grow")
         self.config = text
         self.plan = plan
+        self._switch, self._given = switch_of(text), False
         template = DynamicCache(config=text).layers
         implementation(impl)  # so that a wrong name, or no Triton, is told at once
         layers = [_layer(plan, i, t, page_size, max_cache_len, impl) for i, t in enumerate(template)]
@@ -80,21 +83,13 @@ class RedKnotCache(Cache):
         """Hands new keys and values on to the attention function.
 
         Raises:
-            ValueError: The model runs with another attention implementation, or the step does not fit the cache.
+            ValueError: The step does not fit the cache.
         """
         if torch.compiler.is_compiling():
             layer = self.layers[layer_idx]
             if isinstance(layer, RedKnotLayer) and layer.captures(key_states.shape[2]):
                 return layer.update(key_states, value_states)
             return _update_eagerly(self, key_states, value_states, layer_idx)
-        # Asking takes transformers a while, and the first layer comes before any work.
-        used = self.config._attn_implementation if layer_idx == self._first else None
-        if used not in (None, "redknot"):
-            raise ValueError(
-                f"the model runs with attn_implementation={used!r}, which cannot read a RedKnotCache. Call "
-                "model.set_attn_implementation('redknot'), or load the model with attn_implementation='redknot'. A "
-                "model that refuses both does not use transformers' attention interface; use DynamicCache with it."
-            )
         if layer_idx == self._first:
             self._catch_up()
         if layer_idx == self._first and len({layer.slots for layer in self._rows_layers() if layer.slots}) > 1:
@@ -104,7 +99,12 @@ class RedKnotCache(Cache):
                 f"the model has a layer {layer_idx} and the cache {len(self.layers)} layers: make the cache from "
                 "model.config and a plan of this model"
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        # Asking takes transformers a while, and the first layer comes before any work. The config need not be the
+        # running model's own, so what it says only explains why another than the attention function reads the keys.
+        if layer_idx == self._first and isinstance(keys, RedKnotHandle):
+            keys.redknot.said = self.config._attn_implementation
+        return keys, values
 
     def fork(self) -> RedKnotCache:
         """A cache that holds the same and goes its own way: of a text that is read once, every question asks a fork.
@@ -143,6 +143,22 @@ class RedKnotCache(Cache):
         """Moves the pages of one layer, or of all, to their device ahead of the next step."""
         for i in self._chosen(layer_idx):
             self.layers[i].prefetch()
+
+    def __bool__(self) -> bool:
+        """True; but models that drop a cache which a long text outgrows are to take an empty one as it is."""
+        return self._switch is None or self.get_seq_length() > 0
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """Whether `generate` was given the cache; it says so before it runs the model."""
+        return self._given
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, given: bool) -> None:
+        call = call_of(sys._getframe(1))
+        if call is not None:
+            refuse_takeover(call, self.plan, self._switch, 0 if self._switch is None else self.get_seq_length())
+        self._given = given
 
     @property
     def nbytes(self) -> int:

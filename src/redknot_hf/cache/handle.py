@@ -54,6 +54,7 @@ class Step:
         runs: Which of them are attended together, where they are not attended as they are written.
         past: What the rows held before, where whoever attends asked for it.
         attend: Writes and attends the step in place of the attention function: takes it, queries, mask and options.
+        said: What the cache's config calls the model's attention implementation.
     """
 
     layer: RedKnotLayer
@@ -65,6 +66,7 @@ class Step:
     runs: list[Run] = field(default_factory=list)
     past: Any = None
     attend: Callable[..., Tensor] | None = None
+    said: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -91,21 +93,36 @@ class RedKnotHandle(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **(kwargs or {}))
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                out = func(*args, **(kwargs or {}))
+        except RuntimeError as error:  # a mask over all tokens, say, does not fit the new keys
+            raise _misread(func, (*args, *(kwargs or {}).values())) from error
         if func is Tensor.as_subclass or is_answer(func, out):
             return out
         if func is Tensor.to and out is args[0]:  # layers that share keys see to it that they are on their own device
             return args[0]
-        raise RuntimeError(
-            f"{getattr(func, '__name__', func)} was called on keys or values that a RedKnotCache holds, so the "
-            "attention did not run through redknot. Call model.set_attn_implementation('redknot') before generating. "
-            "If it is set, this model works on its cached keys outside of transformers' attention interface (MLA, "
-            "ALiBi and the like) and cannot use a RedKnotCache; use DynamicCache."
-        )
+        raise _misread(func, (*args, *(kwargs or {}).values()))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"RedKnotHandle(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def _misread(func: Any, given: tuple[Any, ...]) -> Exception:
+    """The error for keys that something else than the attention function reads."""
+    said = next((one.redknot.said for one in given if isinstance(one, RedKnotHandle)), None)
+    if said not in (None, "redknot"):
+        return ValueError(
+            f"the model runs with attn_implementation={said!r}, which cannot read a RedKnotCache. Call "
+            "model.set_attn_implementation('redknot'), or load the model with attn_implementation='redknot'. A "
+            "model that refuses both does not use transformers' attention interface; use DynamicCache with it."
+        )
+    return RuntimeError(
+        f"{getattr(func, '__name__', func)} was called on keys or values that a RedKnotCache holds, so the "
+        "attention did not run through redknot. Call model.set_attn_implementation('redknot') before generating. "
+        "If it is set, this model works on its cached keys outside of transformers' attention interface (MLA, "
+        "ALiBi and the like) and cannot use a RedKnotCache; use DynamicCache."
+    )
 
 
 def is_answer(func: Any, out: Any) -> bool:
