@@ -49,7 +49,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a G
 Chat = Annotated[bool, typer.Option("--chat", help="ask in the words of the model's chat template")]
 Source = Annotated[str | None, typer.Option(help="local file or folder that the task reads in place of the Hub")]
 # Modules of `evals.benchmarks`; each is imported when it is asked for.
-BENCHMARKS = ("speed", "speed_gpu", "new_lengths", "profiling", "profile_cost", "reuse", "reuse_gpu")
+BENCHMARKS = ("speed", "speed_gpu", "new_lengths", "profiling", "profile_cost", "reuse", "reuse_gpu", "reuse_real")
 OFFLINE = ("dense", "all-global", "redknot", "wrong-heads", "streaming", "adakv-expected-attention")
 
 

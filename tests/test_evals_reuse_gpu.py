@@ -10,9 +10,11 @@ def test_all_ways_to_the_first_token_are_timed(tmp_path):
     where = ["--device", "cpu", "--folder", str(tmp_path), "--out", str(out)]
     reuse_gpu.app([*size, "--repeats", "1", *where], standalone_mode=False)
     records = {r["method"]: r for r in map(json.loads, out.read_text().splitlines())}
-    assert len(records) == 3 + 3 * 2
+    assert len(records) == 3 + 3 * 3
     for name, record in records.items():
         assert record["first_token_s"] > 0
         assert record["host_ms"]["suffix"] > 0
         assert (record["host_ms"]["splice"] > 0) == name.startswith("reuse")
+        if "question" in name:
+            assert 0.05 < record["recomputed"] <= 0.15
     assert [path.name for path in tmp_path.iterdir()] == ["reuse.jsonl"]

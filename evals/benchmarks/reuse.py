@@ -144,10 +144,18 @@ def cases(part: str, count: int, documents: int, tokens: int, questions: int) ->
         yield Case(part, [bos, *parts], made.questions)
 
 
-def answers(model: Any, cache: Any, case: Case) -> list[Tensor]:
-    """Log-probabilities of the tokens of each answer, `[answer tokens, vocabulary]`, all questions in one batch."""
+def answers(model: Any, cache: Any, case: Case, *, shared: bool = True) -> list[Tensor]:
+    """Log-probabilities of the tokens of each answer, `[answer tokens, vocabulary]`, all questions in one batch.
+
+    Args:
+        model: Runs on what the cache is of.
+        cache: Holds the context once, which all questions share, or once for each question.
+        case: The context and its questions.
+        shared: Which of both.
+    """
     cache = copy.deepcopy(cache)
-    cache.batch_repeat_interleave(len(case.questions))
+    if shared:
+        cache.batch_repeat_interleave(len(case.questions))
     texts = [[*q.prompt, *q.answer] for q in case.questions]
     longest = max(map(len, texts))
     ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)

@@ -58,8 +58,12 @@ class Prompt:
         self.plan = bench.plans["1/8 global"]
         generator = torch.Generator().manual_seed(0)
         draw = lambda n: torch.randint(2, self.model.config.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
-        self.bos, self.documents, self.suffix = [1], [draw(tokens) for _ in range(segments)], draw(suffix)
+        self.bos, self.documents = [1], [draw(tokens) for _ in range(segments)]
+        # Words of the documents, so that a question finds some in them.
+        every = torch.randint(segments * tokens, (suffix,), generator=generator).tolist()
+        self.suffix = [self.documents[i // tokens][i % tokens] for i in every]
         self.first: Any = None
+        self.recomputed = 0
 
     @property
     def ids(self) -> list[int]:
@@ -94,17 +98,25 @@ class Prompt:
         self.model.set_attn_implementation("redknot")
         return self.read(assemble(self.model, refs, boundary=boundary), self.suffix)
 
-    def stored(self, place: str, folder: Path) -> list[SegmentRef]:
+    def asked(self, refs: list[SegmentRef], share: float) -> Any:
+        self.model.set_attn_implementation("redknot")
+        cache = assemble(self.model, refs, question=self.suffix, share=share)
+        self.recomputed = cache.recomputed_tokens
+        return self.read(cache, self.suffix)
+
+    def stored(self, place: str, folder: Path, keep: str = "plan") -> list[SegmentRef]:
         """The documents in a store that holds them in one place."""
         self.model.set_attn_implementation("redknot")
         path = folder if place == "disk" else None
-        store = SegmentStore(self.model, self.plan, identity="random", path=path, **PLACES[place])
+        store = SegmentStore(self.model, self.plan, identity="random", path=path, keep=keep, **PLACES[place])
         store.verdict()
         # One by one: a batch needs more memory.
         return [store.add(self.bos), *(store.add(document, self.bos) for document in self.documents)]
 
 
-def methods(prompt: Prompt, boundaries: Sequence[float], places: Sequence[str], folder: Path) -> dict[str, Run]:
+def methods(
+    prompt: Prompt, boundaries: Sequence[float], shares: Sequence[float], places: Sequence[str], folder: Path
+) -> dict[str, Run]:
     """All methods by name; documents are stored on the way."""
     found: dict[str, Run] = {
         "dense": prompt.dense,
@@ -117,6 +129,9 @@ def methods(prompt: Prompt, boundaries: Sequence[float], places: Sequence[str], 
         print(f"documents stored ({place}) in {time.perf_counter() - start:.1f} s", flush=True)
         for boundary in boundaries:
             found[f"reuse from {place}, boundary {boundary:.0%}"] = lambda r=refs, b=boundary: prompt.reuse(r, b)
+        whole = prompt.stored(place, folder, "full") if shares else []
+        for share in shares:
+            found[f"reuse from {place}, all kept, question {share:.0%}"] = lambda r=whole, s=share: prompt.asked(r, s)
     return found
 
 
@@ -177,6 +192,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="of a document")] = 4096,
     suffix: Annotated[int, typer.Option(help="new tokens")] = 128,
     boundaries: Annotated[list[float], typer.Option("--boundary", help="shares recomputed")] = [0.0, 0.05, 0.1, 0.2],
+    shares: Annotated[list[float], typer.Option("--question", help="shares recomputed for the suffix")] = [0.15],
     places: Annotated[list[str], typer.Option("--place", help=f"of {', '.join(PLACES)}")] = list(PLACES),
     repeats: Annotated[int, typer.Option(help="timed turns")] = 5,
     folder: Annotated[Path | None, typer.Option(help="where files are written, on the disk to be measured")] = None,
@@ -192,13 +208,16 @@ def main(
     prompt = Prompt(bench, segments, tokens, suffix)
     about = {
         "shape": shape, "segments": segments, "tokens": tokens, "suffix": suffix,
-        "plan": "1/8 global, window 256, sink 4", "dtype": str(bench.model.dtype), "repeats": repeats,
+        "plan": f"1/{bench.model.config.num_key_value_heads} global, window 256, sink 4",
+        "dtype": str(bench.model.dtype), "repeats": repeats,
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     found = {}
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        runs = methods(prompt, boundaries, places, Path(made))
+        runs = methods(prompt, boundaries, shares, places, Path(made))
         for name, one in measure(bench, runs, repeats):
             found[name] = one
+            if "question" in name:  # the shares are upper bounds, and it has just run
+                one["recomputed"] = prompt.recomputed / (length - suffix)
             write_line(out, {"method": name, **one, **about}, place)
     Console(width=180).print(table(found))

@@ -12,6 +12,8 @@ from .guidance import guidance
 from .plan.plan import HeadPlan, HeadSpec
 from .reuse.assemble import AssembledCache, assemble, prompt
 from .reuse.refresh import refresh
+from .reuse.schedule import by_rank
+from .reuse.stand_in import StandIn
 from .reuse.store import SegmentRef, SegmentStore
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "RedKnotCache",
     "SegmentRef",
     "SegmentStore",
+    "StandIn",
     "assemble",
+    "by_rank",
     "cache_argument",
     "captured_decoding",
     "guidance",

@@ -10,14 +10,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from redknot_hf.cache.cache import RedKnotCache
+from redknot_hf.cache.cache import RedKnotCache, row_layers
 
 from .assembly import put
 from .ids import Texts, one_for_each
-from .recording import row_layers
+from .question import choose
 from .relocation import Relocation
 from .schedule import BOUNDARY, Boundary, Refs, Reused, as_batch, is_spliced, schedule, store_of
 from .store import SegmentRef, SegmentStore
+
+# Share of the tokens that is recomputed for a question, unless said otherwise.
+SHARE = 0.15
 
 
 class AssembledCache(RedKnotCache):
@@ -34,7 +37,7 @@ class AssembledCache(RedKnotCache):
     @property
     def recomputed_tokens(self) -> int:
         """Tokens that went through the model, over all sequences; a lead that sequences share counts for each."""
-        return self.refreshed_tokens + sum(part.boundary for sequence in self.reused for part in sequence)
+        return self.refreshed_tokens + sum(part.recomputed for sequence in self.reused for part in sequence)
 
     @property
     def reused_tokens(self) -> int:
@@ -43,11 +46,13 @@ class AssembledCache(RedKnotCache):
 
 
 @torch.no_grad()
-def assemble(
+def assemble(  # noqa: PLR0913 - all but two have defaults
     model: Any,
     segments: Refs,
     *,
-    boundary: Boundary = BOUNDARY,
+    boundary: Boundary | None = None,
+    question: Texts | None = None,
+    share: float | int = SHARE,
     page_size: int = 64,
     max_cache_len: int | None = None,
     impl: str | None = None,
@@ -61,6 +66,9 @@ def assemble(
     pass, of up to 8192 tokens. The cache then serves `generate` with the whole prompt: `prompt(cache, question)` makes
     it, for as many questions as there are.
 
+    With a `question`, what stands near words of it is recomputed too, wherever it stands, in the same pass. The cache
+    is then made for this question: others find in it what they find in a cache of stored segments.
+
     Source: boundary replay of RedKnot, arXiv 2606.06256, and of its later code (reuse of stored keys by position).
 
     Args:
@@ -69,7 +77,10 @@ def assemble(
             the segments that all sequences begin with are put in place once.
         boundary: Tokens of each segment to recompute, or a share of it (a float); one value, one for each segment, or
             a function of the segment and its position. `"all"` recomputes everything, which is a dense prefill, and
-            `0` nothing, which is naive reuse.
+            `0` nothing, which is naive reuse. By default a tenth, and nothing where there is a question.
+        question: Ids of what will be asked, one question for each sequence; they are not put into the cache. The store
+            has to keep all that the chosen tokens look at: `keep="full"`, unless all heads are global.
+        share: How much of the tokens that are not right as stored is recomputed for the question, at most.
         page_size, max_cache_len, impl: Of the cache.
         force: Reuse even if the model fails the store's gate.
 
@@ -84,7 +95,13 @@ def assemble(
     store = store_of(batch, model)
     store.check_weights()
     cache = AssembledCache(model.config, store.plan, page_size=page_size, max_cache_len=max_cache_len, impl=impl)
+    if boundary is None:
+        boundary = BOUNDARY if question is None else 0
     cache.reused = tuple(schedule(sequence, boundary) for sequence in batch)
+    if question is not None:
+        _check_keeps(store, cache)
+        asked = zip(cache.reused, one_for_each(question, batch, "questions"), strict=True)
+        cache.reused = tuple(choose(parts, ids, share) for parts, ids in asked)
     spliced = any(is_spliced(part) for parts in cache.reused for part in parts)
     relocation = relocation_of(store, force) if spliced else None
     # What all sequences begin with is put in place once, and the pages are shared.
@@ -151,6 +168,15 @@ def _check_context(cache: AssembledCache, batch: Sequence[Sequence[SegmentRef]],
             f"the cache holds {cache.get_seq_length()} tokens and its context has {slots}: a question of its own no "
             "longer follows the context. Ask forks, cache.fork(); or assemble again."
         )
+
+
+def _check_keeps(store: SegmentStore, cache: RedKnotCache) -> None:
+    """Raises if tokens in the midst of a segment cannot be recomputed: they look at what is not kept."""
+    layers = [layer for _, layer in row_layers(cache)]
+    whole = all(layer.sliding_window is None and all(spec.is_global for spec in layer.specs) for layer in layers)
+    if store.keep != "full" and not whole:
+        raise ValueError("the store keeps what the plan says, and tokens in the midst of a text look at more of local "
+                         "heads: make it SegmentStore(..., keep='full')")  # fmt: skip
 
 
 def _left_padded(texts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:

@@ -117,7 +117,7 @@ class Assembly(Cache):
             return
         ids, places = np.zeros((2, len(self.batch), longest), np.int64)
         for b, pieces in enumerate(self.batch):
-            ids[b, : len(self.places[b])] = [i for p in pieces for i in p.part.ref.ids[p.first : p.stop]]
+            ids[b, : len(self.places[b])] = [p.part.ref.ids[i] for p in pieces for i in p.tokens]
             places[b, : len(self.places[b])] = self.places[b]
         self.model(
             input_ids=torch.from_numpy(ids).to(self.model.device), logits_to_keep=1,

@@ -19,11 +19,11 @@ from redknot_hf.cache.layer import RedKnotLayer
 from redknot_hf.cache.packing import settle_slots, splice
 from redknot_hf.cache.span import KeptLayer, Segment
 
-from .assemble import AssembledCache, relocation_of
+from .assemble import AssembledCache, assemble, relocation_of
 from .assembly import check_room, initialize, turns_of
 from .schedule import Refs, Reused, as_batch, schedule, store_of
 
-By = Literal["deviation", "attention"]
+By = Literal["deviation", "attention", "question"]
 _NAME = "redknot_refresh"
 # The last queries, whose attention chooses tokens.
 _LAST = 64
@@ -39,6 +39,7 @@ def refresh(  # noqa: PLR0913 - all but two have defaults
     share: float | int = 0.15,
     by: str = "deviation",
     depth: int = 1,
+    question: Sequence[int] | None = None,
     page_size: int = 64,
     max_cache_len: int | None = None,
     impl: str | None = None,
@@ -58,8 +59,10 @@ def refresh(  # noqa: PLR0913 - all but two have defaults
         segments: Of one sequence, from a store with `keep="full"`.
         share: How much of what is not right as stored is recomputed, 0 to 1.
         by: `"deviation"`: tokens whose keys and values at layer `depth` are farthest from the stored ones;
-            `"attention"`: tokens that the last ones of the context look at most there.
+            `"attention"`: tokens that the last ones of the context look at most there; `"question"`: what stands near
+            words of the `question`, which `assemble` does too, and no token runs through the first layers for it.
         depth: Layers that all tokens run through, at least 1.
+        question: Ids of what will be asked, for `by="question"`.
         page_size, max_cache_len, impl, force: As for `assemble`.
 
     Raises:
@@ -69,8 +72,13 @@ def refresh(  # noqa: PLR0913 - all but two have defaults
     store = store_of(batch, model)
     store.check_weights()
     _check(store.keep, len(batch), share, by, depth, model.config.get_text_config(decoder=True).num_hidden_layers)
+    options: dict[str, Any] = {"page_size": page_size, "max_cache_len": max_cache_len, "impl": impl}
+    if (by == "question") != (question is not None):
+        raise ValueError(f"by={by!r}: by='question' needs a question, and the others take none")
+    if question is not None:
+        return assemble(model, segments, boundary=0, question=question, share=share, force=force, **options)
     relocation = relocation_of(store, force)
-    cache = AssembledCache(model.config, store.plan, page_size=page_size, max_cache_len=max_cache_len, impl=impl)
+    cache = AssembledCache(model.config, store.plan, **options)
     parts = schedule(batch[0], 0)
     check_room(cache, sum(map(len, batch[0])))
     context = _Context(model, cache)

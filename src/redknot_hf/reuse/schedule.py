@@ -37,12 +37,19 @@ class Reused:
         start: Position of its first token.
         boundary: First tokens that were recomputed.
         moved: The rest stands elsewhere than it was computed, so its keys were rotated.
+        chosen: Tokens behind the boundary that were recomputed too, in order.
     """
 
     ref: SegmentRef
     start: int
     boundary: int
     moved: bool
+    chosen: tuple[int, ...] = ()
+
+    @property
+    def recomputed(self) -> int:
+        """How many tokens were."""
+        return self.boundary + len(self.chosen)
 
 
 def is_spliced(part: Reused | None) -> TypeGuard[Reused]:
@@ -56,7 +63,7 @@ class Piece:
 
     Attributes:
         part: The segment and its place.
-        first, stop: Which of its tokens run through the model.
+        first, stop: Which tokens of its boundary run through the model; with the rest go those chosen of it.
     """
 
     part: Reused
@@ -69,9 +76,15 @@ class Piece:
         return self.stop == self.part.boundary and is_spliced(self.part)
 
     @property
+    def tokens(self) -> Int[np.ndarray, " tokens"]:
+        """Which tokens of the segment run through the model."""
+        chosen = self.part.chosen if self.rest else ()
+        return np.concatenate([np.arange(self.first, self.stop), np.array(chosen, np.int64)])
+
+    @property
     def places(self) -> Int[np.ndarray, " tokens"]:
-        """Positions of the tokens that run through the model."""
-        return self.part.start + np.arange(self.first, self.stop)
+        """Positions of these tokens."""
+        return self.part.start + self.tokens
 
     @property
     def end(self) -> int:
@@ -101,7 +114,8 @@ def store_of(batch: Sequence[Sequence[SegmentRef]], model: Any) -> SegmentStore:
     (store,) = stores.values()
     if store is None:
         raise ValueError(
-            "the segments come from another process: name them anew, store.ref(segment.ids, segment.prefix)"
+            "the segments come from another process: name them anew, "
+            "store.ref(segment.ids, segment.prefix, stand_in=False)"
         )
     if store.model is not model:
         raise ValueError("the segments belong to another model: add the texts to a SegmentStore of this one")
@@ -141,6 +155,24 @@ def _tokens(asked: Any, ref: SegmentRef, start: int) -> int:
     return min(asked, len(ref))
 
 
+def by_rank(scores: Sequence[int | float | None], documents: int = 2, rest: Amount = 0) -> list[Amount]:
+    """A boundary that recomputes whole the documents which a retriever ranks best.
+
+    Args:
+        scores: One for each segment, higher is better; `None` for one that was not ranked, such as an opening.
+        documents: How many are recomputed whole.
+        rest: Boundary of the others.
+
+    Raises:
+        ValueError: The number is negative.
+    """
+    if documents < 0:
+        raise ValueError(f"documents={documents}: give how many are recomputed whole")
+    ranked = sorted((i for i, score in enumerate(scores) if score is not None), key=lambda i: -scores[i])  # pyright: ignore
+    best = set(ranked[:documents])
+    return ["all" if i in best else rest for i in range(len(scores))]
+
+
 def passes(batch: Sequence[Sequence[Reused]], store: SegmentStore) -> Iterator[tuple[Sequence[Piece], ...]]:
     """What every sequence goes on by, one forward pass after the other, each as large as its bounds let it be."""
     most, nbytes = max(_PASS_TOKENS // len(batch), 1), _stored_bytes(store)
@@ -152,10 +184,10 @@ def _grouped(parts: Sequence[Reused], most: int, nbytes: Callable[[Piece], int])
     some: list[Piece] = []
     tokens = stored = 0
     for piece in _pieces(parts, most):
-        tokens, stored = tokens + piece.stop - piece.first, stored + nbytes(piece)
+        tokens, stored = tokens + len(piece.tokens), stored + nbytes(piece)
         if some and (tokens > most or stored > _PASS_BYTES):
             yield some
-            some, tokens, stored = [], piece.stop - piece.first, nbytes(piece)
+            some, tokens, stored = [], len(piece.tokens), nbytes(piece)
         some.append(piece)
     if some:
         yield some

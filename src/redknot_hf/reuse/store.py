@@ -21,6 +21,7 @@ from .gate import Verdict, gate
 from .identity import model_identity, segment_address, weights_state
 from .ids import Ids, as_ids
 from .recording import Keep, record
+from .stand_in import StandIn
 from .tiers import Counts, Held, Tiers
 
 GIB = 2**30
@@ -34,7 +35,7 @@ class SegmentRef:
 
     Attributes:
         address: Hash over model, plan, tokens and prefix.
-        ids, prefix: The tokens, and those that they were read behind.
+        ids, prefix: The tokens, and those that they were read behind, the stand-in included.
         store: Where the segment is; `None` in another process, where `store.ref(ids, prefix)` names it again.
     """
 
@@ -71,6 +72,8 @@ class SegmentStore:
             the same.
         keep: `"plan"` keeps what the plan lets a later context need; `"full"` all tokens of all heads, for `refresh`.
         identity: Name of the model and its weights, where hashing them is not wanted or not possible.
+        stand_in: What comes between the prefix of a text and the text while it is prefilled, in the place of what will
+            stand there when it is reused; token ids, or a `StandIn` made of documents.
         page_size, impl: Of the caches that texts are prefilled with.
 
     Raises:
@@ -87,6 +90,7 @@ class SegmentStore:
         path: str | os.PathLike[str] | None = None,
         keep: str = "plan",
         identity: str | None = None,
+        stand_in: StandIn | Ids | None = None,
         page_size: int = 64,
         impl: str | None = None,
     ) -> None:
@@ -95,6 +99,7 @@ class SegmentStore:
         self.model, self.plan = model, as_plan(plan, model.config)
         self.keep: Keep = keep  # pyright: ignore[reportAttributeAccessIssue]
         self.page_size, self.impl = page_size, impl
+        self.stand_in = StandIn.taken(stand_in)
         self._name = identity
         self.identity, self._weights = self._identity(), weights_state(model)
         self.folder = None if path is None else SegmentFolder(path, self.identity)
@@ -105,7 +110,7 @@ class SegmentStore:
         self._like: Segment | None = None
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="redknot-segments")
 
-    def add(self, ids: Ids, prefix: Ids | SegmentRef | None = None) -> SegmentRef:
+    def add(self, ids: Ids, prefix: Ids | SegmentRef | None = None, *, stand_in: bool = True) -> SegmentRef:
         """Prefills a text, unless the store has it, and keeps its keys and values.
 
         Args:
@@ -113,33 +118,36 @@ class SegmentStore:
             prefix: What it is read behind and not stored with it: `<bos>`, a system prompt. Without one, the first
                 tokens of the text take the role that the first tokens of a prompt have for the model (attention
                 sinks), and keep it wherever they are reused.
+            stand_in: Whether the store's stand-in follows the prefix. Say no where just the prefix will stand before
+                the text, which then needs no recomputing. A text without a prefix has none.
 
         Raises:
             ValueError: There are no tokens, or the model's weights have changed since the store was made.
         """
-        return self.add_all([ids], prefix)[0]
+        return self.add_all([ids], prefix, stand_in=stand_in)[0]
 
-    def add_all(self, texts: Sequence[Ids], prefix: Ids | SegmentRef | None = None) -> list[SegmentRef]:
+    def add_all(
+        self, texts: Sequence[Ids], prefix: Ids | SegmentRef | None = None, *, stand_in: bool = True
+    ) -> list[SegmentRef]:
         """Adds several texts behind one prefix, in batches of texts of like length; as `add`."""
-        refs = [self.ref(text, prefix) for text in texts]
+        refs = [self.ref(text, prefix, stand_in=stand_in) for text in texts]
         self.check_weights()
         with self._computing:
             absent = {ref.address: ref for ref in refs if not self._has(ref.address)}
-            for batch in _batches(sorted(absent.values(), key=len)):
+            for batch in _batches(sorted(absent.values(), key=lambda ref: (ref.prefix, len(ref)))):
                 self.tiers.count("computed", len(batch))
                 self._compute(batch)
         return refs
 
-    def ref(self, ids: Ids, prefix: Ids | SegmentRef | None = None) -> SegmentRef:
+    def ref(self, ids: Ids, prefix: Ids | SegmentRef | None = None, *, stand_in: bool = True) -> SegmentRef:
         """Names a text without computing anything; what is not in the store then is when it is first used."""
-        behind = (
-            (*prefix.prefix, *prefix.ids)
-            if isinstance(prefix, SegmentRef)
-            else as_ids(() if prefix is None else prefix)
-        )
+        known = isinstance(prefix, SegmentRef)
+        behind = (*prefix.prefix, *prefix.ids) if known else as_ids(() if prefix is None else prefix)
         tokens = as_ids(ids)
         if not tokens:
             raise ValueError("the text has no tokens: leave it out")
+        if behind and stand_in:
+            behind += self.stand_in.before(tokens)
         return SegmentRef(segment_address(self.identity, self.plan, self.keep, tokens, behind), tokens, behind, self)
 
     def get(self, ref: SegmentRef) -> Segment:
@@ -275,10 +283,10 @@ class SegmentStore:
 
 
 def _batches(refs: Sequence[SegmentRef]) -> Iterator[list[SegmentRef]]:
-    """Texts in order of length, so many together that a batch has at most so many tokens with padding."""
+    """Texts by prefix, in order of length, so many together that a batch has at most so many tokens with padding."""
     batch: list[SegmentRef] = []
     for ref in refs:
-        if batch and (len(batch) + 1) * len(ref) > _BATCH_TOKENS:
+        if batch and (ref.prefix != batch[0].prefix or (len(batch) + 1) * len(ref) > _BATCH_TOKENS):
             yield batch
             batch = []
         batch.append(ref)

@@ -1,0 +1,268 @@
+"""What reuse of stored documents costs a pretrained model in answers: SmolLM2-135M-Instruct, all heads global.
+
+    python -m evals.real fetch
+    python -m evals bench reuse_real --out evals/results/reuse_real.jsonl
+
+Every context is an opening and documents of English text (Python's own reference) with facts hidden in them: numbers
+and words, which stand in one document each, and friends, of whom a question needs two documents. Each question is
+asked right behind the context. `copy` asks for what follows a passage, `text` for how the last document goes on,
+`summary` for what dense says a document is about; they are judged by KL. All methods see the same questions and are
+held against a dense prefill of the context (DynamicCache, SDPA); answers are judged under their true beginning.
+Stand-ins are made of other contexts' documents. A retriever ranks the document of the answer first or second, by
+chance. Intervals are 95 %, by bootstrap over contexts.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from evals.benchmarks.options import DEVICE, Device, Out, command
+from evals.benchmarks.reuse import Case, answers, only_prefix, read_whole
+from evals.intervals import difference, mean
+from evals.real.contexts import KINDS, Asked, Maker
+from evals.real.model import FOLDER, folder
+from evals.result_file import write_line
+from redknot_hf import HeadPlan, HeadSpec, SegmentRef, SegmentStore, StandIn, assemble, by_rank, refresh
+
+app = command()
+
+DENSE = "dense"
+STAND_IN = 2048
+# Questions that are answered in one batch, where each has its own cache.
+_BATCH = 16
+
+
+Build = Callable[[Any, list[SegmentRef], Sequence[Asked]], Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to the caches of questions.
+
+    Attributes:
+        stand_in: Whether documents were stored behind one.
+        build: Makes the cache of some questions about a context, from the model and the segments.
+        together: Which questions have a cache in common: `"all"` one for all, `"each"` a row of a batch for each,
+            `"ranked"` one for those of which the same documents are ranked best.
+    """
+
+    stand_in: bool
+    build: Build
+    together: str = "all"
+
+
+@dataclass
+class Scores:
+    """What a method did, question by question; `recomputed` is a share of the context's tokens."""
+
+    context: list[int] = field(default_factory=list)
+    kind: list[str] = field(default_factory=list)
+    right: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+    recomputed: list[float] = field(default_factory=list)
+
+
+def known(share: float) -> Build:
+    """Recomputes for each question what stands near its words."""
+    return lambda model, refs, asked: assemble(
+        model, [refs] * len(asked), question=[q.prompt for q in asked], share=share
+    )
+
+
+def methods() -> dict[str, Method]:
+    """All methods by name: nothing known of the question, then the question, then a ranking of the documents."""
+    return {
+        "naive": Method(False, lambda m, refs, _: assemble(m, refs, boundary=0)),
+        "boundary 10 %": Method(False, lambda m, refs, _: assemble(m, refs, boundary=0.1)),
+        "boundary 20 %": Method(False, lambda m, refs, _: assemble(m, refs, boundary=0.2)),
+        "deviation 15 %": Method(False, lambda m, refs, _: refresh(m, refs, share=0.15)),
+        "attention 15 %": Method(False, lambda m, refs, _: refresh(m, refs, share=0.15, by="attention")),
+        "prefix cache only": Method(False, lambda m, refs, _: assemble(m, refs, boundary=only_prefix)),
+        "boundary all": Method(False, lambda m, refs, _: assemble(m, refs, boundary="all")),
+        "stand-in": Method(True, lambda m, refs, _: assemble(m, refs, boundary=0)),
+        "stand-in, boundary 20 %": Method(True, lambda m, refs, _: assemble(m, refs, boundary=0.2)),
+        "stand-in, deviation 15 %": Method(True, lambda m, refs, _: refresh(m, refs, share=0.15)),
+        "question 15 %": Method(False, known(0.15), "each"),
+        "stand-in, question 5 %": Method(True, known(0.05), "each"),
+        "stand-in, question 15 %": Method(True, known(0.15), "each"),
+        "stand-in, two ranked best": Method(
+            True, lambda m, refs, asked: assemble(m, refs, boundary=by_rank(_ranks(asked[0], len(refs)))), "ranked"
+        ),
+        "stand-in, ranked best, question 12 %": Method(
+            True,
+            lambda m, refs, asked: assemble(
+                m, [refs] * len(asked), boundary=by_rank(_ranks(asked[0], len(refs)), 1),
+                question=[q.prompt for q in asked], share=0.12,
+            ),
+            "ranked",
+        ),
+    }  # fmt: skip
+
+
+def _ranks(asked: Asked, segments: int) -> list[float | None]:
+    """What a retriever says that puts the answer's document first or second, another one beside it."""
+    scores: list[float | None] = [None, *[0.0] * (segments - 1)]
+    other = asked.document % (segments - 1) + 1
+    first = random.Random(asked.document).random() < 0.5
+    scores[asked.document], scores[other] = (2.0, 1.0) if first else (1.0, 2.0)
+    return scores
+
+
+def answered(model: Any, case: Case, dense: DynamicCache, tokens: int = 24) -> Case:
+    """The case with what dense says for an answer, where a question has none."""
+    open_ones = [q for q in case.questions if not q.answer]
+    said: list[list[int]] = [[] for _ in open_ones]
+    for _ in range(tokens if open_ones else 0):
+        asked = [replace(q, answer=[*so_far, 0]) for q, so_far in zip(open_ones, said, strict=True)]  # pyright: ignore
+        found = answers(model, dense, replace(case, questions=asked))
+        for so_far, logits in zip(said, found, strict=True):
+            so_far.append(int(logits[-1].argmax()))
+    texts = iter(said)
+    return replace(case, questions=[q if q.answer else replace(q, answer=next(texts)) for q in case.questions])
+
+
+def measure(
+    model: Any, made: Sequence[tuple[Case, StandIn]], chosen: dict[str, Method], seconds: float
+) -> dict[str, Scores]:
+    """Runs all methods on all contexts, or on those that are begun within so many seconds."""
+    end = time.monotonic() + seconds
+    plan, results = HeadPlan.uniform(model.config, HeadSpec()), {name: Scores() for name in [DENSE, *chosen]}
+    for index, (bare, stand_in) in enumerate(track(made, description="contexts")):
+        if time.monotonic() > end:
+            break
+        model.set_attn_implementation("sdpa")
+        dense = DynamicCache(config=model.config)
+        read_whole(model, dense, bare)
+        case = answered(model, bare, dense)
+        wanted = answers(model, dense, case)
+        score(results[DENSE], index, case.questions, wanted, wanted)
+        results[DENSE].recomputed.append(1.0)
+        model.set_attn_implementation("redknot")
+        opening, *documents = case.documents
+        stored: dict[bool, list[SegmentRef]] = {}
+        for name, method in chosen.items():
+            if method.stand_in not in stored:
+                before = stand_in if method.stand_in else None
+                store = SegmentStore(model, plan, keep="full", identity="evaluated", stand_in=before)
+                stored[method.stand_in] = [store.add(opening), *store.add_all(documents, opening)]
+            found = run(model, case, stored[method.stand_in], method, results[name])
+            score(results[name], index, case.questions, found, wanted)
+    return results
+
+
+def run(model: Any, case: Case, refs: list[SegmentRef], method: Method, scores: Scores) -> list[Tensor]:
+    """Answers a context's questions; notes what was recomputed for each of its caches."""
+    found: dict[int, Tensor] = {}
+    for group in groups(case.questions, method.together, len(refs)):  # pyright: ignore[reportArgumentType]
+        asked = [case.questions[i] for i in group]
+        cache = method.build(model, refs, asked)  # pyright: ignore[reportArgumentType]
+        rows = len(cache.reused)
+        scores.recomputed.append(cache.recomputed_tokens / rows / len(case.ids))
+        found |= zip(group, answers(model, cache, replace(case, questions=asked), shared=rows == 1), strict=True)
+    return [found[i] for i in range(len(case.questions))]
+
+
+def groups(questions: Sequence[Asked], together: str, segments: int) -> Iterator[list[int]]:
+    """Which questions have their caches made together."""
+    if together == "all":
+        yield [*range(len(questions))]
+        return
+    by_key: dict[Any, list[int]] = {}
+    for i, asked in enumerate(questions):
+        by_key.setdefault(tuple(_ranks(asked, segments)) if together == "ranked" else i // _BATCH, []).append(i)
+    yield from by_key.values()
+
+
+def score(
+    scores: Scores, index: int, questions: Sequence[Any], found: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> None:
+    """Judges the answers to one context's questions."""
+    for question, mine, dense in zip(questions, found, wanted, strict=True):
+        scores.context.append(index)
+        scores.kind.append(question.kind)
+        scores.right.append(float(mine.argmax(-1).tolist() == question.answer))
+        scores.kl.append(max(0.0, float((dense.exp() * (dense - mine)).sum(-1).mean())))
+        scores.top1.append(float((mine.argmax(-1) == dense.argmax(-1)).float().mean()))
+
+
+def records(results: dict[str, Scores], kind: str) -> Iterator[dict[str, Any]]:
+    """One record a method: its figures on questions of a kind, with their intervals."""
+    for name, scores in results.items():
+        mine = [i for i, other in enumerate(scores.kind) if other == kind]
+        context, right, kl, top1 = (
+            [column[i] for i in mine] for column in (scores.context, scores.right, scores.kl, scores.top1)
+        )
+        dense = [results[DENSE].right[i] for i in mine]
+        if mine:
+            yield {
+                "kind": kind, "method": name, "questions": len(mine), "right": mean(context, right).to_json(),
+                "right_minus_dense": difference(context, right, dense).to_json(), "kl": mean(context, kl).to_json(),
+                "top1": mean(context, top1).to_json(), "recomputed": sum(scores.recomputed) / len(scores.recomputed),
+            }  # fmt: skip
+
+
+def table(found: Sequence[dict[str, Any]]) -> Table:
+    """The records of one kind, for people."""
+    made = Table("method", title=f"{found[0]['kind']}, {found[0]['questions']} questions")
+    for name in ("recomputed", "right", "minus dense, points", "KL", "as dense"):
+        made.add_column(name, justify="right")
+    for record in found:
+        value, low, high = record["right_minus_dense"]
+        ends = "" if low is None else f" ({100 * low:+.1f} to {100 * high:+.1f})"
+        made.add_row(
+            record["method"], f"{record['recomputed']:.0%}", f"{100 * record['right'][0]:.1f} %",
+            f"{100 * value:+.1f}{ends}", f"{record['kl'][0]:.4f}", f"{100 * record['top1'][0]:.1f} %",
+        )  # fmt: skip
+    return made
+
+
+@app.command(help=__doc__)
+def main(
+    contexts: Annotated[int, typer.Option(help="how many")] = 26,
+    documents: Annotated[int, typer.Option(help="a context")] = 8,
+    tokens: Annotated[int, typer.Option(help="a document")] = 500,
+    kinds: Annotated[list[str], typer.Option("--kind", help=f"of {', '.join(KINDS)}")] = list(KINDS),
+    names: Annotated[list[str], typer.Option("--method", help="by name; all, unless said otherwise")] = [],
+    model: Annotated[Path, typer.Option(help="folder of the model")] = FOLDER,
+    seconds: Annotated[float, typer.Option(help="no context is begun later")] = float("inf"),
+    dtype: Annotated[str, typer.Option(help="a torch dtype")] = "bfloat16",
+    device: Device = DEVICE,
+    out: Out = None,
+) -> None:
+    """Measures, prints tables, and appends the records to a file."""
+    tokenizer = AutoTokenizer.from_pretrained(folder(model))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="redknot")
+    loaded.to(device)
+    chosen = {name: method for name, method in methods().items() if not names or name in names}
+    maker = Maker(tokenizer)
+    made = []
+    for seed in range(contexts):
+        read, questions = maker.context(seed, documents, tokens, kinds)
+        _, *others = maker.context(seed + 10_000, documents, tokens, ())[0]
+        made.append((Case("", read, questions), StandIn.of(others, STAND_IN)))  # pyright: ignore[reportArgumentType]
+    results = measure(loaded, made, chosen, seconds)
+    about = {"documents": documents, "tokens": tokens, "stand_in": STAND_IN, "dtype": dtype}
+    about |= {
+        "contexts": len(set(results[DENSE].context)),
+        "model": folder(model).name,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    for kind in kinds:
+        found = [*records(results, kind)]
+        Console(width=130).print(table(found))
+        for record in found:
+            write_line(out, {**record, **about}, torch.device(device))
