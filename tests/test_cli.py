@@ -130,3 +130,57 @@ def test_what_is_wrong_is_told_in_a_line(arguments, message):
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr.replace("\n", "")
+
+
+@pytest.mark.filterwarnings("default:the tokenizer has no words:UserWarning")
+def test_the_bundled_model_is_profiled_in_the_words_that_it_has(tmp_path):
+    result = run(
+        *("profile", TINY, "--out", tmp_path / "plan.json", "--budget", 0.3, "--dtype", "float32"),
+        *("--length", 400, "--prompts", 6, "--windows", "64"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "warning: the tokenizer has no words for passkey, pairs, two_hop, copy, home" in result.output
+    (held,) = HeadPlan.load(tmp_path / "plan.json").provenance["held_out"]
+    (codes,) = (row for row in held["kinds"] if "codes" in row.values())
+    assert codes["dense_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "cuda:99"), "--device cuda:99: "),
+        (("--device", "teapot"), "--device teapot: "),
+        (("--dtype", "flaot32"), "--dtype flaot32: give auto, float32, bfloat16 or float16"),
+        (("--dtype", "nn"), "--dtype nn: give auto"),
+        (("--windows", "128;256"), "--windows 128;256: give numbers of tokens with commas between"),
+        (("--budget", "5"), "budget is 5.0: give a share from 0 to 1"),
+        (("--method", "drfit"), "--method drfit: choose one of drift"),
+        (("--figure", "x.png"), "a heat map needs matplotlib: pip install 'redknot-hf[plot]'"),
+    ],
+)
+def test_what_is_off_is_said_before_anything_is_loaded(options, message, monkeypatch):
+    monkeypatch.setattr("redknot_hf.profiling.figure.find_spec", lambda name: None)
+    result = run("profile", "no/such/model", "--out", "plan.json", *options)
+    assert (result.exit_code, type(result.exception)) == (2, SystemExit)
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [("plan", "show"), ("plan", "diff", f"{TINY}/plan.json"), ("plan", "convert")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# a page", "is not JSON"),
+        ("[1]", "holds [1], not an object"),
+        ("[" * 100_000, "is not JSON"),
+        (None, "No such"),
+    ],
+)
+def test_files_that_hold_no_plan_are_named(command, text, message, tmp_path):
+    path = tmp_path / "plan.json"
+    if text is not None:
+        path.write_text(text)
+    result = run(*command, path, *(("--out", tmp_path / "out.json") if command[-1] == "convert" else ()))
+    assert (result.exit_code, type(result.exception)) == (2, SystemExit)
+    assert message in result.output
+    assert str(path) in result.output

@@ -1,9 +1,12 @@
 import json
+import re
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
+from redknot_hf.profiling import HeadProfile
 
 GLOBAL = HeadSpec()
 
@@ -270,3 +273,33 @@ def test_from_duo_attention_checks_the_config(duo):
         HeadPlan.from_duo_attention(
             duo, threshold=0.5, config=SimpleNamespace(num_hidden_layers=3, num_key_value_heads=8)
         )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers": 10**7}, {"layers": 2**31}, {"layers": 2**63}, {"kv_heads": 10**9}, {"layers": 10**7, "kv_heads": 0},
+        {"kv_heads": [10**9, 1]}, {"version": True}, {"version": 1.0}, {"default": {"window": 8, "sink": 2**31}},
+        {"default": {"window": 1.5}}, {"default": {"window": [8]}}, {"exceptions": {"heads": 3}}, {"exceptions": [3]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_no_model_has_and_wrong_types_are_told_at_once(tmp_path, fields):
+    data = {"format": "redknot-plan", "version": 1, "layers": 2, "kv_heads": 1, "default": {"window": None}}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data | {"exceptions": []}))
+    assert HeadPlan.load(path).num_global == 2
+    path.write_text(json.dumps(data | {"exceptions": []} | fields))
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        HeadPlan.load(path)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_deeply_nested_files_are_told(tmp_path, opening):
+    path = tmp_path / "plan.json"
+    path.write_text(opening * 100_000)
+    for read in (HeadPlan.load, HeadPlan.from_redknot, HeadProfile.load):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            read(path)

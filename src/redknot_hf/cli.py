@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redknot_hf.plan.evidence import confirmed
+from redknot_hf.plan.json_file import read_json
 from redknot_hf.plan.plan import HeadPlan
 from redknot_hf.profiling import HeadProfile, Prompt, calibration_kinds, calibration_prompts, fidelity, profile_heads
 from redknot_hf.profiling.fidelity import MAX_KL
+from redknot_hf.profiling.figure import check_plotting, heat_map
+from redknot_hf.profiling.head_profile import check_target
 from redknot_hf.profiling.profile_file import FORMAT
+from redknot_hf.profiling.profiler import METHODS
 from redknot_hf.profiling.prompt import held_apart
 from redknot_hf.profiling.texts import read_texts
+from redknot_hf.terminal import progress, told
 
 app = typer.Typer(no_args_is_help=True, help="A head-aware KV cache: which heads of a model need everything?")
 plans = typer.Typer(no_args_is_help=True, help="Look at head plans, convert and compare them.")
@@ -80,17 +75,20 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
     seed: Seed = 0,
 ) -> None:
     """Find the heads of MODEL that need everything, and write a plan: for a budget, or the smallest that holds."""
-    with _told():
+    with told():
         bounds: dict[str, Any] = {"budget": budget, "global_ratio": global_ratio, "max_kl": max_kl}
         bounds |= {"bytes_per_token": bytes_per_token}
-        widths = _numbers(windows)
+        widths, options = _numbers(windows), _options(dtype, device)
+        _check_asked({"budget": budget, "global_ratio": global_ratio, "bytes_per_token": bytes_per_token}, method)
+        if figure:
+            check_plotting()
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
         asked = Asked(tokenizer, kinds.split(",") if kinds else None, read_texts(texts) if texts else ())
         measured, held_out = held_apart(asked.prompts(length, prompts, seed))
         for other in check_length or ():
             held_out += asked.prompts(other, max(2, prompts // 4, len(asked.kinds)), seed + 1)
-        loaded = _load(model, revision, dtype, device)
-        with _progress() as report:
+        loaded = _load(model, revision, options)
+        with progress() as report:
             found = profile_heads(
                 loaded, measured, **bounds, windows=widths, sink=sink, method=method, held_out=held_out or None,
                 seconds=seconds, steps=steps, checkpoint=checkpoint, report=report,
@@ -100,12 +98,10 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
         if profile_out:
             found.save(profile_out)
         if figure:
-            from redknot_hf.profiling.figure import heat_map
-
             heat_map(found, plan).savefig(figure, dpi=150)
     console.print(str(found).removesuffix(str(plan)).rstrip(), markup=False, highlight=False)
     _show(plan)
-    console.print(f"written to {out}", highlight=False)
+    console.print(f"written to {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -123,12 +119,12 @@ def gate(  # noqa: PLR0913 - every one is an option of the command
     seed: Seed = 1_000_000,
 ) -> None:
     """Pass or fail a plan on questions and texts, kind by kind; the exit status is 1 if it does not hold."""
-    with _told():
-        held = HeadPlan.load(plan)
+    with told():
+        held, options = HeadPlan.load(plan), _options(dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
         asked = Asked(tokenizer, kinds.split(",") if kinds else None, read_texts(texts) if texts else ())
         inputs = [prompt for n in length for prompt in asked.prompts(n, prompts, seed)]
-        loaded = _load(model, revision, dtype, device)
+        loaded = _load(model, revision, options)
         held.check(loaded.config)
         rows = fidelity(loaded, held, inputs, max_kl)
     for line in (line for row in rows for line in confirmed(row)):
@@ -144,10 +140,10 @@ class Asked:
     named: Sequence[str] | None
     texts: Sequence[str]
 
-    @property
+    @cached_property
     def kinds(self) -> Sequence[str]:
         """Of which they are."""
-        return self.named or calibration_kinds(self.texts)
+        return self.named or calibration_kinds(self.texts, self.tokenizer)
 
     def prompts(self, length: int, count: int, seed: int) -> list[Prompt]:
         """So many of them."""
@@ -156,11 +152,32 @@ class Asked:
         )
 
 
-def _load(model: str, revision: str | None, dtype: str, device: str | None) -> Any:
+def _options(dtype: str, device: str | None) -> tuple[Any, torch.device]:
+    """Checks both before anything is loaded."""
+    found = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if not isinstance(found, str | torch.dtype):
+        raise ValueError(f"--dtype {dtype}: give auto, float32, bfloat16 or float16")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}; give cpu, or leave it out") from e
+    return found, torch.device(device)
+
+
+def _check_asked(bounds: dict[str, float | None], method: str) -> None:
+    """Checks, before anything is loaded, what the profile would refuse."""
+    if method not in METHODS:
+        raise ValueError(f"--method {method}: choose one of {', '.join(METHODS)}")
+    if given := {name: bound for name, bound in bounds.items() if bound is not None}:
+        check_target(given)
+
+
+def _load(model: str, revision: str | None, options: tuple[Any, torch.device]) -> Any:
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model, revision=revision, dtype=dtype, attn_implementation="redknot"
+        model, revision=revision, dtype=options[0], attn_implementation="redknot"
     )
-    return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded.to(options[1])
 
 
 def _numbers(windows: str | None) -> list[int] | None:
@@ -173,7 +190,7 @@ def _numbers(windows: str | None) -> list[int] | None:
 @plans.command()
 def show(plan: Annotated[Path, typer.Argument(help="A plan, or a file that convert takes.")]) -> None:
     """Print a plan: which heads are global, what it keeps, and where it comes from."""
-    with _told():
+    with told():
         loaded = _any_plan(plan)
     _show(loaded)
 
@@ -192,11 +209,11 @@ def convert(
     """Write a plan from a profile (for a budget), from RedKnot's head classes or from DuoAttention's scores."""
     bounds = {"budget": budget, "global_ratio": global_ratio, "bytes_per_token": bytes_per_token}
     bounds |= {"max_error": max_error, "threshold": threshold, "length": length}
-    with _told():
+    with told():
         plan = _any_plan(source, **{name: bound for name, bound in bounds.items() if bound is not None})
         plan.save(out)
     _show(plan)
-    console.print(f"written to {out}", highlight=False)
+    console.print(f"written to {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @plans.command()
@@ -205,7 +222,7 @@ def diff(
     second: Annotated[Path, typer.Argument(help="Another one, of the same shape.")],
 ) -> None:
     """Compare two plans, head by head. The exit status is 1 if they differ."""
-    with _told():
+    with told():
         a, b = _any_plan(first), _any_plan(second)
         if [len(layer) for layer in a] != [len(layer) for layer in b]:
             raise ValueError(f"the plans have other shapes: {a!r} and {b!r}")
@@ -231,7 +248,7 @@ def _any_plan(path: Path, **bound: Any) -> HeadPlan:
     """A plan of any file that holds one, or that one follows from."""
     if path.is_dir() or path.suffix == ".tsv":
         return HeadPlan.from_duo_attention(path, **(bound or {"global_ratio": 0.5}))
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path, "give a plan, a profile, or a file that convert takes")
     if data.get("format") == FORMAT:
         return HeadProfile.load(path).plan(**bound)
     if bound:
@@ -250,31 +267,6 @@ def _text(spec: Any) -> str:
     if spec.is_global:
         return "global" if spec.storage == "model" else f"global, {spec.storage}"
     return f"{spec.sink} + {spec.window}"
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong with the input is said in a line, without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as e:
-        Console(stderr=True).print(f"[red]error:[/red] {e}", highlight=False)
-        raise typer.Exit(2) from e
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    columns += (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield report
 
 
 if __name__ == "__main__":

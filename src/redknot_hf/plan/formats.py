@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .json_file import error, read_json
+
 AnyPath = str | os.PathLike[str]
 Rule = tuple[int | None, int] | tuple[int | None, int, str]
 Rules = tuple[tuple[Rule, ...], ...]
@@ -25,6 +27,7 @@ VERSIONS = (1, 2)
 # The classes of RedKnot's files, older names of local heads included.
 _GLOBAL_CLASSES = ("global", "retrieval", "dense")
 _CLASSES = (*_GLOBAL_CLASSES, "local", "local_full", "limited", "streaming", "sink_dominant")
+_MOST = 1 << 20  # KV heads beyond this are no model's
 _DEFAULT_WINDOW = 512
 _DEFAULT_SINK = 4
 
@@ -58,8 +61,8 @@ def write_plan(path: AnyPath, rules: Rules, provenance: Mapping[str, Any]) -> No
     }
     try:
         fields["provenance"] = json.dumps(dict(provenance), allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise _error(path, f"the provenance does not fit JSON ({e})", "use strings, finite numbers and lists") from e
+    except (TypeError, ValueError, RecursionError) as e:
+        raise error(path, f"the provenance does not fit JSON ({e})", "use strings, finite numbers and lists") from e
     _replace(path, "{\n" + ",\n".join(f'  "{key}": {text}' for key, text in fields.items()) + "\n}\n")
 
 
@@ -71,18 +74,19 @@ def read_plan(path: AnyPath) -> tuple[Rules, dict[str, Any]]:
         ValueError: The file is damaged, of an unknown version, or of another format.
     """
     path = Path(path)
-    data = _read_json(path, "save the plan again, or use HeadPlan.from_duo_attention for a table of scores")
+    data = read_json(path, "save the plan again, or use HeadPlan.from_duo_attention for a table of scores")
     if data.get("format") != FORMAT:
         what, reader = _foreign(data)
-        raise _error(path, f"is {what}, not a head plan", f"use {reader}")
-    if data.get("version") not in VERSIONS:
+        raise error(path, f"is {what}, not a head plan", f"use {reader}")
+    if data.get("version") not in VERSIONS or not _is_int(data["version"]):
         known = " and ".join(map(str, VERSIONS))
-        raise _error(path, f"has version {data.get('version')!r}, known are {known}", "upgrade redknot-hf")
+        raise error(path, f"has version {data.get('version')!r}, known are {known}", "upgrade redknot-hf")
     layers = _field(path, data, "layers", int)
     counts = _field(path, data, "kv_heads", (int, list))
-    counts = counts if isinstance(counts, list) else [counts] * layers
-    if len(counts) != layers or not all(_is_int(count) and count >= 0 for count in counts):
-        raise _error(path, f"kv_heads does not fit {layers} layers", "give a number, or a number for each layer")
+    if not isinstance(counts, list):
+        counts = [counts] * layers if layers * max(counts, 1) <= _MOST else []
+    if len(counts) != layers or not all(_is_int(count) and 0 <= count <= _MOST for count in counts):
+        raise error(path, f"kv_heads does not fit {layers} layers", "give a number, or a number for each layer")
     default = _spec_rule(path, "default", _field(path, data, "default", dict))
     exceptions = _exceptions(path, _field(path, data, "exceptions", list), counts)
     rules = tuple(tuple(exceptions.get((i, h), default) for h in range(count)) for i, count in enumerate(counts))
@@ -99,20 +103,20 @@ def read_redknot(path: AnyPath) -> Rules:
         ValueError: The file is damaged, of another format, or classifies the query heads of an MLA model.
     """
     path = Path(path)
-    data = _read_json(path, "download it again, or use HeadPlan.from_duo_attention for a table of scores")
+    data = read_json(path, "download it again, or use HeadPlan.from_duo_attention for a table of scores")
     if "mla_head_classification" in data:
         problem = "classifies the query heads of an MLA model, whose KV has no heads of its own"
-        raise _error(path, problem, "use a file with kv_head_classification")
+        raise error(path, problem, "use a file with kv_head_classification")
     if "kv_head_classification" not in data:
         what, reader = _foreign(data)
-        raise _error(path, f"is {what}, kv_head_classification is missing", f"use {reader}")
+        raise error(path, f"is {what}, kv_head_classification is missing", f"use {reader}")
     shape = (_field(path, data, "num_layers", int), _field(path, data, "num_kv_heads", int))
     classes = _matrix(path, data, "kv_head_classification", shape)
     distances = _matrix(path, data, "kv_head_max_distance", shape)
     sinks = _matrix(path, data, "kv_head_sink_size", shape)
     dense = data.get("dense_prefix_layers") or 0
     if not _is_int(dense) or dense < 0:
-        raise _error(path, f"dense_prefix_layers is {dense!r}", "give a number of layers")
+        raise error(path, f"dense_prefix_layers is {dense!r}", "give a number of layers")
 
     def rule(layer: int, head: int) -> Rule:
         if layer < dense or classes[layer][head] in _GLOBAL_CLASSES:
@@ -160,7 +164,7 @@ def read_duo_attention(path: AnyPath, global_ratio: float | None, threshold: flo
 def _duo_sizes(path: Path) -> Rule:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: it holds sink_size and recent_size, copy it with the scores")
-    config = _read_json(path, "download it again")
+    config = read_json(path, "download it again")
     return _field(path, config, "recent_size", int), _field(path, config, "sink_size", int)
 
 
@@ -170,7 +174,7 @@ def _read_scores(path: Path) -> list[list[float]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as e:
-        raise _error(path, "is not text", fix) from e
+        raise error(path, "is not text", fix) from e
     rows: list[list[float]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -178,25 +182,15 @@ def _read_scores(path: Path) -> list[list[float]]:
         try:
             row = [float(cell) for cell in line.split("\t")]
         except ValueError as e:
-            raise _error(path, f"line {number}: {e}", fix) from e
+            raise error(path, f"line {number}: {e}", fix) from e
         if not all(map(math.isfinite, row)):
-            raise _error(path, f"line {number}: a score is not finite", fix)
+            raise error(path, f"line {number}: a score is not finite", fix)
         if rows and len(row) != len(rows[0]):
-            raise _error(path, f"line {number} has {len(row)} scores, the first has {len(rows[0])}", fix)
+            raise error(path, f"line {number} has {len(row)} scores, the first has {len(rows[0])}", fix)
         rows.append([min(max(score, 0.0), 1.0) for score in row])
     if not rows:
-        raise _error(path, "holds no scores", fix)
+        raise error(path, "holds no scores", fix)
     return rows
-
-
-def _read_json(path: Path, fix: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise _error(path, f"is not JSON ({e})", fix) from e
-    if not isinstance(data, dict):
-        raise _error(path, f"holds {reprlib.repr(data)}, not an object", fix)
-    return data
 
 
 def _foreign(data: Mapping[str, Any]) -> tuple[str, str]:
@@ -213,10 +207,10 @@ def _foreign(data: Mapping[str, Any]) -> tuple[str, str]:
 def _field(path: Path, data: Mapping[str, Any], key: str, kind: Any, parent: str = "") -> Any:
     name, fix = parent + key, "write the file again"
     if key not in data:
-        raise _error(path, f"{name} is missing", fix)
+        raise error(path, f"{name} is missing", fix)
     value = data[key]
     if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
-        raise _error(path, f"{name} is {reprlib.repr(value)}", fix)
+        raise error(path, f"{name} is {reprlib.repr(value)}", fix)
     return value
 
 
@@ -230,15 +224,15 @@ def _matrix(path: Path, data: Mapping[str, Any], key: str, shape: tuple[int, int
     fix = "correct num_layers, num_kv_heads or the matrix"
     if not isinstance(rows, list) or len(rows) != layers:
         found = f"{len(rows)} layers" if isinstance(rows, list) else reprlib.repr(rows)
-        raise _error(path, f"{key} has {found}, expected {layers}", fix)
+        raise error(path, f"{key} has {found}, expected {layers}", fix)
     for i, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != heads:
             found = f"{len(row)} KV heads" if isinstance(row, list) else reprlib.repr(row)
-            raise _error(path, f"{key}[{i}] has {found}, expected {heads}", fix)
+            raise error(path, f"{key}[{i}] has {found}, expected {heads}", fix)
         for h, value in enumerate(row):
             if not (value in _CLASSES if names else value is None or _is_int(value)):
                 allowed = f"one of {', '.join(_CLASSES)}" if names else "a whole number of tokens, or null"
-                raise _error(path, f"{key}[{i}][{h}] is {value!r}", f"give {allowed}")
+                raise error(path, f"{key}[{i}][{h}] is {value!r}", f"give {allowed}")
     return rows
 
 
@@ -248,19 +242,17 @@ def _exceptions(path: Path, groups: list[Any], counts: list[int]) -> dict[tuple[
     for i, group in enumerate(groups):
         name = f"exceptions[{i}]"
         if not isinstance(group, dict):
-            raise _error(
-                path, f"{name} is {reprlib.repr(group)}", 'write {"window": 64, "sink": 4, "heads": [[0, 1]]}'
-            )
+            raise error(path, f"{name} is {reprlib.repr(group)}", 'write {"window": 64, "sink": 4, "heads": [[0, 1]]}')
         rule = _spec_rule(path, name, {key: value for key, value in group.items() if key != "heads"})
         for head in _field(path, group, "heads", list, f"{name}."):
             if not isinstance(head, list) or len(head) != 2 or not all(map(_is_int, head)):
-                raise _error(path, f"{name} names the head {reprlib.repr(head)}", "write [layer, kv_head]")
+                raise error(path, f"{name} names the head {reprlib.repr(head)}", "write [layer, kv_head]")
             place = (head[0], head[1])
             if not (0 <= place[0] < len(counts) and 0 <= place[1] < counts[place[0]]):
                 fix = "count from 0, or correct layers and kv_heads"
-                raise _error(path, f"{name} names head {head}, outside the model", fix)
+                raise error(path, f"{name} names head {head}, outside the model", fix)
             if place in rules:
-                raise _error(path, f"{name} names head {head} a second time", "keep one of the two")
+                raise error(path, f"{name} names head {head} a second time", "keep one of the two")
             rules[place] = rule
     return rules
 
@@ -274,20 +266,16 @@ def _spec_json(rule: Rule) -> dict[str, int | str | None]:
 def _spec_rule(path: Path, name: str, spec: Mapping[str, Any]) -> Rule:
     # A mistyped key must not drop its number in silence.
     if unknown := sorted(spec.keys() - {"window", "sink", "storage"}):
-        raise _error(path, f"{name} has the unknown key {unknown[0]!r}", "use window, sink and storage")
+        raise error(path, f"{name} has the unknown key {unknown[0]!r}", "use window, sink and storage")
     window, sink = spec.get("window", False), spec.get("sink", 0)
     if not _is_int(sink) or not (window is None or _is_int(window)):
         fix = "give window as a number of tokens, or null for global heads, and sink as a number of tokens"
-        raise _error(path, f"{name} is {reprlib.repr(dict(spec))}", fix)
+        raise error(path, f"{name} is {reprlib.repr(dict(spec))}", fix)
     return window, sink, spec.get("storage", "model")
 
 
 def _is_int(value: Any) -> bool:
     return type(value) is int  # a bool is no number of tokens
-
-
-def _error(path: Path, problem: str, fix: str) -> ValueError:
-    return ValueError(f"{path}: {problem}; {fix}")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from .storage import HOT, PAGE_SIZE, STORAGES, cold_page_nbytes, cold_pages
 
+_MOST_SINKS = 1 << 29  # kernels reckon a window and its sinks in 32 bits
+
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
@@ -16,8 +18,8 @@ class HeadSpec:
             `"int4"`. In layers with a sliding window of the model's own it has no effect.
 
     Raises:
-        ValueError: `window` is under 1, `sink` is negative, one is no int, a global head has a sink, or the storage is
-            unknown or a local head's.
+        ValueError: `window` is under 1, `sink` is negative or endless, one is no int, a global head has a sink, or the
+            storage is unknown or a local head's.
     """
 
     window: int | None = None
@@ -28,8 +30,8 @@ class HeadSpec:
         # bool is an int, and HeadSpec(True) is a mistake.
         if self.window is not None and (type(self.window) is not int or self.window < 1):
             raise ValueError(f"window is {self.window!r}: give an int of at least 1 token, or None for a global head")
-        if type(self.sink) is not int or self.sink < 0:
-            raise ValueError(f"sink is {self.sink!r}: give an int of at least 0 tokens")
+        if type(self.sink) is not int or not 0 <= self.sink <= _MOST_SINKS:
+            raise ValueError(f"sink is {self.sink!r}: give an int of at least 0 tokens, and {_MOST_SINKS} at most")
         if self.window is None and self.sink:
             raise ValueError(f"sink is {self.sink} and window is None: a global head keeps all, give it sink=0")
         if self.storage not in STORAGES:

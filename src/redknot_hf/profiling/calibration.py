@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .prompt import Prompt
+from .wording import ADJECTIVES, MAKERS, QUESTIONS, UnwritableError, ids_of, sentences_for
 
-QUESTIONS = 8  # asked at the end of each prompt
 _PASSAGE, _HINT = 96, 8  # tokens of a copied passage, and those of them that say which one it is
-
-_NAMES = (
-    "Ada Amir Anna Bela Boris Carla Chen Dara Diego Elena Emil Farah Felix Greta Hana Hugo Ines Ivan Jana Jonas Kara "
-    "Kofi Lena Luis Maya Milo Nadia Noor Olga Omar Petra Quentin Rosa Ruben Sana Sven Tara Tomas Uma Vera Viktor Yara"
-)
-_CITIES = (
-    "Accra Athens Bergen Bogota Cairo Cork Dakar Delhi Dublin Geneva Hanoi Havana Jakarta Kyiv Kyoto Lagos Lima "
-    "Lisbon London Lyon Madrid Malta Manila Milan Nairobi Oslo Ottawa Paris Porto Prague Quito Riga Rome Seoul "
-    "Sofia Tunis"
-)
-_NOUNS = (
-    "bridge clock garden harbor kettle ladder lantern letter market mirror museum orchard piano river school station "
-    "table teacher tower train valley village violin wagon window writer"
-)
 _KINDS = ("passkey", "pairs", "two_hop", "repeats", "text", "copy", "home")
-_VERBS = "admires carries describes follows forgets guards hides paints praises repairs sells watches"
-_ADJECTIVES = "bright broken careful distant early empty gentle golden heavy humble narrow old patient quiet"
-
-# Text, and whether the model should predict it.
-Piece = tuple[str, bool]
-# Facts to hide in the text, and the questions with their answers.
-Needles = tuple[list[str], list[Piece]]
 
 
 def calibration_prompts(
@@ -51,7 +31,8 @@ def calibration_prompts(
     friend; `"repeats"`, random tokens and then the same again, which needs no words of the tokenizer; `"text"`, the
     caller's texts, of which the second half is scored; `"copy"`, a passage of a text that comes again; `"home"`, the
     city of somebody's house. They take turns, `"text"` where there are texts, which then also stand between the facts
-    of `"passkey"`, `"two_hop"` and `"home"` and are what is copied.
+    of `"passkey"`, `"two_hop"` and `"home"` and are what is copied. `"codes"`, numbers of things in few and plain
+    words, takes the place of kinds that a small vocabulary has no words for; these are left out with a warning.
 
     Args:
         tokenizer: The model's.
@@ -60,23 +41,48 @@ def calibration_prompts(
         seed: The same arguments give the same prompts.
 
     Raises:
-        ValueError: The length is too short for a kind, a kind is unknown, or texts are missing or too short.
+        ValueError: The length is too short for a kind, a kind is unknown, the tokenizer has no words for it, or texts
+            are missing or too short.
     """
-    kinds = calibration_kinds(texts) if kinds is None else kinds
+    kinds = calibration_kinds(texts, tokenizer) if kinds is None else kinds
     if not kinds:
-        raise ValueError(f"kinds={kinds!r}: name some of {_KINDS}")
+        raise ValueError(f"kinds={kinds!r}: name some of {(*_KINDS, 'codes')}")
     rng = random.Random(seed)
     return [_prompt(tokenizer, length, kinds[i % len(kinds)], texts, rng) for i in range(count)]
 
 
-def calibration_kinds(texts: Sequence[str] = ()) -> tuple[str, ...]:
-    """The kinds that prompts are of by default."""
-    return tuple(kind for kind in _KINDS if texts or kind != "text")
+def calibration_kinds(texts: Sequence[str] = (), tokenizer: Any = None) -> tuple[str, ...]:
+    """The kinds that prompts are of by default; with a tokenizer, those that it has words for."""
+    kinds = tuple(kind for kind in _KINDS if texts or kind != "text")
+    written = tuple(kind for kind in kinds if tokenizer is None or _can_write(tokenizer, kind, texts))
+    if written == kinds:
+        return kinds
+    plain = ("codes",) if _can_write(tokenizer, "codes", texts) else ()
+    left = ", ".join(kind for kind in kinds if kind not in written)
+    warnings.warn(f"the tokenizer has no words for {left}: prompts are {', '.join(plain + written)}", stacklevel=3)
+    return plain + written
+
+
+def _can_write(tokenizer: Any, kind: str, texts: Sequence[str]) -> bool:
+    rng = random.Random(0)
+    facts, asked = MAKERS[kind](rng) if kind in MAKERS else ((), ())
+    sample = [*facts, *(text for text, _ in asked)]
+    sample += {"pairs": ["\nbright-123: 4567"], "copy": ["\n"]}.get(kind, [])
+    if kind in MAKERS or (kind == "copy" and not texts):
+        sample.append(next(sentences_for(kind)(rng)))
+    try:
+        if any(tokenizer.unk_token_id in ids_of(tokenizer, text) for text in sample):
+            return False
+        for text in texts if kind in ("text", "copy") else ():
+            ids_of(tokenizer, text)
+    except UnwritableError:
+        return False
+    return True
 
 
 def _prompt(tokenizer: Any, length: int, kind: str, texts: Sequence[str], rng: random.Random) -> Prompt:
     match kind:
-        case "passkey" | "two_hop" | "home":
+        case "passkey" | "two_hop" | "home" | "codes":
             return _hidden(tokenizer, length, kind, texts, rng)
         case "pairs":
             return _pairs(tokenizer, length, rng)
@@ -86,20 +92,21 @@ def _prompt(tokenizer: Any, length: int, kind: str, texts: Sequence[str], rng: r
             return _text(tokenizer, length, texts, rng)
         case "copy":
             return _copy(tokenizer, length, texts, rng)
-    raise ValueError(f"kind {kind!r} is unknown: choose of {_KINDS}")
+    raise ValueError(f"kind {kind!r} is unknown: choose of {(*_KINDS, 'codes')}")
 
 
 def _hidden(tokenizer: Any, length: int, kind: str, texts: Sequence[str], rng: random.Random) -> Prompt:
     """Facts at random places between other sentences, and questions at the end."""
-    facts, asked = _MAKERS[kind](rng)
-    needles = [_ids(tokenizer, fact) for fact in facts]
-    tail = [(_ids(tokenizer, text), scored) for text, scored in asked]
+    facts, asked = MAKERS[kind](rng)
+    needles = [ids_of(tokenizer, fact) for fact in facts]
+    tail = [(ids_of(tokenizer, text), scored) for text, scored in asked]
     start = _beginning(tokenizer)
     room = length - len(start) - sum(map(len, needles)) - sum(len(ids) for ids, _ in tail)
     if room < 0:
         raise ValueError(f"length={length}: a prompt of kind {kind!r} needs {length - room} tokens of this tokenizer")
-    body = start + _scattered(needles, _filler(tokenizer, room, texts, rng), rng)
-    return _asked(body, tail, kind)
+    between = () if kind == "codes" else texts
+    filler = _filler(tokenizer, room, between, rng, kind)
+    return _asked(start + _scattered(needles, filler, rng), tail, kind)
 
 
 def _scattered(needles: Sequence[list[int]], filler: list[int], rng: random.Random) -> list[int]:
@@ -119,61 +126,22 @@ def _asked(body: list[int], tail: Sequence[tuple[list[int], bool]], kind: str) -
     return Prompt(torch.tensor(ids), torch.tensor(scored), kind)
 
 
-def _passkeys(rng: random.Random) -> Needles:
-    names = rng.sample(_NAMES.split(), QUESTIONS)
-    keys = [str(rng.randint(10_000, 99_999)) for _ in names]
-    facts = [f" The pass key of {name} is {key}. Remember it." for name, key in zip(names, keys, strict=True)]
-    order = rng.sample(range(QUESTIONS), QUESTIONS)
-    asked = [
-        [(f"\nQuestion: what is the pass key of {names[i]}? Answer:", False), (f" {keys[i]}", True)] for i in order
-    ]
-    return facts, [piece for pair in asked for piece in pair]
-
-
-def _two_hops(rng: random.Random) -> Needles:
-    names, cities = rng.sample(_NAMES.split(), 2 * QUESTIONS), rng.sample(_CITIES.split(), QUESTIONS)
-    friends = dict(zip(names[:QUESTIONS], names[QUESTIONS:], strict=True))
-    homes = dict(zip(friends.values(), cities, strict=True))
-    facts = [f" The best friend of {name} is {friend}." for name, friend in friends.items()]
-    facts += [f" {friend} lives in {city}." for friend, city in homes.items()]
-    rng.shuffle(facts)
-    asked = [
-        ((f"\nThe best friend of {name} lives in", False), (f" {homes[friends[name]]}", True)) for name in friends
-    ]
-    return facts, [piece for pair in asked for piece in pair]
-
-
-def _homes(rng: random.Random) -> Needles:
-    names, cities = rng.sample(_NAMES.split(), QUESTIONS), rng.sample(_CITIES.split(), QUESTIONS)
-    homes = dict(zip(names, cities, strict=True))
-    facts = [f" {name} has a house in {city}." for name, city in homes.items()]
-    asked = [((f"\n{name} has a house in", False), (f" {homes[name]}", True)) for name in rng.sample(names, QUESTIONS)]
-    return facts, [piece for pair in asked for piece in pair]
-
-
-_MAKERS: dict[str, Callable[[random.Random], Needles]] = {
-    "passkey": _passkeys,
-    "two_hop": _two_hops,
-    "home": _homes,
-}
-
-
 def _pairs(tokenizer: Any, length: int, rng: random.Random) -> Prompt:
     """A list of keys and values as long as fits, whose beginning may be cut, and some of its keys again at the end."""
     names: set[str] = set()
     start = _beginning(tokenizer)
 
     def pair() -> tuple[str, str, list[int]]:
-        while (name := f"{rng.choice(_ADJECTIVES.split())}-{rng.randint(100, max(999, length))}") in names:
+        while (name := f"{rng.choice(ADJECTIVES.split())}-{rng.randint(100, max(999, length))}") in names:
             pass
         names.add(name)
         entry = str(rng.randint(1000, 9999))
-        return name, entry, _ids(tokenizer, f"\n{name}: {entry}")
+        return name, entry, ids_of(tokenizer, f"\n{name}: {entry}")
 
     lines = [pair() for _ in range(QUESTIONS)]
     asked = [lines[i] for i in rng.sample(range(QUESTIONS), QUESTIONS)]
     tail = [
-        (_ids(tokenizer, text), scored)
+        (ids_of(tokenizer, text), scored)
         for name, entry, _ in asked
         for text, scored in ((f"\n{name}:", False), (f" {entry}", True))
     ]
@@ -192,7 +160,7 @@ def _pairs(tokenizer: Any, length: int, rng: random.Random) -> Prompt:
 
 def _copy(tokenizer: Any, length: int, texts: Sequence[str], rng: random.Random) -> Prompt:
     """A passage somewhere in a text, and at its end the same passage again, scored behind its first tokens."""
-    start, mark = _beginning(tokenizer), _ids(tokenizer, "\n")
+    start, mark = _beginning(tokenizer), ids_of(tokenizer, "\n")
     passage = min(_PASSAGE, (length - len(start) - 2 * len(mark)) // 2)
     if passage <= _HINT:
         raise ValueError(f"length={length}: a prompt of kind 'copy' needs {2 * _HINT + 8} tokens of this tokenizer")
@@ -225,14 +193,14 @@ def _text(tokenizer: Any, length: int, texts: Sequence[str], rng: random.Random)
     return Prompt(torch.tensor(ids), torch.arange(length) >= length // 2, "text")
 
 
-def _filler(tokenizer: Any, tokens: int, texts: Sequence[str], rng: random.Random) -> list[int]:
+def _filler(tokenizer: Any, tokens: int, texts: Sequence[str], rng: random.Random, kind: str = "copy") -> list[int]:
     if texts:
         return _taken(tokenizer, tokens, texts, rng)
     ids: list[int] = []
-    for sentence in _sentences(rng):
+    for sentence in sentences_for(kind)(rng):
         if len(ids) >= tokens:
             break
-        ids += _ids(tokenizer, sentence)
+        ids += ids_of(tokenizer, sentence)
     return ids[:tokens]
 
 
@@ -242,26 +210,14 @@ def _taken(tokenizer: Any, tokens: int, texts: Sequence[str], rng: random.Random
     first = rng.randrange(len(texts))
     for i in range(len(texts)):
         if len(ids) < tokens:
-            ids += _ids(tokenizer, texts[(first + i) % len(texts)])
+            ids += ids_of(tokenizer, texts[(first + i) % len(texts)])
     if len(ids) < tokens:
         raise ValueError(f"the texts have {len(ids)} tokens and a prompt needs {tokens}: give more, or a lower length")
     at = rng.randint(0, len(ids) - tokens)
     return ids[at : at + tokens]
 
 
-def _sentences(rng: random.Random) -> Iterator[str]:
-    while True:
-        adjective, noun, verb, other, thing = (
-            rng.choice(words.split()) for words in (_ADJECTIVES, _NOUNS, _VERBS, _ADJECTIVES, _NOUNS)
-        )
-        yield f" The {adjective} {noun} {verb} the {other} {thing}."
-
-
 def _beginning(tokenizer: Any) -> list[int]:
     """The token that the tokenizer begins every text with, if it does."""
     first = tokenizer("")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

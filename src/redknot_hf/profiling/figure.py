@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def check_plotting() -> None:
+    """Raises ImportError, with the remedy, if a heat map cannot be drawn."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("a heat map needs matplotlib: pip install 'redknot-hf[plot]'")
+
+
 def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
     """Draws the errors by layer and KV head, a panel for each choice, on a scale of powers of ten.
 
@@ -24,12 +31,11 @@ def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as e:
-        raise ImportError("a heat map needs matplotlib: pip install 'redknot-hf[plot]'") from e
+    check_plotting()
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     layers, heads = len(profile.heads_by_layer), max(profile.heads_by_layer)
     width = 1.2 + 0.22 * heads
     figure = Figure((1.2 + width * len(profile.choices), 1.2 + 0.2 * layers), layout="constrained")
