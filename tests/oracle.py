@@ -27,6 +27,11 @@ class _Flags(torch.Tensor):
     """Which slots are real, `[batch, 1, 1, slots]`, told from a row of a matrix."""
 
 
+def choices(*windows, sink=0):
+    """Specs of windows."""
+    return [HeadSpec(window, sink) for window in windows]
+
+
 @contextmanager
 def under_plan(model: PreTrainedModel, plan: HeadPlan) -> Iterator[None]:
     """Every head of the model under its rule; forward passes take the whole sequence and `use_cache=False`."""

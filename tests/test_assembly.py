@@ -1,4 +1,4 @@
-"""One pass of many segments is held against reading and splicing them one after the other, by hand."""
+"""One pass of many segments is held against passes of one; test_reuse.py holds both against dense attention."""
 
 import gc
 import weakref
@@ -8,37 +8,21 @@ import pytest
 import torch
 from families import make_model
 from oracle import random_plan
-from test_reuse import BOS, LONG, joined, next_logits, texts
+from texts import BOS, LONG, joined, next_logits, texts
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble
+from redknot_hf import AssembledCache, HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble
 from redknot_hf.cache.cache import row_layers
-from redknot_hf.cache.packing import count, place, read, settle_slots
+from redknot_hf.cache.packing import read
 from redknot_hf.reuse import assembly
 from redknot_hf.reuse import schedule as pieces
 from redknot_hf.reuse.recording import forward
 
 
-def one_after_the_other(model, store, parts) -> RedKnotCache:
-    cache = RedKnotCache(model.config, store.plan)
-    end = sum(len(part.ref) for part in parts)
-    for part in parts:
-        forward(model, cache, [part.ref.ids[: part.boundary]])
-        if part.boundary == len(part.ref):
-            continue
-        segment, places = store.get(part.ref), torch.arange(len(part.ref))
-        turns = store.verdict().relocation.rotations(
-            places + len(part.ref.prefix), places + part.start, segment.data.device
-        )
-        for i, layer in row_layers(cache):
-            if not layer.is_initialized:
-                assembly.initialize(layer, i, model, segment, 1)
-            rows, pool = layer.storage()
-            layer.reserve(np.array([end + end // assembly.ROOM + assembly.ROOM]))
-            table, span = layer.table_on_device()[0], (segment.tokens, part.boundary, part.start)
-            place(layer, i, segment, pool.pages, table, rows.rules, span, turns[i])
-            count(layer, i, 0, segment, part.boundary)
-            settle_slots(layer)
-    return cache
+def piece_by_piece(model, refs, boundary) -> AssembledCache:
+    """The same cache by many passes, one for every piece."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "_PASS_BYTES", 1)
+        return assemble(model, refs, boundary=boundary)
 
 
 @pytest.mark.parametrize("boundary", [1, 20, 0.5, [2, 0, 70, "all", 1]])
@@ -53,16 +37,16 @@ def test_one_pass_does_what_many_do(family, boundary, monkeypatch):
     monkeypatch.setattr(assembly.Assembly, "run", lambda self: (sizes.append(len(self.batch[0])), run(self)))
     cache = assemble(model, order, boundary=boundary)
     assert sizes == [5]
-    by_hand = one_after_the_other(model, store, cache.reused[0])
-    assert cache.nbytes == by_hand.nbytes
-    want = next_logits(model, by_hand)
+    many = piece_by_piece(model, order, boundary)
+    assert len(sizes) >= 6
+    assert set(sizes[1:]) == {1}
+    assert cache.nbytes == many.nbytes
+    want = next_logits(model, many)
     torch.testing.assert_close(next_logits(model, cache), want, atol=1e-4, rtol=1e-4)
-    for name, most in (("_PASS_TOKENS", 40), ("_PASS_TOKENS", 16), ("_PASS_BYTES", 1)):
-        monkeypatch.setattr(pieces, name, most)
-        before = len(sizes)
+    for most in (40, 16):
+        monkeypatch.setattr(pieces, "_PASS_TOKENS", most)
         other = assemble(model, order, boundary=boundary)
         torch.testing.assert_close(next_logits(model, other), want, atol=1e-4, rtol=1e-4)
-    assert len(sizes) - before >= 5
 
 
 @pytest.mark.parametrize("boundary", [0, 0.5])
@@ -93,9 +77,10 @@ def test_sequences_of_a_batch_go_on_by_boundaries_of_different_length():
     store = SegmentStore(model, random_plan(model.config))
     refs = [store.add(BOS), *store.add_all(texts(), BOS)]
     batch = [[refs[1], refs[0], refs[4]], [refs[2]], [refs[3], refs[3], refs[1], refs[2]]]
-    cache = assemble(model, batch, boundary=lambda ref, start: (start + len(ref)) % 9)
-    for b, parts in enumerate(cache.reused):
-        alone = one_after_the_other(model, store, parts)
+    boundary = lambda ref, start: (start + len(ref)) % 9  # noqa: E731
+    cache = assemble(model, batch, boundary=boundary)
+    for b, refs in enumerate(batch):
+        alone = piece_by_piece(model, refs, boundary)
         for (_, layer), (_, wanted) in zip(row_layers(cache), row_layers(alone), strict=True):
             rows, _ = layer.storage()
             for head in range(4):

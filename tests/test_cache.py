@@ -6,31 +6,12 @@ import pickle
 
 import pytest
 import torch
-from families import VOCABULARY, make_model
-from oracle import masked_logits, random_plan
+from families import make_model
+from layers import PAGE, feed, planned
+from oracle import masked_logits
+from texts import some_ids
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
-
-PAGE = 16
-
-
-def some_ids(batch, length, seed=1):
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def feed(model, cache, ids):
-    return model(ids, **cache_argument(model, cache)).logits
-
-
-def planned(batch=1, length=0, seed=0, **kwargs):
-    """A Llama, a random plan, a cache, and the ids it has read."""
-    model = make_model("llama")
-    cache = RedKnotCache(model.config, random_plan(model.config, seed), page_size=PAGE, **kwargs)
-    ids = some_ids(batch, length)
-    if length:
-        feed(model, cache, ids)
-    return model, cache, ids
 
 
 def page_bytes(cache):

@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import torch
-from test_rows import grow, make_rows
+from layers import grow, make_rows
 
 from redknot_hf.cache.device_rows import DeviceRows, staged
 

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from families import make_model
+from oracle import choices
+from texts import profiling_prompts as prompts
 from transformers import AutoModelForCausalLM
 
 from evals.tiny.corpus import Corpus
@@ -16,15 +18,6 @@ from redknot_hf.profiling.drift import drift, measure_drift
 TINY = Path(__file__).parents[1] / "evals" / "tiny"
 # Blocks that norm or scale their attention's output before they add it are among them.
 BLOCKS = ("llama", "gemma2", "gemma3", "olmo2", "glm4", "granite", "phi3", "qwen3_moe", "gpt_oss")
-
-
-def prompts(length=40, count=2, vocabulary=97):
-    generator = torch.Generator().manual_seed(1)
-    return [Prompt(torch.randint(1, vocabulary, (length,), generator=generator)) for _ in range(count)]
-
-
-def choices(*windows, sink=0):
-    return [HeadSpec(window, sink) for window in windows]
 
 
 @pytest.mark.parametrize("family", BLOCKS)

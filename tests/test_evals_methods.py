@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-import torch
-from families import VOCABULARY, make_model
+from evaluated import LENGTH, asked
+from families import make_model
 from transformers import DynamicCache
 
-from evals.answering import Question
 from evals.measuring import Asked, measure
 from evals.method import Context, Method, dense, read
 from evals.methods import Setting, kvpress, load, load_all
 from evals.methods.dense import quantised, static
 from evals.methods.redknot import RedKnot, all_global, kept_share, misplaced, redknot, streaming, wrong_heads
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
-
-LENGTH, NEW = 150, 5
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +25,6 @@ def model():
 @pytest.fixture(scope="module")
 def plan(model):
     return HeadPlan.with_global(model.config, [(0, 1), (1, 0), (2, 3), (3, 3)], HeadSpec(window=16, sink=2))
-
-
-def asked(lengths=(LENGTH,), rows=(0, 0, 0), seed=0) -> Asked:
-    """Questions of unequal length about random contexts."""
-    generator = torch.Generator().manual_seed(seed)
-    contexts = tuple(torch.randint(1, VOCABULARY, (n,), generator=generator) for n in lengths)
-    questions = tuple(
-        Question(torch.randint(1, VOCABULARY, (3 + i,), generator=generator), NEW, lambda ids: ids[-1] == 0)
-        for i in range(len(rows))
-    )
-    return Asked(Context(contexts, ((),) * len(contexts), 3 + len(rows) + NEW), questions, tuple(rows))
 
 
 def answers(records):

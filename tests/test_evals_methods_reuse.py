@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from evaluated import asked
 from families import VOCABULARY, make_model
-from test_evals_methods import asked
 
 from evals.measuring import measure
 from evals.method import Context

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluated import records
 from PIL import Image
-from test_evals_summary import records
 
 from evals.report import write_report
 from evals.screenshot import BROWSERS, SIZES, screenshots

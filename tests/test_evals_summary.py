@@ -6,42 +6,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from evaluated import records, run
 
 from evals.intervals import difference, estimate, mean
-from evals.records import Records, Run
 from evals.report import write_report
 from evals.summary import summarize
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.profiling import HeadProfile
-
-MODEL = {"name": "m", "type": "llama", "dtype": "float32", "weights": "0"}
-
-
-def run(name: str, **identity) -> Run:
-    return Run("tiny/plain", 4096, 0, MODEL, {"name": name, **identity}, {"torch": "2"}, {"device": "cpu", "batch": 1})
-
-
-def records(**scores_by_method) -> Records:
-    """Answers of methods with these scores, ten to a context."""
-    found = Records({}, {})
-    for name, scores in scores_by_method.items():
-        one = run(name)
-        found.runs[one.key] = one
-        for i, score in enumerate(scores):
-            near = {
-                "tokens": 4, "top1": 4 if score else 1, "top10": 1.0, "kl": [0.0 if score else 1.0] * 4, "nll": 2.0,
-                "dense_nll": 1.0, "first_divergence": None if score else 1, "same_answer": bool(score),
-            }  # fmt: skip
-            cost = {
-                "prepare_s": 1.0, "question_s": 0.5, "token_s": 0.01, "resident_bytes": 100 if name == "dense" else 40,
-                "peak_bytes": None, "context_tokens": 9, "batch": 1,
-            }  # fmt: skip
-            found.answers[one.key, str(i)] = {
-                "run": one.key, "id": str(i), "context": str(i // 10), "kind": "ab"[i % 2], "answer": "x",
-                "score": float(score), "audited": True, "audit_gap": 0.0, "answer_ids": [1], "fidelity": near,
-                "cost": cost,
-            }  # fmt: skip
-    return found
 
 
 def test_intervals_cover_what_they_should():

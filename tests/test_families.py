@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, make_model
+from families import FAMILIES, make_model
 from oracle import masked_logits, random_plan
+from texts import prompts
 from transformers import DynamicCache
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
@@ -12,15 +13,6 @@ CORE = "llama", "gemma3", "gemma3n", "gpt_oss"  # also run on the oldest support
 families = pytest.mark.parametrize(
     "family", [pytest.param(f, marks=pytest.mark.core if f in CORE else ()) for f in FAMILIES]
 )
-
-
-def prompts(batch, length, padding=()):
-    """Random ids, and a mask with this many slots of left padding a row."""
-    ids = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate(padding):
-        ids[row, :pad], mask[row, :pad] = 0, 0
-    return ids, mask
 
 
 @pytest.mark.parametrize("page_size", [16, 64])

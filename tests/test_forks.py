@@ -9,8 +9,9 @@ from threading import Barrier
 import pytest
 import torch
 from families import make_model
+from layers import feed, planned
 from oracle import masked_logits, random_plan
-from test_cache import feed, planned, some_ids
+from texts import some_ids
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, cache_argument
 from redknot_hf.cache.pool import PagePool

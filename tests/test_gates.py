@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_model, make_model_with_idle_heads
-from test_drift import prompts
+from texts import profiling_prompts as prompts
 
 from redknot_hf import HeadSpec
 from redknot_hf.attention.watching import watching

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import make_model
 from oracle import masked_logits, random_plan, under_plan
-from test_families import prompts
+from texts import prompts
 from transformers import DynamicCache
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument

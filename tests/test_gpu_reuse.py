@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import make_model
 from oracle import masked_logits, random_plan
-from test_reuse import BOS, QUESTION, joined, texts
+from texts import BOS, QUESTION, joined, texts
 
 from redknot_hf import SegmentStore, assemble, cache_argument
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import make_model
 from oracle import masked_logits, random_plan
-from test_families import prompts
+from texts import prompts
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.cache.handle import RedKnotHandle

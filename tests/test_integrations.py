@@ -8,7 +8,7 @@ import torch
 from families import make_model
 from oracle import random_plan, under_plan
 from peft import LoraConfig, get_peft_model
-from test_families import prompts
+from texts import prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument

@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from layers import PAGE, feed, planned
 from oracle import masked_logits
-from test_cache import PAGE, feed, planned, some_ids
+from texts import some_ids
 
 from redknot_hf import cache_argument
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from families import make_model_with_idle_heads
-from test_drift import prompts
+from texts import profiling_prompts as prompts
 
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.profiling import profile_heads

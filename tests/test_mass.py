@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_model
-from test_drift import prompts
+from texts import profiling_prompts as prompts
 
 from redknot_hf.profiling import Prompt, profile_heads
 from redknot_hf.profiling.mass import measure_mass

@@ -13,7 +13,7 @@ from families import make_model
 from oracle import random_plan
 from parallel_worker import run
 from safetensors.torch import load_file, save_file
-from test_families import prompts
+from texts import prompts
 
 from redknot_hf import HeadPlan, HeadSpec
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from families import make_model
-from test_drift import prompts
+from texts import profiling_prompts as prompts
 
 from redknot_hf import HeadPlan
 from redknot_hf.profiling import profile_heads

@@ -5,9 +5,9 @@ import pytest
 import torch
 from families import make_model
 from oracle import random_plan
-from test_reuse import BOS, LONG, QUESTION, dense, joined, next_logits, texts
+from texts import BOS, LONG, QUESTION, dense, joined, next_logits, texts
 
-from redknot_hf import HeadPlan, HeadSpec, SegmentStore, assemble, refresh
+from redknot_hf import HeadPlan, HeadSpec, SegmentStore, assemble, cache_argument, refresh
 from redknot_hf.reuse import question as asked
 from redknot_hf.reuse import schedule as pieces
 
@@ -131,7 +131,7 @@ def test_each_sequence_of_a_batch_has_its_question():
     questions = [list(refs[1].ids[60:64]), list(refs[2].ids[10:14])]
     together = assemble(model, [[refs[0], refs[2], refs[1]]] * 2, question=questions, share=0.2)
     with torch.no_grad():
-        found = model(torch.tensor([QUESTION] * 2), past_key_values=together).logits
+        found = model(torch.tensor([QUESTION] * 2), **cache_argument(model, together)).logits
     for one, question in zip(found, questions, strict=True):
         alone = assemble(model, [refs[0], refs[2], refs[1]], question=question, share=0.2)
         torch.testing.assert_close(next_logits(model, alone)[0], one, atol=2e-4, rtol=1e-3)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from families import make_model
 from oracle import random_plan
-from test_reuse import BOS, dense, joined, next_logits, texts
+from texts import BOS, dense, joined, next_logits, texts
 
 from redknot_hf import HeadPlan, HeadSpec, SegmentStore, assemble, refresh
 

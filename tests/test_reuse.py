@@ -5,24 +5,13 @@ import pickle
 
 import pytest
 import torch
-from families import VOCABULARY, make_model
-from oracle import masked_logits, random_plan, under_plan
+from families import make_model
+from oracle import random_plan, under_plan
+from texts import BOS, LENGTHS, LONG, QUESTION, dense, joined, next_logits, texts
 from transformers import DynamicCache
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, cache_argument, prompt
 from redknot_hf.reuse import schedule as pieces
-
-LONG = {"max_position_embeddings": 2048}
-BOS = [3, 4]
-LENGTHS = (150, 70, 5, 1)  # longer than every window, than most, than some sinks, a single token
-
-
-def texts(lengths=LENGTHS, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
-
-
-QUESTION = texts((9,), seed=99)[0]
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +27,6 @@ def store(llama):
 @pytest.fixture(scope="module")
 def documents(store):
     return [store.add(BOS), *store.add_all(texts(), BOS)]
-
-
-def next_logits(model, cache, ids=QUESTION):
-    with torch.no_grad():
-        return model(torch.tensor([ids]), **cache_argument(model, cache)).logits
-
-
-def dense(model, plan, context, ids=QUESTION):
-    return masked_logits(model, plan, torch.tensor([[*context, *ids]]))[:, -len(ids) :]
-
-
-def joined(parts):
-    return [token for part in parts for token in part]
 
 
 FAMILIES = ["llama", "mistral_sliding", "gemma3", "phi3", "gpt_oss", "glm4", "smollm3"]

@@ -2,31 +2,9 @@
 
 import numpy as np
 import pytest
-from redknot_kernels import UNBOUNDED, HeadRules
+from layers import grow, make_rows
 
-from redknot_hf.cache.rows import ABSENT, Rows, Run
-
-
-class Shelf:
-    """Hands out new page ids."""
-
-    def __init__(self):
-        self.taken = 0
-
-    def __call__(self, count):
-        self.taken += count
-        return np.arange(self.taken - count, self.taken)
-
-
-def make_rows(batch=2):
-    """Heads: global; window 20, sink 3; window 1. Pages of 8: at most 4 and 2 of them in the local rows."""
-    return Rows(batch, HeadRules.make((UNBOUNDED, 20, 1), (0, 3, 0), page_size=8)), Shelf()
-
-
-def grow(rows, shelf, lengths):
-    lengths = np.array(lengths)
-    rows.reserve(lengths, shelf)
-    rows.advance(lengths - rows.lengths)
+from redknot_hf.cache.rows import ABSENT, Run
 
 
 @pytest.mark.parametrize(

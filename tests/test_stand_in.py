@@ -2,7 +2,7 @@ import pytest
 import torch
 from families import make_model
 from oracle import random_plan
-from test_reuse import BOS, LONG, dense, joined, next_logits, texts
+from texts import BOS, LONG, dense, joined, next_logits, texts
 
 from redknot_hf import HeadPlan, HeadSpec, SegmentStore, StandIn, assemble
 from redknot_hf.reuse import schedule

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from families import make_model, make_model_with_idle_heads
-from test_drift import choices, prompts
+from oracle import choices
+from texts import profiling_prompts as prompts
 
 from redknot_hf.profiling import profile_heads
 from redknot_hf.profiling.clock import Clock

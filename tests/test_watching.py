@@ -2,7 +2,7 @@ import pytest
 import torch
 from families import make_model
 from oracle import masked_logits, random_plan
-from test_drift import prompts
+from texts import profiling_prompts as prompts
 
 from redknot_hf.attention.watching import restricted, watching
 from redknot_hf.profiling import profile_heads
