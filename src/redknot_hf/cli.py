@@ -25,12 +25,15 @@ from redknot_hf.profiling.profile_file import FORMAT
 from redknot_hf.profiling.profiler import METHODS
 from redknot_hf.profiling.prompt import held_apart
 from redknot_hf.profiling.texts import read_texts
+from redknot_hf.reuse.trial import Context, least, reuse_costs
 from redknot_hf.terminal import progress, told
 
 app = typer.Typer(no_args_is_help=True, help="A head-aware KV cache: which heads of a model need everything?")
 plans = typer.Typer(no_args_is_help=True, help="Look at head plans, convert and compare them.")
 app.add_typer(plans, name="plan")
 console = Console()
+# Kinds of prompts of which the facts stand in documents, and the questions behind them.
+_IN_DOCUMENTS = ("passkey", "two_hop", "home")
 
 Out = Annotated[Path, typer.Option(help="File to write the plan to.")]
 Budget = Annotated[float | None, typer.Option(help="Share of the dense cache's bytes to keep, 0 to 1.")]
@@ -113,12 +116,17 @@ def gate(  # noqa: PLR0913 - every one is an option of the command
     kinds: Kinds = None,
     texts: Texts = None,
     max_kl: Annotated[float, typer.Option(help="KL, nats a token, that a plan which holds may be off.")] = MAX_KL,
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="Not the plan, but reuse of documents under it: what must be recomputed?")
+    ] = False,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Seed = 1_000_000,
 ) -> None:
     """Pass or fail a plan on questions and texts, kind by kind; the exit status is 1 if it does not hold."""
+    if reuse and kinds is None:
+        kinds = ",".join(_IN_DOCUMENTS)
     with told():
         held, options = HeadPlan.load(plan), _options(dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
@@ -126,10 +134,21 @@ def gate(  # noqa: PLR0913 - every one is an option of the command
         inputs = [prompt for n in length for prompt in asked.prompts(n, prompts, seed)]
         loaded = _load(model, revision, options)
         held.check(loaded.config)
+        if reuse:
+            raise typer.Exit(_reuse_gate(loaded, held, inputs, max_kl))
         rows = fidelity(loaded, held, inputs, max_kl)
     for line in (line for row in rows for line in confirmed(row)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(0 if all(row["holds"] for row in rows) else 1)
+
+
+def _reuse_gate(model: Any, plan: HeadPlan, inputs: Sequence[Prompt], max_kl: float) -> int:
+    """Says what reuse costs by what is recomputed; 1 if nothing keeps it within the KL."""
+    costs = reuse_costs(model, plan, [Context.of(prompt.ids, prompt.targets) for prompt in inputs])
+    enough, said = least(costs, max_kl)
+    for line in (*map(str, costs), said):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 1 if enough is None else 0
 
 
 @dataclass(frozen=True)
