@@ -65,7 +65,7 @@ def test_generate_compiles_once_and_gives_the_same_tokens(family):
         cache = reserved(model, plan) if turn == "another" else cache
         assert torch.equal(model.generate(ids, past_key_values=cache, compile_config=compiled(), **options), expected)
         assert "28 tokens x 2 sequences" in str(cache)
-        lengths = [layer.rows.lengths.tolist() for _, layer in row_layers(cache)]
+        lengths = [layer.storage.rows.lengths.tolist() for _, layer in row_layers(cache)]
         assert lengths == [[28, 23]] * (1 if "num_kv_shared_layers" in LAYERS[family] else 2)
         cache.reset()
     assert counters["stats"]["unique_graphs"] == 1
@@ -78,11 +78,11 @@ def test_aot_autograd_leaves_the_pages_where_they_are():
     expected = model.generate(ids, past_key_values=RedKnotCache(model.config, plan, page_size=16), **options)
     cache = reserved(model, plan)
     model.generate(ids, past_key_values=cache, max_new_tokens=1, attention_mask=mask)
-    places = [layer.pool.pages.keys.data_ptr() for layer in cache.layers]
+    places = [layer.storage.pool.pages.keys.data_ptr() for layer in cache.layers]
     cache.reset()
     ours = model.generate(ids, past_key_values=cache, compile_config=compiled("aot_eager"), **options)
     assert torch.equal(ours, expected)
-    assert [layer.pool.pages.keys.data_ptr() for layer in cache.layers] == places
+    assert [layer.storage.pool.pages.keys.data_ptr() for layer in cache.layers] == places
 
 
 def test_an_eager_turn_follows_compiled_ones():

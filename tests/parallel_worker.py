@@ -20,7 +20,7 @@ def run(model, plan: HeadPlan, prompt: dict) -> tuple[dict[str, torch.Tensor], l
         cache = RedKnotCache(model.config, plan, page_size=16)
         out = model.generate(**prompt, past_key_values=cache, **OPTIONS | options)
         found |= {f"{name}.tokens": out.sequences.contiguous(), f"{name}.logits": torch.stack(out.logits)}
-    pages = (cache.layers[0].rows.table[0] >= 0).sum(-1).tolist()
+    pages = (cache.layers[0].storage.rows.table[0] >= 0).sum(-1).tolist()
     return found, pages
 
 

@@ -12,7 +12,6 @@ from texts import BOS, LONG, joined, next_logits, texts
 
 from redknot_hf import AssembledCache, HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble
 from redknot_hf.cache.cache import row_layers
-from redknot_hf.cache.packing import read
 from redknot_hf.reuse import assembly
 from redknot_hf.reuse import schedule as pieces
 from redknot_hf.reuse.recording import forward
@@ -54,9 +53,9 @@ def test_a_question_finds_room_behind_the_segments(boundary):
     model = make_model("llama", **LONG)
     store = SegmentStore(model, random_plan(model.config, seed=2))
     cache = assemble(model, [store.add(BOS), *store.add_all(texts(), BOS)], boundary=boundary)
-    pools = [layer.storage()[1].pages for _, layer in row_layers(cache)]
+    pools = [layer.storage.pool.pages for _, layer in row_layers(cache)]
     forward(model, cache, [[1] * assembly.ROOM])
-    assert all(layer.storage()[1].pages is pages for (_, layer), pages in zip(row_layers(cache), pools, strict=True))
+    assert all(layer.storage.pool.pages is pages for (_, layer), pages in zip(row_layers(cache), pools, strict=True))
 
 
 def test_layers_that_share_keys_attend_each_piece_as_it_was():
@@ -82,12 +81,12 @@ def test_sequences_of_a_batch_go_on_by_boundaries_of_different_length():
     for b, refs in enumerate(batch):
         alone = piece_by_piece(model, refs, boundary)
         for (_, layer), (_, wanted) in zip(row_layers(cache), row_layers(alone), strict=True):
-            rows, _ = layer.storage()
+            rows = layer.storage.rows
             for head in range(4):
-                held = wanted.storage()[0].positions_held(0, head)
+                held = wanted.storage.rows.positions_held(0, head)
                 assert set(held.tolist()) <= set(rows.positions_held(b, head).tolist())
                 index = np.full(len(held), head)
-                mine, theirs = read(layer, b, index, held), read(wanted, 0, index, held)
+                mine, theirs = layer.storage.read(b, index, held), wanted.storage.read(0, index, held)
                 torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 

@@ -15,7 +15,7 @@ from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 
 def page_bytes(cache):
-    pool = cache.layers[0].pool
+    pool = cache.layers[0].storage.pool
     return pool.pages.keys[0].nbytes + pool.pages.values[0].nbytes
 
 
@@ -26,7 +26,7 @@ def test_resident_bytes_are_those_of_the_plan_and_at_most_two_pages_a_row(batch,
     plan = cache.plan
     kept = batch * plan.nbytes(length, model.config.head_dim, torch.float32)
     assert kept <= cache.nbytes <= kept + 2 * page_bytes(cache) * plan.num_heads * batch
-    storages = [x.untyped_storage() for layer in cache.layers for x in layer.pool.pages]
+    storages = [x.untyped_storage() for layer in cache.layers for x in layer.storage.pool.pages]
     assert cache.nbytes == sum(storage.nbytes() for storage in storages)
     assert cache.dense_nbytes == batch * length * plan.num_heads * 2 * model.config.head_dim * 4
 
@@ -59,7 +59,7 @@ def test_a_local_row_stops_growing(spec):
     for _ in range(4 * spec.window):
         feed(model, cache, some_ids(1, 1))
     assert cache.nbytes == before
-    row = cache.layers[0].rows.table[0, 0]
+    row = cache.layers[0].storage.rows.table[0, 0]
     assert (row >= 0).sum() * PAGE < spec.window + spec.sink + 2 * PAGE
 
 
@@ -166,7 +166,7 @@ def test_offload_and_prefetch_change_nothing():
     model, cache, ids = planned(1, 60)
     other = some_ids(1, 9, seed=3)
     cache.offload()
-    assert all(layer.pool.pages.device.type == "cpu" for layer in cache.layers)
+    assert all(layer.storage.pool.pages.device.type == "cpu" for layer in cache.layers)
     cache.prefetch(layer_idx=1)
     cache.prefetch()
     expected = masked_logits(model, cache.plan, torch.cat([ids, other], 1))[:, -9:]
@@ -238,23 +238,23 @@ def test_a_reserved_cache_forks_and_repeats_with_memory_of_its_own():
 
 def test_a_reserved_cache_takes_its_sequences_in_another_order():
     model, cache, ids = planned(3, 30, max_cache_len=60)
-    reserved, pages = cache.nbytes, cache.layers[0].pool.pages.keys.data_ptr()
+    reserved, pages = cache.nbytes, cache.layers[0].storage.pool.pages.keys.data_ptr()
     order = torch.tensor([2, 0, 0])
     cache.reorder_cache(order)
     other = some_ids(3, 9, seed=3)
     expected = masked_logits(model, cache.plan, torch.cat([ids[order], other], 1))[:, -9:]
     torch.testing.assert_close(feed(model, cache, other), expected, atol=2e-4, rtol=1e-4)
-    assert (cache.nbytes, cache.layers[0].pool.pages.keys.data_ptr()) == (reserved, pages)
+    assert (cache.nbytes, cache.layers[0].storage.pool.pages.keys.data_ptr()) == (reserved, pages)
 
 
 def test_reset_keeps_what_was_reserved():
     model, cache, _ = planned(2, 50, max_cache_len=60)
-    pages = cache.layers[0].pool.pages.keys.data_ptr()
+    pages = cache.layers[0].storage.pool.pages.keys.data_ptr()
     cache.reset()
     assert cache.get_seq_length() == 0
     ids = some_ids(2, 60, seed=3)
     torch.testing.assert_close(feed(model, cache, ids), masked_logits(model, cache.plan, ids), atol=2e-4, rtol=1e-4)
-    assert cache.layers[0].pool.pages.keys.data_ptr() == pages
+    assert cache.layers[0].storage.pool.pages.keys.data_ptr() == pages
 
 
 def test_the_callers_mask_may_be_reused():
@@ -264,7 +264,7 @@ def test_the_callers_mask_may_be_reused():
     model(some_ids(2, 30), attention_mask=buffer[:, :30], **cache_argument(model, cache))
     buffer[:] = True
     cache.crop(-25)
-    assert cache.layers[0].rows.lengths.tolist() == [5, 0]
+    assert cache.layers[0].storage.rows.lengths.tolist() == [5, 0]
 
 
 @pytest.mark.parametrize("how", ["delete", "reset"])
@@ -287,7 +287,7 @@ def test_autocast_stores_what_attention_sees():
     with torch.autocast("cpu", torch.bfloat16):
         logits = torch.cat([feed(model, cache, ids[:, a:b]) for a, b in [(0, 40), (40, 41), (41, 60)]], 1)
         expected = masked_logits(model, cache.plan, ids)
-    assert cache.layers[0].pool.pages.keys.dtype == torch.bfloat16
+    assert cache.layers[0].storage.pool.pages.keys.dtype == torch.bfloat16
     exact = masked_logits(model, cache.plan, ids)
     assert (logits.float() - exact).abs().max() <= 2 * (expected.float() - exact).abs().max()
 
@@ -315,9 +315,9 @@ def test_sequences_are_chosen_by_whatever_indexes_a_batch(chosen):
     ids, mask = some_ids(3, 40), torch.ones(3, 40, dtype=torch.long)
     mask[2, :7] = 0
     model(ids, attention_mask=mask, **cache_argument(model, cache))
-    lengths = cache.layers[0].rows.lengths
+    lengths = cache.layers[0].storage.rows.lengths
     cache.batch_select_indices(chosen)
-    assert cache.layers[3].rows.lengths.tolist() == lengths[chosen.numpy()].tolist()
+    assert cache.layers[3].storage.rows.lengths.tolist() == lengths[chosen.numpy()].tolist()
 
 
 def test_a_refused_first_step_leaves_the_batch_open():

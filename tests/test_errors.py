@@ -30,7 +30,7 @@ def forward(model, cache, ids=IDS, mask=None):
 
 
 def slots(cache):
-    return {layer.slots for layer in cache.layers}
+    return {layer.get_seq_length() for layer in cache.layers}
 
 
 def assert_continues_like(model, cache, fork):

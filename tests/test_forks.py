@@ -99,7 +99,7 @@ def test_forks_may_be_made_and_dropped_in_threads():
     gc.collect()
     assert base.nbytes == held
     for layer in base.layers:
-        assert (layer.pool.references.counts == layer.pool.refs()).all()
+        assert (layer.storage.pool.references.counts == layer.storage.pool.refs()).all()
 
 
 @pytest.mark.parametrize("how", ["delete", "reset"])
@@ -113,7 +113,7 @@ def test_pages_of_a_fork_that_is_gone_come_back_at_once(how):
         del fork
     else:
         fork.reset()
-    held = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in layer.pool.pages)
+    held = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in layer.storage.pool.pages)
     assert held == cache.nbytes == alone
 
 
@@ -137,7 +137,7 @@ def test_reset_leaves_nothing_in_the_pages_that_stay_reserved():
     _, cache, _ = planned(1, 50, max_cache_len=60)
     cache.reset()
     for held in (cache, pickle.loads(pickle.dumps(cache))):
-        assert not any(x.count_nonzero() for layer in held.layers for x in layer.pool.pages)
+        assert not any(x.count_nonzero() for layer in held.layers for x in layer.storage.pool.pages)
 
 
 def test_first_steps_of_many_forks_copy_few_pages(monkeypatch):
@@ -149,12 +149,12 @@ def test_first_steps_of_many_forks_copy_few_pages(monkeypatch):
     copied_for, new_for = {}, {}
     for count in (10, 40):
         forks = [copy.deepcopy(base) for _ in range(count)]
-        before = sum(layer.pool.size for layer in base.layers)
+        before = sum(layer.storage.pool.size for layer in base.layers)
         copied.clear()
         for fork in forks:
             feed(model, fork, some_ids(1, 1))
         copied_for[count] = sum(copied)
-        new_for[count] = sum(layer.pool.size for layer in base.layers) - before
+        new_for[count] = sum(layer.storage.pool.size for layer in base.layers) - before
         del forks, fork
         gc.collect()
     assert copied_for[40] / new_for[40] < 2 * copied_for[10] / new_for[10]

@@ -159,5 +159,5 @@ def test_a_model_over_two_devices_decodes_the_tokens_of_one(family, reserved, tm
     split = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, attn_implementation="redknot")
     cache = RedKnotCache(split.config, plan, page_size=16, impl="triton", max_cache_len=reserved)
     assert torch.equal(split.generate(ids, past_key_values=cache, **options), expected)
-    pools = [layer.pool.pages.device.index for layer in cache.layers if layer.pool is not None]
+    pools = [layer.storage.pool.pages.device.index for layer in cache.layers if layer.is_initialized]
     assert set(pools) == {0, 1}

@@ -106,4 +106,4 @@ def test_the_config_need_not_be_the_running_models_own(config, family, reserved)
         model.set_attn_implementation("sdpa")  # whatever the cache's config says
         with pytest.raises((ValueError, RuntimeError), match=r"model\.set_attn_implementation\('redknot'\)"):
             step(44, 45)
-    assert {layer.slots for layer in cache.layers} == {45}
+    assert {layer.get_seq_length() for layer in cache.layers} == {45}

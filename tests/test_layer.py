@@ -12,18 +12,29 @@ from texts import some_ids
 from redknot_hf import cache_argument
 
 
+def mirrored(storage):
+    """What kernels read, up to date."""
+    storage.mirror.refresh_table(storage.rows, storage.pool.pages.device)
+    return storage.mirror
+
+
+def in_place(layer):
+    """Whether the layer's rows can be read as plain tensors."""
+    storage = layer.storage
+    return storage.mirror.views(storage.rows, storage.pool)
+
+
 @pytest.mark.parametrize("reserved", [None, 200])
 def test_decoding_reads_rows_in_place_however_they_grow_and_are_cut(reserved):
     model, cache, ids = planned(batch=2, length=20, max_cache_len=reserved)
-    in_place = lambda: all(layer.views() for layer in cache.layers)  # noqa: E731
     for i in range(100):
         token = some_ids(2, 1, seed=i)
         feed(model, cache, token)
         ids = torch.cat([ids, token], 1)
-        assert in_place(), f"step {i}"
+        assert all(map(in_place, cache.layers)), f"step {i}"
     cache.crop(-PAGE // 2)
     ids = ids[:, : -PAGE // 2]
-    assert in_place()
+    assert all(map(in_place, cache.layers))
     token = some_ids(2, 1)
     expected = masked_logits(model, cache.plan, torch.cat([ids, token], 1))[:, -1:]
     torch.testing.assert_close(feed(model, cache, token), expected, atol=1e-4, rtol=1e-4)
@@ -36,7 +47,7 @@ def test_forks_are_read_in_place_too():
         token = some_ids(2, 1, seed=i)
         ids = torch.cat([ids, token], 1)
         logits = feed(model, fork, token)
-        assert all(layer.views() for layer in fork.layers), f"step {i}"
+        assert all(map(in_place, fork.layers)), f"step {i}"
     torch.testing.assert_close(logits, masked_logits(model, cache.plan, ids)[:, -1:], atol=1e-4, rtol=1e-4)
 
 
@@ -46,27 +57,28 @@ def test_rows_of_different_length_are_not_read_in_place():
     mask[0, -1] = 0
     with torch.no_grad():
         model(some_ids(2, 1), attention_mask=mask, **cache_argument(model, cache))
-    assert not any(layer.views() for layer in cache.layers)
+    assert not any(map(in_place, cache.layers))
 
 
 def test_a_layer_holds_nothing_before_the_first_step():
     _, cache, _ = planned()
     layer = cache.layers[0]
-    assert (layer.nbytes, layer.slots, layer.is_initialized) == (0, 0, False)
+    assert (layer.nbytes, layer.get_seq_length(), layer.is_initialized) == (0, 0, False)
     with pytest.raises(RuntimeError, match="takes its shape from the first forward pass"):
-        layer.storage()
+        layer.storage  # noqa: B018 - it raises
 
 
 def test_reserving_gives_every_row_room_and_leaves_what_is_stored():
     model, cache, ids = planned(batch=2, length=20)
     for layer in cache.layers:
-        rows, _ = layer.storage()
-        layer.reserve(np.array([100, 70]))
+        storage = layer.storage
+        rows = storage.rows
+        storage.reserve(np.array([100, 70]))
         assert rows.has_room(np.array([100, 70]))
         before = rows.version
-        layer.reserve(np.array([90, 20]))
+        storage.reserve(np.array([90, 20]))
         assert rows.version == before
-        np.testing.assert_array_equal(layer.table_on_device().numpy(), np.maximum(rows.table, 0))
+        np.testing.assert_array_equal(mirrored(storage).table.numpy(), np.maximum(rows.table, 0))
     token = some_ids(2, 1)
     expected = masked_logits(model, cache.plan, torch.cat([ids, token], 1))[:, -1:]
     torch.testing.assert_close(feed(model, cache, token), expected, atol=1e-4, rtol=1e-4)
@@ -79,14 +91,17 @@ def test_a_crop_is_counted_in_real_tokens():
     with torch.no_grad():
         model(some_ids(2, 4), attention_mask=mask, **cache_argument(model, cache))
     layer = cache.layers[0]
-    assert layer.slots == 24
-    assert layer.storage()[0].lengths.tolist() == [22, 24]
-    assert layer.lengths_after_crop(-3).tolist() == [21, 21]
-    assert layer.lengths_after_crop(0) is None
+    assert layer.get_seq_length() == 24
+    assert layer.storage.rows.lengths.tolist() == [22, 24]
+    fork = copy.deepcopy(layer)
+    fork.crop(-3)
+    assert fork.storage.rows.lengths.tolist() == [21, 21]
+    fork.crop(0)
+    assert fork.storage.rows.lengths.tolist() == [21, 21]
     with pytest.raises(ValueError, match="more than the 24 slots"):
-        layer.lengths_after_crop(-25)
+        layer.check_crop(-25)
     with pytest.raises(ValueError, match="negative number"):
-        layer.lengths_after_crop(1)
+        layer.check_crop(1)
 
 
 def test_masks_describe_every_slot():

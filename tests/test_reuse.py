@@ -114,7 +114,9 @@ def test_a_batch_shares_its_lead_and_equals_single_contexts(llama, store, docume
     refs = [[documents[i] for i in one] for one in batch]
     questions = [QUESTION, QUESTION[:4], QUESTION[2:]]
     cache = assemble(llama, refs, boundary=0.2)
-    shared = [(layer.rows.table[:, h, :2]) for layer in cache.layers for h in layer.rows.rules.global_heads]
+    shared = [
+        (layer.storage.rows.table[:, h, :2]) for layer in cache.layers for h in layer.storage.rows.rules.global_heads
+    ]
     assert shared
     assert all((pages[0] == pages).all() for pages in shared)
     inputs = prompt(refs, questions)

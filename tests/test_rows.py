@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from layers import grow, make_rows
 
-from redknot_hf.cache.rows import ABSENT, Run
+from redknot_hf.cache.table import ABSENT
 
 
 @pytest.mark.parametrize(
@@ -111,39 +111,3 @@ def test_random_histories_never_share_a_written_page():
                     assert page != ABSENT
                     assert (rows.table == page).sum() == 1
             rows.advance(lengths - rows.lengths)
-
-
-def test_laid_out_rows_are_runs_with_a_spare_page_behind_each_that_grows():
-    rows, shelf = make_rows()
-    grow(rows, shelf, [30, 30])
-    before = rows.table.copy()
-    source = rows.lay_out(np.array([41, 41]))
-    assert rows.runs() == (
-        ((0,), (Run(0, 0, ((2, 7), (1, 0)), 6),)),
-        ((1,), (Run(0, 14, ((2, 4), (1, 0)), 4),)),
-        ((2,), (Run(0, 22, ((2, 2), (1, 0)), 2),)),
-    )
-    held = before != ABSENT
-    assert (source[rows.table[:, :, :4][held]] == before[held]).all(), "every page goes where its row expects it"
-    assert (source == ABSENT).sum() == len(source) - held.sum()
-    free = np.setdiff1d(np.arange(len(source)), rows.table)
-    rows.reserve(np.array([49, 49]), lambda count: free[:count])
-    assert rows.runs()[0][1] == (Run(0, 0, ((2, 7), (1, 0)), 7),), "the next pages are those behind the rows"
-
-
-def test_scattered_or_unequal_rows_are_no_runs():
-    rows, shelf = make_rows()
-    grow(rows, shelf, [17, 17])
-    assert rows.runs() is not None
-    grow(rows, shelf, [25, 25])
-    assert [len(runs) for _, runs in rows.runs()] == [2, 2, 1], "new pages came from elsewhere"
-    for length in (33, 41, 49):
-        grow(rows, shelf, [length, length])
-    assert rows.runs() is None, "those of the global row lie in too many places"
-    rows.lay_out(np.array([49, 49]))
-    assert rows.runs() is not None
-    rows, shelf = make_rows()
-    grow(rows, shelf, [17, 17])
-    rows.lay_out(np.array([25, 33]))
-    assert rows.runs() is None, "one row has more pages"
-    assert make_rows()[0].runs() is None, "there is nothing yet"

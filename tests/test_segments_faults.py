@@ -15,7 +15,6 @@ from families import VOCABULARY, make_model
 from oracle import random_plan
 
 from redknot_hf import SegmentStore, assemble
-from redknot_hf.cache.packing import read
 from redknot_hf.cache.span import Segment, empty
 from redknot_hf.reuse import store as store_module
 from redknot_hf.reuse.assembly import ROOM
@@ -147,13 +146,13 @@ class Session:
         length, ref = sum(map(len, refs)), refs[-1]
         assert cache.get_seq_length() == length
         (layer,) = cache.layers
-        rows, pool = layer.storage()
+        rows, pool = layer.storage.rows, layer.storage.pool
         assert (pool.refs() <= 1).all()
         assert pool.refs().sum() == rows.pages_needed(np.array([length + length // ROOM + ROOM])).sum()
         (kept,) = self.store.get(ref).layers
         heads, tokens = kept.packed(len(ref))
         last = tokens == len(ref) - 1
-        _, values = read(layer, 0, heads[last], np.full(last.sum(), length - 1))
+        _, values = layer.storage.read(0, heads[last], np.full(last.sum(), length - 1))
         assert torch.equal(values, self.store.get(ref).values(0)[torch.from_numpy(last)])
 
     def file(self) -> Path | None:

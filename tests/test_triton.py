@@ -29,4 +29,4 @@ def test_the_default_needs_no_triton():
     model = make_model("llama", num_hidden_layers=1)
     cache = RedKnotCache(model.config, HeadPlan.uniform(model.config, HeadSpec()))
     model(torch.ones(1, 3, dtype=torch.long), **cache_argument(model, cache))
-    assert cache.layers[0].kernels.decode.__module__ == "redknot_kernels.plain.decode"
+    assert cache.layers[0].storage.kernels.decode.__module__ == "redknot_kernels.plain.decode"

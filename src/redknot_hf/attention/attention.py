@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from redknot_hf.cache.commit import Output, Query, captured, runs, write, write_and_attend
-from redknot_hf.cache.handle import RedKnotHandle, Run, Step
+from redknot_hf.cache.handle import RedKnotHandle
+from redknot_hf.cache.step import Output, Query, Step
 
 from .dense import dense_attention
 from .explicit import explicit_attention
@@ -55,8 +55,8 @@ def redknot_attention(
         plain = attention_mask is None or describes_new_tokens(attention_mask, step.tokens)
         # Where a layer shares the keys, several tokens with padding among them are not the last of their rows.
         level = not step.written or attention_mask is None or step.tokens == 1
-        if step.attend is None and plain and level and step.layer.captures(step.tokens):
-            return captured(query, step, attention_mask, options), None
+        if step.attend is None and plain and level and step.storage.captures(step.tokens):
+            return step.storage.captured(step, query, attention_mask, options), None
         return _attend_eagerly(query, step, attention_mask, options), None  # pyright: ignore
     return _attend(query, step, attention_mask, options), None
 
@@ -67,7 +67,7 @@ def _attend(query: Query, step: Step, mask: Tensor | None, options: dict[str, An
         if step.attend is not None:
             out = step.attend(step, query, mask, options)
         elif mask is None or _only_padding(mask, step):
-            out = _paged(query, step, mask, options)
+            out = step.storage.attend(step, query, _real(step, mask), options)
         else:
             out = explicit_attention(query, step, mask, options)
     return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
@@ -80,48 +80,16 @@ def _attend_eagerly(query: Query, step: Step, mask: Tensor | None, options: dict
 
 def _only_padding(mask: Tensor, step: Step) -> bool:
     """Whether a mask speaks of padding; one that speaks of a step's tokens alone is for steps that may be captured."""
-    return isinstance(mask, PaddingMask) or (step.layer.is_compileable and describes_new_tokens(mask, step.tokens))
+    return isinstance(mask, PaddingMask) or (step.storage.compileable and describes_new_tokens(mask, step.tokens))
 
 
-def _paged(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
-    layer = step.layer
-    if not step.written:
-        real = None
-        if isinstance(mask, PaddingMask):
-            real = mask.new_tokens(step.start, step.tokens, layer.storage()[0].lengths)
-        elif mask is not None:
-            real = real_tokens(mask)
-        if step.tokens <= layer.page_size:
-            return write_and_attend(query, step, real, options)
-        write(step, real)
-    step.runs = step.runs or runs(step, step.real)
-    if len(step.runs) == 1 and step.runs[0].real is None:
-        return _run(query, step, step.runs[0], options)
-    batch, heads, tokens, _ = query.shape
-    out = query.new_zeros(batch, tokens, heads, step.value.shape[-1])
-    for run in step.runs:
-        if run.real is None:
-            out[run.sequences] = _run(query[run.sequences], step, run, options)
-            continue
-        asked = run.real[run.real >= step.tokens - tokens] - (step.tokens - tokens)
-        if len(asked):
-            out[run.sequences, asked] = _run(query[run.sequences].index_select(2, asked), step, run, options)
-    return out
-
-
-def _run(query: Query, step: Step, run: Run, options: dict[str, Any]) -> Output:
-    """Attends the last tokens of a run: all, or fewer where a layer that shares the keys wants no more."""
-    layer = step.layer
-    rows, pool = layer.storage()
-    tokens = query.shape[2]
-    if tokens > layer.page_size:
-        key, value = run.take(step.key), run.take(step.value)
-        whole = F.pad(query, (0, 0, key.shape[2] - tokens, 0))
-        return layer.kernels.prefill(whole, key, value, run.context, rows.rules, **options)[:, -tokens:]
-    with pool.lock:
-        on_device = layer.on_device()
-        table, lengths = on_device.table[run.sequences], on_device.counts[:-1][run.sequences]
-        return layer.kernels.decode(query, pool.pages, table, lengths, rows.rules, **options)
+def _real(step: Step, mask: Tensor | None) -> Bool[Tensor, "batch tokens"] | None:
+    """Which tokens of a step are no padding, `None` if all; of one that is written that is known."""
+    if mask is None or step.written:
+        return None
+    if isinstance(mask, PaddingMask):
+        return mask.new_tokens(step.start, step.tokens, step.storage.rows.lengths)
+    return real_tokens(mask)
 
 
 @contextmanager

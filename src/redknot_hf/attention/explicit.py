@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from redknot_kernels import HeadRules, add_sink_logit, attend, gather, read_context
+from redknot_kernels import add_sink_logit, attend
 from torch import Tensor
 
-from redknot_hf.cache.commit import Output, Query, write
-from redknot_hf.cache.handle import Run, Step
+from redknot_hf.cache.step import Group, Kept, Output, Query, Step
 
 # A mask of the caller's own: bool (True is visible), or added to the scores.
 Explicit = Bool[Tensor, "#batch #query_heads tokens slots"] | Float[Tensor, "#batch #query_heads tokens slots"]
-# Rules and indices of the heads of one kind, and positions, keys and values of what they keep.
-Kept = tuple[HeadRules, list[int], Int[Tensor, "_"], Tensor, Tensor]
 # What a mask adds to the score of a token that is not to be seen is at most this.
 _HIDDEN = -1e4
 
@@ -42,10 +39,8 @@ def explicit_attention(query: Query, step: Step, mask: Tensor, options: dict[str
     if step.past is None:
         _check_past(mask, step)
         real = _real(mask, step)
-        with step.layer.storage()[1].lock:
-            step.layer.bring_back()
-            step.past = list(_alike(step, real))
-        write(step, real)
+        step.past = list(_alike(step, real))
+        step.storage.append(step, real)
     out = query.new_zeros(len(query), query.shape[2], query.shape[1], step.value.shape[-1])
     for part in step.past:
         part.attend(query, step, mask.expand(len(query), -1, -1, -1), options, out)
@@ -57,20 +52,20 @@ class _Alike:
     """Sequences of a step whose rows hold the same slots, and what the rows held before it.
 
     Attributes:
-        run: Which they are, and which of the step's tokens are real.
+        group: Which they are, and which of the step's tokens are real.
         slots: The slot of each position, the step's real tokens last.
         kept: What each kind of head keeps.
     """
 
-    run: Run
+    group: Group
     slots: Int[Tensor, " positions"]
     kept: list[Kept]
 
     def attend(self, query: Query, step: Step, mask: Explicit, options: dict[str, Any], out: Output) -> None:
         """Attends the queries of these sequences, and writes to `out`."""
-        where, heads, s_aux = self.run.sequences, step.key.shape[1], options["s_aux"]
+        where, heads, s_aux = self.group.sequences, step.key.shape[1], options["s_aux"]
         new = step.start + torch.arange(step.tokens, device=query.device)
-        new = new if self.run.real is None else new[self.run.real]
+        new = new if self.group.real is None else new[self.group.real]
         past, first = len(self.slots) - len(new), step.start + step.tokens - query.shape[2]
         asked = (new >= first).nonzero()[:, 0]
         rows = new[asked] - first
@@ -83,7 +78,7 @@ class _Alike:
             part = shown[:, members].flatten(1, 2)[..., self.slots[positions]]
             part = part & seen if part.dtype == torch.bool else part.masked_fill(~seen, -torch.inf)
             key, value = (
-                torch.cat([before, self.run.take(x)[:, members]], 2)
+                torch.cat([before, self.group.take(x)[:, members]], 2)
                 for before, x in ((keys, step.key), (values, step.value))
             )
             found, lse = attend(
@@ -98,39 +93,16 @@ class _Alike:
 
 def _alike(step: Step, real: Bool[Tensor, "batch tokens"] | None) -> Iterator[_Alike]:
     """Reads the past, before the step overwrites it: of all sequences at once where none has padding."""
-    rows, _ = step.layer.storage()
-    history, device = step.layer.history, step.key.device
-    if real is None and not history.padded:
-        slots = torch.arange(step.start + step.tokens, device=device)
-        yield _Alike(Run(slice(0, rows.batch), None), slots, _kept(step, slice(0, rows.batch), step.start))
+    storage, device = step.storage, step.key.device
+    if real is None and not storage.history.padded:
+        group, slots = Group(slice(0, storage.rows.batch), None), torch.arange(step.start + step.tokens, device=device)
+        yield _Alike(group, slots, storage.past(group.sequences, step.start))
         return
-    for b in range(rows.batch):
+    for b, length in enumerate(storage.rows.lengths.tolist()):
         new = torch.arange(step.tokens, device=device) if real is None else real[b].nonzero()[:, 0]
         if len(new):
-            slots = torch.cat([history.real_slots(b).to(device), step.start + new])
-            yield _Alike(Run(slice(b, b + 1), new), slots, _kept(step, slice(b, b + 1), int(rows.lengths[b])))
-
-
-def _kept(step: Step, sequences: slice, length: int) -> list[Kept]:
-    """What each kind of head keeps in rows of a length."""
-    rows, pool = step.layer.storage()
-    table, rules = step.layer.on_device().table[sequences], rows.rules
-    device = table.device
-    past = []
-    if rules.global_heads:
-        heads = list(rules.global_heads)
-        pages = table[:, heads, : -(-length // rules.page_size)]
-        keys, values = (x[:, :, :length] for x in gather(pool.pages, pages))
-        past.append((rules.take(rules.global_heads), heads, torch.arange(length, device=device), keys, values))
-    context = read_context(pool.pages, table, length, rules)
-    for (part, heads), (keys, values) in zip(rules.local_groups, context.bands, strict=True):
-        held = min(part.sink[0], length)
-        first = max(length - part.window[0] + 1, 0)
-        again = max(held - first, 0)  # sinks that the band repeats
-        positions = torch.cat([torch.arange(held, device=device), torch.arange(first + again, length, device=device)])
-        keys, values = (torch.cat([x[:, :, :held], x[:, :, held + again :]], 2) for x in (keys, values))
-        past.append((part, list(heads), positions, keys, values))
-    return past
+            slots = torch.cat([storage.history.real_slots(b).to(device), step.start + new])
+            yield _Alike(Group(slice(b, b + 1), new), slots, storage.past(slice(b, b + 1), length))
 
 
 def _real(mask: Explicit, step: Step) -> Bool[Tensor, "batch tokens"] | None:
@@ -152,10 +124,10 @@ def _shown(mask: Tensor) -> Bool[Tensor, "..."]:
 
 def _check_past(mask: Explicit, step: Step) -> None:
     """Raises where a mask shows what was skipped as padding when it was new."""
-    if not step.layer.history.padded:
+    if not step.storage.history.padded:
         return
     for b in range(len(step.key)):
-        skipped = np.setdiff1d(np.arange(step.start), step.layer.history.real_slots(b).cpu().numpy())
+        skipped = np.setdiff1d(np.arange(step.start), step.storage.history.real_slots(b).cpu().numpy())
         columns = mask[min(b, len(mask) - 1)][..., torch.from_numpy(skipped).to(mask.device)]
         shown = torch.nonzero(_shown(columns).any(0).any(0))
         if len(shown):

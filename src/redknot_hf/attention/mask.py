@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from redknot_hf.cache.handle import BROKEN_OFF, is_answer
+from redknot_hf.cache.handle import is_answer
+from redknot_hf.cache.step import BROKEN_OFF
 
 # What models and device hooks do to a mask on its way to the attention function.
 _PASSING_ON = {

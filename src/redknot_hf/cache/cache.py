@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from copy import copy, deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from redknot_kernels import implementation
@@ -18,8 +19,10 @@ from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.per_layer import text_config
 from redknot_hf.plan.plan import HeadPlan, as_plan
 
-from .handle import BROKEN_OFF, RedKnotHandle
+from .handle import RedKnotHandle
 from .layer import RedKnotLayer
+from .step import BROKEN_OFF
+from .storage import Storage
 from .takeover import call_of, refuse_takeover, switch_of
 
 PAGE_SIZES = (16, 32, 64, 128)
@@ -92,7 +95,7 @@ class RedKnotCache(Cache):
             return _update_eagerly(self, key_states, value_states, layer_idx)
         if layer_idx == self._first:
             self._catch_up()
-        if layer_idx == self._first and len({layer.slots for layer in self._rows_layers() if layer.slots}) > 1:
+        if layer_idx == self._first and len({x.history.slots for x in self._storages() if x.history.slots}) > 1:
             raise RuntimeError(BROKEN_OFF)
         if layer_idx >= len(self.layers):
             raise ValueError(
@@ -121,7 +124,7 @@ class RedKnotCache(Cache):
             ValueError: The number is positive, or reaches beyond what the rows keep; then nothing has changed.
         """
         for layer in self._rows_layers():
-            layer.lengths_after_crop(tokens_to_remove)
+            layer.check_crop(tokens_to_remove)
         super().crop(int(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Int[Tensor, " batch"]) -> None:
@@ -168,13 +171,9 @@ class RedKnotCache(Cache):
     @property
     def dense_nbytes(self) -> int:
         """Bytes that a cache of all tokens of all heads would hold now."""
-        total = 0
         self._catch_up()
-        for layer in self._rows_layers():
-            if layer.pool is not None and layer.rows is not None:
-                token = sum(x[:1, :1].nbytes for x in layer.pool.pages)
-                total += layer.slots * layer.rows.table.shape[0] * layer.rows.table.shape[1] * token
-        return total
+        held = ((x, x.rows.batch * x.rows.rules.heads * x.history.slots) for x in self._storages())
+        return sum(rows * sum(part[:1, :1].nbytes for part in x.pool.pages) for x, rows in held)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RedKnotCache:
         """A fork: pages are shared until either side writes to them."""
@@ -196,11 +195,13 @@ class RedKnotCache(Cache):
 
     def _catch_up(self) -> None:
         """Lets the host know of captured steps; waits once for the device where there were none."""
-        first, *others = self._rows_layers()
-        first.catch_up()
-        for layer in others:
-            if layer.slots != first.slots:
-                layer.catch_up()
+        held = self._storages()
+        for storage in held:
+            if storage is held[0] or storage.history.slots != held[0].history.slots:
+                storage.catch_up()
+
+    def _storages(self) -> list[Storage]:
+        return [layer.storage for layer in self._rows_layers() if layer.is_initialized]
 
     def _rows_layers(self) -> list[RedKnotLayer]:
         return [layer for layer in self.layers if isinstance(layer, RedKnotLayer)]
@@ -210,7 +211,7 @@ class RedKnotCache(Cache):
         return torch.arange(self._batch())[torch.as_tensor(chosen).cpu()]
 
     def _batch(self) -> int:
-        return next((layer.rows.batch for layer in self._rows_layers() if layer.rows is not None), 0)
+        return next((x.rows.batch for x in self._storages()), 0)
 
     def _chosen(self, layer_idx: int | None) -> list[int]:
         chosen = range(len(self.layers)) if layer_idx is None else [layer_idx]
@@ -265,3 +266,9 @@ def _size(nbytes: int) -> str:
 def row_layers(cache: RedKnotCache) -> Iterator[tuple[int, RedKnotLayer]]:
     """The layers that hold keys, with their index."""
     return ((i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, RedKnotLayer))
+
+
+def lengths_of(cache: RedKnotCache, batch: int) -> Int[np.ndarray, " batch"]:
+    """Real tokens of each sequence; zeros for a batch that is yet to come."""
+    held = next((layer.storage.rows.lengths for _, layer in row_layers(cache) if layer.is_initialized), None)
+    return np.zeros(batch, np.int64) if held is None else held

@@ -2,76 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
-from redknot_kernels import Context
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .layer import RedKnotLayer
-
-BROKEN_OFF = (
-    "the layers of the cache hold different numbers of tokens: a forward pass broke off between them. Call "
-    "cache.reset() and read the text again."
-)
+from .step import Step
 
 _BASE = cast(Any, Tensor._base).__get__
-
-
-@dataclass
-class Run:
-    """Tokens of a step that are attended together: of all sequences, or the real ones of a single sequence.
-
-    Attributes:
-        sequences: Which sequences.
-        real: Indices of the tokens that are no padding; `None` if all.
-        context: The past as it was before the step, if the step is too long to be read back from the pages.
-    """
-
-    sequences: slice
-    real: Int[Tensor, " tokens"] | None
-    context: Context | None = None
-
-    def take(self, tensor: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "run heads run_tokens dim"]:
-        """The run's part of a tensor over the whole step."""
-        tensor = tensor[self.sequences]
-        return tensor if self.real is None else tensor.index_select(2, self.real)
-
-
-@dataclass
-class Step:
-    """The new tokens of one forward pass through one layer.
-
-    Attributes:
-        layer: Where they go.
-        start: Slots of the cache before them.
-        written: The layer has taken them.
-        real: Which of them are no padding; `None` if all.
-        runs: Which of them are attended together, where they are not attended as they are written.
-        past: What the rows held before, where whoever attends asked for it.
-        attend: Writes and attends the step in place of the attention function: takes it, queries, mask and options.
-        said: What the cache's config calls the model's attention implementation.
-    """
-
-    layer: RedKnotLayer
-    key: Float[Tensor, "batch heads tokens key_dim"]
-    value: Float[Tensor, "batch heads tokens value_dim"]
-    start: int
-    written: bool = False
-    real: Bool[Tensor, "batch tokens"] | None = None
-    runs: list[Run] = field(default_factory=list)
-    past: Any = None
-    attend: Callable[..., Tensor] | None = None
-    said: str | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Slots of the step, padding included."""
-        return self.key.shape[2]
 
 
 class RedKnotHandle(torch.Tensor):

@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from redknot_kernels import Pages, copy_pages
 from torch import Tensor
 
-from .device_rows import staged
 from .rows import Rows
 from .table import ABSENT, Ids, PageTable, References
 
@@ -39,6 +38,7 @@ class PagePool:
         fixed: The number of pages is settled (`max_cache_len`).
         lock: Not re-entrant. Methods of the pool and of its rows do not take it themselves.
         references: How often each page is listed, and which are free.
+        gone: Tables of rows that have died, still counted; `collect` frees what they list.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PagePool:
         self.lock = Lock()
         self.references = References(self.size)
         self._holders: dict[PageTable, ref[Rows]] = {}
-        self._gone: deque[PageTable] = deque()  # tables whose rows have died, still counted
+        self.gone: deque[PageTable] = deque()
 
     @property
     def size(self) -> int:
@@ -86,9 +86,9 @@ class PagePool:
 
     def collect(self) -> None:
         """Takes back the pages of rows that have died."""
-        if self._gone:
-            while self._gone:
-                table = self._gone.popleft()
+        if self.gone:
+            while self.gone:
+                table = self.gone.popleft()
                 del self._holders[table]
                 table.release(table.listed)
             self.shrink(self.size // _SHARE)
@@ -211,12 +211,18 @@ class PagePool:
         return staged(ids.astype(np.int64), self.pages.device).to(self.pages.device, non_blocking=True)
 
 
+def staged(values: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor of the host from which a copy to the device waits for nothing."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def _rows_died(pool: ref[PagePool], table: PageTable) -> None:
     """Lets a pool take pages back; whoever works with it now will do so later."""
     found = pool()
     if found is None:
         return
-    found._gone.append(table)
+    found.gone.append(table)
     if found.lock.acquire(blocking=False):
         try:
             found.collect()

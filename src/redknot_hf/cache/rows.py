@@ -7,9 +7,9 @@ written (copy-on-write).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import le
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -20,26 +20,6 @@ if TYPE_CHECKING:
     from redknot_kernels import HeadRules
 
 Allocate = Callable[[int], Ids]
-
-
-class Run(NamedTuple):
-    """Columns of some heads' rows in which the pages of each row follow each other.
-
-    Attributes:
-        column: The first of them.
-        first: Page at which the first row's part begins.
-        apart: Number of sequences and of heads, each with the pages from one to the next.
-        columns: Pages of each row.
-    """
-
-    column: int
-    first: int
-    apart: tuple[tuple[int, int], tuple[int, int]]
-    columns: int
-
-
-Kinds = tuple[tuple[tuple[int, ...], tuple[Run, ...]], ...]
-_MOST_RUNS = 4  # of a row; each is attended apart
 
 
 class Rows:
@@ -109,7 +89,7 @@ class Rows:
         missing = self._columns_below(needed) & (self.table == ABSENT)
         if missing.any():
             pages = allocate(int(missing.sum()))
-            for heads in self._blocks():  # each in the order of its rows, which keeps runs of pages together
+            for heads in self.kinds():  # each in the order of its rows, which keeps runs of pages together
                 block, where = self.table[:, heads], missing[:, heads]
                 block[where], pages = np.split(pages, [where.sum()])
                 self.table[:, heads] = block
@@ -129,7 +109,7 @@ class Rows:
         needed = np.maximum(self.pages_needed(lengths), (self.table != ABSENT).sum(2))
         room = needed + self._is_global()
         first, taken = np.empty_like(room), 0
-        for heads in self._blocks():
+        for heads in self.kinds():
             ends = taken + room[:, heads].cumsum().reshape(self.batch, -1)
             first[:, heads], taken = ends - room[:, heads], ends[-1, -1]
         old = self.table[:, :, : needed.max(initial=0)]
@@ -157,7 +137,7 @@ class Rows:
         growing = (lengths > self.lengths)[:, None, None]
         touched = growing & ~self._columns_below(first) & (self.table != ABSENT)
         touched[touched] = refs[self.table[touched]] > 1
-        where = np.concatenate([self._places(touched, heads) for heads in self._blocks()])
+        where = np.concatenate([self._places(touched, heads) for heads in self.kinds()])
         pages = self.table.flat[where]
         unique, index, count = np.unique(pages, return_index=True, return_counts=True)
         stay = index[count == refs[unique]]  # nobody else holds the page: its first holder keeps it
@@ -174,7 +154,7 @@ class Rows:
         """Counts tokens that were written."""
         self.lengths = self.lengths + counts
 
-    def splice(self, sequence: int, count: int, since: Int[np.ndarray, " heads"]) -> None:
+    def count_span(self, sequence: int, count: int, since: Int[np.ndarray, " heads"]) -> None:
         """Counts tokens of one sequence of which rows may hold the last only.
 
         Args:
@@ -225,33 +205,23 @@ class Rows:
             self._room = np.zeros_like(self._room)
         self.page_table.version += 1
 
-    def runs(self) -> Kinds | None:
-        """Where the rows of each kind of head lie, if they can be read without a table.
-
-        That is where the rows of a kind have as many pages, and these follow each other, in a few pieces at most, in
-        which the rows stand at equal distances; otherwise `None`.
-        """
-        found = [(tuple(heads), _runs(self.table[:, heads])) for heads in self._blocks()]
-        return tuple((heads, runs) for heads, runs in found if runs) if all(runs for _, runs in found) else None
-
     def positions_held(self, sequence: int, head: int) -> Int[np.ndarray, " tokens"]:
         """Positions whose tokens a row still holds, in order."""
         sink, length = self.rules.sink[head], int(self.lengths[sequence])
         first = max(int(self.oldest()[sequence, head]), sink)
         return np.concatenate([np.arange(min(sink, length)), np.arange(first, max(first, length))])
 
-    def widen(self, rules: HeadRules) -> None:
-        """Takes rules with longer rings. Rows that have gone round lose their pages: the caller writes them anew."""
-        wrapped = self.wrapped()
-        self._floor = np.where(wrapped, self.oldest(), self._floor)
-        self._drop(np.broadcast_to(wrapped[:, :, None], self.table.shape))
+    def change_rules(self, rules: HeadRules, heads: Sequence[int]) -> None:
+        """Takes other rules for some heads, whose rows lose their pages: the caller writes them anew.
+
+        What their rings had lost stays lost.
+        """
+        self._floor[:, heads] = self.oldest()[:, heads]
+        changed = np.isin(np.arange(self.rules.heads), heads)[None, :, None]
+        self._drop(np.broadcast_to(changed, self.table.shape))
         self.rules = rules
         self._room = np.zeros_like(self._room)
         self.page_table.version += 1
-
-    def wrapped(self) -> Bool[np.ndarray, "batch heads"]:
-        """Rows longer than their slots, so that the ring has gone round."""
-        return self.lengths[:, None] > np.array(self.rules.sink) + np.array(self.rules.ring)
 
     def fork(self) -> Rows:
         """Another holder of the same pages, which neither side may write any more."""
@@ -274,7 +244,7 @@ class Rows:
         self.page_table.release(self.table[dropped])
         self.page_table.ids = np.where(dropped, ABSENT, self.table).astype(np.int32)
 
-    def _blocks(self) -> list[list[int]]:
+    def kinds(self) -> list[list[int]]:
         """The heads that grow for ever, and the others by equal rules."""
         parts = (self.rules.global_heads, *(heads for _, heads in self.rules.local_groups))
         return [list(heads) for heads in parts if heads]
@@ -292,26 +262,3 @@ class Rows:
 
     def _columns_below(self, limit: Int[np.ndarray, "batch heads"]) -> Bool[np.ndarray, "batch heads columns"]:
         return np.arange(self.table.shape[2]) < limit[:, :, None]
-
-
-def _runs(table: Int[np.ndarray, "batch heads columns"]) -> tuple[Run, ...] | None:
-    held = (table != ABSENT).sum(2)
-    columns = int(held.max(initial=0))
-    if columns == 0 or (held < columns).any():
-        return None
-    table = table[:, :, :columns]
-    seams = np.flatnonzero((np.diff(table) != 1).any((0, 1))) + 1
-    if len(seams) >= _MOST_RUNS:
-        return None
-    runs = [_run(start, part) for start, part in zip([0, *seams.tolist()], np.split(table, seams, 2), strict=True)]
-    return None if None in runs else tuple(filter(None, runs))
-
-
-def _run(column: int, table: Int[np.ndarray, "batch heads columns"]) -> Run | None:
-    batch, heads, columns = table.shape
-    first, last_sequence, last_head = (int(table[at]) for at in ((0, 0, 0), (-1, 0, 0), (0, -1, 0)))
-    sequence, head = (last_sequence - first) // max(1, batch - 1), (last_head - first) // max(1, heads - 1)
-    starts = first + np.add.outer(np.arange(batch) * sequence, np.arange(heads) * head)
-    if min(sequence, head) < 0 or not np.array_equal(table[:, :, 0], starts):
-        return None
-    return Run(column, first, ((batch, sequence), (heads, head)), columns)

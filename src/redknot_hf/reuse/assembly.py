@@ -22,12 +22,14 @@ from transformers import Cache
 
 from redknot_hf.attention.mask import PaddingMask
 from redknot_hf.cache.argument import cache_argument
-from redknot_hf.cache.cache import RedKnotCache, row_layers
-from redknot_hf.cache.device_rows import staged
-from redknot_hf.cache.handle import RedKnotHandle, Step
+from redknot_hf.cache.cache import RedKnotCache, lengths_of, row_layers
+from redknot_hf.cache.handle import RedKnotHandle
 from redknot_hf.cache.layer import RedKnotLayer
-from redknot_hf.cache.packing import count, place, read, settle_slots, splice
+from redknot_hf.cache.packing import known, lay_out, splice
+from redknot_hf.cache.pool import staged
 from redknot_hf.cache.span import Segment
+from redknot_hf.cache.step import Step
+from redknot_hf.cache.storage import Storage
 
 from .relocation import Relocation
 from .schedule import Piece, Reused, passes
@@ -54,9 +56,7 @@ def put(
         batch: What each sequence goes on by.
         relocation: How keys move; `None` if none has to.
     """
-    rows = next(layer.rows for _, layer in row_layers(cache))
-    ends = np.zeros(len(batch), np.int64) if rows is None else rows.lengths.copy()
-    ends += [sum(len(part.ref) for part in parts) for parts in batch]
+    ends = lengths_of(cache, len(batch)) + [sum(len(part.ref) for part in parts) for parts in batch]
     check_room(cache, int(ends.max()))
     room = ends + ends // ROOM + ROOM
     for pieces in passes(batch, store):
@@ -158,17 +158,16 @@ class Assembly(Cache):
                 f"{self.model.config.model_type} attends under a mask of its own, which says nothing of tokens put "
                 "between others: pass boundary=0, or read the text without reuse"
             )
-        layer = step.layer
+        storage = step.storage
         if step.past is None:
-            layer.prefetch()
             step.past = [self._laid_out(index, step, b) for b in range(len(self.batch))]
-            self._keep(index, layer, step.past)
-        rules, (batch, heads, tokens, _) = layer.storage()[0].rules, query.shape
+            self._keep(index, storage, step.past)
+        rules, (batch, heads, tokens, _) = storage.rows.rules, query.shape
         out = query.new_zeros(batch, tokens, heads, step.value.shape[-1])
         for b, text in enumerate(step.past):
             mine = query[b : b + 1, :, : len(text.places)]
             if len(text.places):
-                found = layer.kernels.attend_at(
+                found = storage.kernels.attend_at(
                     mine, text.keys[None], text.values[None], text.places, rules, **options
                 )
                 out[b, : len(text.places)] = found[0]
@@ -176,9 +175,9 @@ class Assembly(Cache):
 
     def _laid_out(self, index: int, step: Step, sequence: int) -> _LaidOut:
         """The context of one sequence in order, up to the end of the pass."""
-        layer, pieces = step.layer, self.batch[sequence]
-        rows, pool = layer.storage()
-        before, heads, device = int(rows.lengths[sequence]), rows.rules.heads, pool.pages.device
+        storage, pieces = step.storage, self.batch[sequence]
+        rows, device = storage.rows, storage.device
+        before, heads = int(rows.lengths[sequence]), rows.rules.heads
         end = pieces[-1].end if pieces else 0
         keys, values = (x.new_zeros(heads, end, x.shape[-1]) for x in (step.key, step.value))
         flat = keys.flatten(0, 1), values.flatten(0, 1)
@@ -186,7 +185,7 @@ class Assembly(Cache):
             at = [rows.positions_held(sequence, head) for head in range(heads)]
             of = np.repeat(np.arange(heads), [len(x) for x in at])
             where = staged(of * end + np.concatenate(at), device).to(device, non_blocking=True)
-            for text, held in zip(flat, read(layer, sequence, of, np.concatenate(at)), strict=True):
+            for text, held in zip(flat, storage.read(sequence, of, np.concatenate(at)), strict=True):
                 text.index_copy_(0, where, held)
         rules, table = _of_text(rows.rules, end, device)
         pages = Pages(flat[0][:, None], flat[1][:, None])
@@ -194,30 +193,29 @@ class Assembly(Cache):
             with record_function("redknot: splice"):
                 segment, turn = self._segment(piece.part), self._turns[id(piece.part)][index]
                 span = segment.tokens, piece.part.boundary, piece.part.start
-                place(layer, index, segment, pages, table, rules, span, turn)
+                lay_out(storage, index, segment, pages, table, rules, span, turn)
         places = staged(self.places[sequence], device).to(device, non_blocking=True)
         for text, new in ((keys, step.key), (values, step.value)):
             text.index_copy_(1, places, new[sequence, :, : len(places)])
         return _LaidOut(keys, values, places)
 
-    def _keep(self, index: int, layer: RedKnotLayer, laid: Sequence[_LaidOut]) -> None:
+    def _keep(self, index: int, storage: Storage, laid: Sequence[_LaidOut]) -> None:
         """Lets the rows take what their rules keep."""
-        rows, pool = layer.storage()
-        everything = (UNBOUNDED,) * rows.rules.heads, (0,) * rows.rules.heads
-        with pool.lock:
-            layer.reserve(self.room)
-            table = layer.table_on_device()
-            for b, (text, pieces) in enumerate(zip(laid, self.batch, strict=True)):
+        storage.reserve(self.room)
+        rows = storage.rows
+        heads = rows.rules.heads
+        everything, all_known = ((UNBOUNDED,) * heads, (0,) * heads), np.zeros(heads, np.int64)
+        for b, (text, pieces) in enumerate(zip(laid, self.batch, strict=True)):
+            grown = []
+            for piece in pieces:
+                grown.append((piece.stop - piece.first, all_known))
+                if piece.rest:
+                    part = piece.part
+                    grown.append(known(self._segment(part), index, rows.rules, part.start, part.boundary))
+            if pieces:
                 span = text.keys.shape[1], int(rows.lengths[b]), 0
-                flat = text.keys.flatten(0, 1), text.values.flatten(0, 1)
-                if pieces:
-                    layer.kernels.place(pool.pages, *flat, table[b], rows.rules, everything, span)
-                for piece in pieces:
-                    rows.splice(b, piece.stop - piece.first, np.zeros(rows.rules.heads, np.int64))
-                    if piece.rest:
-                        count(layer, index, b, self._segment(piece.part), piece.part.boundary)
-            settle_slots(layer)
-            layer.on_device()  # a captured step may be next
+                storage.place(b, text.keys.flatten(0, 1), text.values.flatten(0, 1), everything, span, grown)
+        storage.left_align()
 
     def _splice(self, index: int, layer: RedKnotLayer) -> None:
         """Puts segments of which nothing is recomputed into the rows."""
@@ -226,13 +224,10 @@ class Assembly(Cache):
                 segment = self._segment(piece.part)
                 if not layer.is_initialized:
                     initialize(layer, index, self.model, segment, len(self.batch))
-                with layer.storage()[1].lock:
-                    layer.reserve(self.room)
+                layer.storage.reserve(self.room)
                 with record_function("redknot: splice"):
-                    splice(layer, index, b, segment, self._turns[id(piece.part)][index])
-        with layer.storage()[1].lock:
-            settle_slots(layer)
-            layer.on_device()
+                    splice(layer.storage, index, b, segment, self._turns[id(piece.part)][index])
+        layer.storage.left_align()
 
     def _segment(self, part: Reused) -> Segment:
         """The stored tokens, which the current stream may use from now on."""

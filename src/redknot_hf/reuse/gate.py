@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache, row_layers
-from redknot_hf.cache.packing import settle_slots, splice
+from redknot_hf.cache.packing import splice
 from redknot_hf.plan.plan import HeadPlan
 
 from .recording import forward, record
@@ -106,8 +106,8 @@ def _logits_error(model: Any, plan: HeadPlan, text: list[int], page_size: int, i
     forward(model, reused, [prefix])
     (segment,) = record(model, plan, [middle], prefix, addresses=["gate"], page_size=page_size, impl=impl)
     for i, layer in row_layers(reused):
-        splice(layer, i, 0, segment)
-        settle_slots(layer)
+        splice(layer.storage, i, 0, segment)
+        layer.storage.left_align()
     ids = torch.tensor([end], device=model.device)
     found, wanted = (model(input_ids=ids, **cache_argument(model, cache)).logits for cache in (reused, read))
     return _relative(found, wanted)

@@ -12,9 +12,8 @@ from redknot_kernels import UNBOUNDED
 from torch import Tensor
 
 from redknot_hf.cache.argument import cache_argument
-from redknot_hf.cache.cache import RedKnotCache, row_layers
+from redknot_hf.cache.cache import RedKnotCache, lengths_of, row_layers
 from redknot_hf.cache.layer import RECORDED
-from redknot_hf.cache.packing import read
 from redknot_hf.cache.span import KeptLayer, Segment, empty
 from redknot_hf.plan.plan import HeadPlan
 
@@ -68,7 +67,7 @@ def record(
 def forward(model: Any, cache: RedKnotCache, texts: Sequence[Sequence[int]]) -> None:
     """Runs the next tokens of every sequence; where texts differ in length, the shorter ones are padded behind.
 
-    Padding counts as slots: `settle_slots` makes them plain again.
+    Padding counts as slots: `Storage.left_align` makes them plain again.
     """
     for start in range(0, max(map(len, texts)), CHUNK):
         ids, real = _padded([text[start : start + CHUNK] for text in texts])
@@ -90,8 +89,7 @@ def _padded(texts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"]
 
 
 def _lengths(cache: RedKnotCache, batch: int) -> Int[Tensor, " batch"]:
-    rows = next(layer.rows for _, layer in row_layers(cache))
-    return torch.zeros(batch, dtype=torch.long) if rows is None else torch.from_numpy(rows.lengths)
+    return torch.from_numpy(lengths_of(cache, batch))
 
 
 def _chunks(plan: HeadPlan, longest: int, page_size: int, behind: bool, keep: Keep) -> Iterator[int]:
@@ -109,13 +107,13 @@ def _empty(
 ) -> list[Segment]:
     found: dict[int, KeptLayer] = {}
     for i, layer in row_layers(cache):
-        rows, pool = layer.storage()
-        window, sink = rows.rules.window, rows.rules.sink
+        rules, pages = layer.storage.rows.rules, layer.storage.pool.pages
+        window, sink = rules.window, rules.sink
         if keep == "full":
             window, sink = (UNBOUNDED,) * len(window), (0,) * len(sink)
-        found[i] = KeptLayer(window, sink, pool.pages.keys.shape[-1], pool.pages.values.shape[-1])
+        found[i] = KeptLayer(window, sink, pages.keys.shape[-1], pages.values.shape[-1])
     layers = tuple(found.get(i) for i in range(len(cache.layers)))
-    like = next(layer for _, layer in row_layers(cache)).storage()[1].pages.keys
+    like = next(layer for _, layer in row_layers(cache)).storage.pool.pages.keys
     return [
         empty(address, tuple(text), tuple(prefix), layers, like)
         for address, text in zip(addresses, texts, strict=True)
@@ -129,7 +127,7 @@ def _collect(cache: RedKnotCache, sequence: int, segment: Segment, done: int, en
         assert kept is not None
         heads, tokens = kept.packed(segment.tokens)
         new = np.flatnonzero((tokens >= done) & (tokens < end))
-        read_out = read(layer, sequence, heads[new], len(segment.prefix) + tokens[new])
+        read_out = layer.storage.read(sequence, heads[new], len(segment.prefix) + tokens[new])
         place = torch.from_numpy(new).to(segment.data.device)
         for target, source in zip((segment.keys(i), segment.values(i)), read_out, strict=True):
             target.index_copy_(0, place, source.to(target.device))

@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import row_layers
 from redknot_hf.cache.layer import RedKnotLayer
-from redknot_hf.cache.packing import settle_slots, splice
+from redknot_hf.cache.packing import splice
 from redknot_hf.cache.span import KeptLayer, Segment
 
 from .assemble import AssembledCache, assemble, relocation_of
@@ -127,7 +127,7 @@ class _Context(Cache):
         for i, layer in row_layers(self.cache):
             if not layer.is_initialized:
                 initialize(layer, i, self.model, segment, 1)
-            heads = layer.storage()[0].rules.heads
+            heads = layer.storage.rows.rules.heads
             keys, values = (x.view(1, heads, segment.tokens, -1) for x in (segment.keys(i), segment.values(i)))
             turn = turns[i]
             self._parts[i].append((keys if turn is None else rotate(keys, turn), values))
@@ -176,8 +176,8 @@ class _Context(Cache):
         where = self.positions.to(key.device)
         self.keys[layer].index_copy_(2, where, key.to(self.keys[layer].dtype))
         self.values[layer].index_copy_(2, where, value)
-        holder = self.rows_layer(layer)
-        rules = holder.storage()[0].rules
+        holder = self.rows_layer(layer).storage
+        rules = holder.rows.rules
         if len(where) == len(self.ids) > holder.page_size:
             return holder.kernels.prefill(query, self.keys[layer], self.values[layer], None, rules, **options)
         return holder.kernels.attend_at(query, self.keys[layer], self.values[layer], where, rules, **options)
@@ -194,10 +194,8 @@ class _Context(Cache):
         home = flat[0].device
         whole = Segment("context", tuple(self.ids), (), self.kept, torch.cat([x.to(home) for x in flat]))
         for i, layer in row_layers(cache):
-            splice(layer, i, 0, whole)
-            with layer.storage()[1].lock:
-                settle_slots(layer)
-                layer.on_device()
+            splice(layer.storage, i, 0, whole)
+            layer.storage.left_align()
 
 
 def _scores(model: Any, context: _Context, by: str, depth: int) -> Float[Tensor, " tokens"]:

@@ -1,3 +1,5 @@
+"""Stored tokens put into rows, and read out again."""
+
 import copy
 
 import numpy as np
@@ -7,7 +9,7 @@ from families import make_model
 from redknot_kernels import UNBOUNDED
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
-from redknot_hf.cache.packing import read, settle_slots, splice
+from redknot_hf.cache.packing import splice
 from redknot_hf.cache.span import KeptLayer, empty
 
 HEADS = (HeadSpec(), HeadSpec(3, 2), HeadSpec(40, 0), HeadSpec(1, 5))
@@ -33,13 +35,13 @@ def numbered(tokens: int, first: int, window=WINDOW, sink=SINK):
 
 def check(layer, sequence):
     """Rows hold the tokens they say they hold, and all that the next query sees."""
-    rows, _ = layer.storage()
+    rows = layer.storage.rows
     length = rows.lengths[sequence]
     for head, spec in enumerate(HEADS):
         held = rows.positions_held(sequence, head)
         wanted = set(range(length)) if spec.is_global else set(range(min(spec.sink, length)))
         assert wanted | set(range(max(0, length - (spec.window or 0) + 1), length)) <= set(held.tolist())
-        keys, values = read(layer, sequence, np.full(len(held), head), held)
+        keys, values = layer.storage.read(sequence, np.full(len(held), head), held)
         np.testing.assert_array_equal(keys[:, 0].numpy(), 1000 * head + held)
         np.testing.assert_array_equal(values[:, 2].numpy(), -1000 * head - held)
 
@@ -48,37 +50,37 @@ def check(layer, sequence):
 def test_rows_hold_the_tokens_of_all_segments(layer, lengths):
     start = 0
     for tokens in lengths:
-        splice(layer, 0, 1, numbered(tokens, start))
+        splice(layer.storage, 0, 1, numbered(tokens, start))
         start += tokens
         check(layer, 1)
-    settle_slots(layer)
-    assert layer.slots == start
-    assert layer.history.real_among_last(start, 2).tolist() == [0, start]
+    layer.storage.left_align()
+    assert layer.get_seq_length() == start
+    assert layer.storage.history.real_among_last(start, 2).tolist() == [0, start]
 
 
 def test_what_is_full_may_be_spliced_and_what_lacks_may_not(layer):
-    splice(layer, 0, 0, numbered(80, 0, (UNBOUNDED,) * 4, (0,) * 4))
+    splice(layer.storage, 0, 0, numbered(80, 0, (UNBOUNDED,) * 4, (0,) * 4))
     check(layer, 0)
     for window, sink in [((UNBOUNDED, 2, 40, 1), SINK), (WINDOW, (0, 1, 0, 5)), (WINDOW[:2], SINK[:2])]:
         with pytest.raises(ValueError, match="add the text to a store of this plan"):
-            splice(layer, 0, 0, numbered(80, 80, window, sink))
+            splice(layer.storage, 0, 0, numbered(80, 80, window, sink))
 
 
 def test_forks_keep_their_pages(layer):
-    splice(layer, 0, 0, numbered(50, 0))
-    settle_slots(layer)
+    splice(layer.storage, 0, 0, numbered(50, 0))
+    layer.storage.left_align()
     fork = copy.deepcopy(layer)
-    assert fork.pool is layer.pool
-    splice(fork, 0, 0, numbered(70, 50))
+    assert fork.storage.pool is layer.storage.pool
+    splice(fork.storage, 0, 0, numbered(70, 50))
     check(fork, 0)
     check(layer, 0)
-    assert layer.storage()[0].lengths[0] == 50
+    assert layer.storage.rows.lengths[0] == 50
 
 
 def test_a_crop_reaches_as_far_as_was_stored(layer):
-    splice(layer, 0, 0, numbered(200, 0))
-    splice(layer, 0, 1, numbered(200, 0))
-    settle_slots(layer)
+    splice(layer.storage, 0, 0, numbered(200, 0))
+    splice(layer.storage, 0, 1, numbered(200, 0))
+    layer.storage.left_align()
     with pytest.raises(ValueError, match="local heads keep"):
         layer.crop(-3)
     layer.crop(-1)  # windows hold one token more than a query behind them sees

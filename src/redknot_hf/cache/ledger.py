@@ -1,0 +1,205 @@
+"""Bookkeeping of one layer: its rows, the pages these lie in, who else holds those, and what kernels read of them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from redknot_kernels import HeadRules, Kernels
+from torch import Tensor
+
+from .history import SlotHistory
+from .mirror import Mirror
+from .pool import PagePool
+from .rows import Rows
+
+Lengths = Int[np.ndarray, " batch"]
+Held = TypeVar("Held", bound="Ledger")
+
+
+class Ledger:
+    """What a `Storage` keeps count of, and whatever moves or frees pages without writing tokens.
+
+    Forks share pages until one side writes (copy-on-write), and may be used from other threads: whatever touches rows
+    or pages holds the pool's lock.
+
+    Attributes:
+        rows: The page table and the lengths, in real tokens.
+        history: The slots, padding included, and which of them were padding.
+        pool: The pages, which forks may hold too.
+        mirror: Rows as kernels read them.
+        kernels: They write and attend.
+        device: Where steps come from; the pages may be elsewhere in between.
+        reserved: Slots for which everything is reserved (`max_cache_len`), or `None`. With it steps may be captured:
+            then the device counts ahead, and `catch_up` asks it.
+        page_size: Tokens of a page.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        rules: HeadRules,
+        dims: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels,
+        reserved: int | None,
+    ) -> None:
+        self.kernels, self.device, self.reserved, self.page_size = kernels, device, reserved, rules.page_size
+        self.rows, self.history, self.mirror = Rows(batch, rules), SlotHistory(), Mirror()
+        self.pool = PagePool(self.page_size, dims, dtype, device, None if reserved is None else self._whole())
+        self.pool.hold(self.rows)
+        self._settle()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages; they may be shared with a fork."""
+        with self.pool.lock:
+            self.pool.collect()
+            return self.pool.nbytes
+
+    @property
+    def compileable(self) -> bool:
+        """Whether steps can be captured: everything is reserved, and the kernels read lengths on the device."""
+        return self.reserved is not None and self.kernels.captured is not None
+
+    def captures(self, tokens: int) -> bool:
+        """Whether a step of so many tokens can be captured now."""
+        return self.compileable and tokens <= self.page_size
+
+    def left_align(self) -> None:
+        """Lets slots be the real tokens, padded on the left where sequences differ in length, as prompts are."""
+        lengths, self.history = self.rows.lengths, SlotHistory()
+        longest = int(lengths.max(initial=0))
+        level = bool((lengths == longest).all())
+        self.history.add(
+            longest if level else torch.from_numpy(np.arange(longest) >= longest - lengths[:, None]).to(self.device)
+        )
+        with self.pool.lock:
+            self._mirrored()  # a captured step may be next
+
+    def catch_up(self) -> None:
+        """Takes over what captured steps have counted on the device; waits for it.
+
+        Raises:
+            RuntimeError: A captured step had padding for some sequences only, and the host does not know where.
+        """
+        if not self.compileable:
+            return
+        counts = self.mirror.read_counts()
+        more, slots = counts[:-1] - self.rows.lengths, int(counts[-1]) - self.history.slots
+        if slots == 0:
+            return
+        if (more != slots).any():
+            raise RuntimeError(
+                "a compiled step had padding in some sequences, and only the device knows where: pass all of a batch "
+                "real tokens in compiled steps, or call cache.reset()."
+            )
+        self.rows.advance(more)
+        self.history.add(slots)
+        self.mirror.advanced(self.rows, self.history.slots)
+
+    def missing_after_cut(self, slots: int) -> int:
+        """Tokens that a next query would miss if the last slots were taken back; 0 if none."""
+        return self.rows.missing_after(self._lengths_after_cut(slots))
+
+    def cut(self, slots: int) -> None:
+        """Takes the last slots back, and gives pages that nobody holds any more to the device."""
+        lengths = self._lengths_after_cut(slots)
+        with self.pool.lock:
+            if slots:
+                self.history.drop_last(slots)
+                self.rows.cut(lengths)
+            self._shrink()
+            self._settle()
+
+    def clear(self) -> None:
+        """Drops all tokens; what was reserved stays, and holds zeros."""
+        with self.pool.lock:
+            self.rows.cut(np.zeros_like(self.rows.lengths))
+            self.history = SlotHistory()
+            self._settle()
+            for part in self.pool.pages:
+                part.zero_()  # what was there need not stay readable
+
+    def select(self, index: Int[Tensor, " selected"], shrink: bool = False) -> None:
+        """Makes sequence i what sequence `index[i]` was, by the page table; `shrink` gives memory of others back."""
+        self.catch_up()
+        self.history.select(index)
+        if shrink:
+            self.history.forget_padding()
+        with self.pool.lock:
+            self.rows.select(index.numpy())
+            self._settle()
+            if shrink:
+                self._shrink()
+
+    def to(self, device: torch.device) -> None:
+        """Moves the pages, until the next step brings them back."""
+        with self.pool.lock:
+            if self.pool.pages.device != device:
+                self.pool.to(device)
+
+    def fork(self: Held) -> Held:
+        """Another holder of the same pages, copied when either side writes to them; if reserved, with its own."""
+        self.catch_up()
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), history=self.history.fork(), mirror=Mirror())
+        with self.pool.lock:
+            other.rows = self.rows.fork()
+            other.pool = self.pool if self.reserved is None else self.pool.clone()
+            other.pool.hold(other.rows)
+        other._settle()
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the pages of its own rows only, whoever else holds pages of the pool."""
+        self.catch_up()
+        with self.pool.lock:
+            pool, rows = self.pool.part(self.rows)
+        return {**vars(self), "pool": pool, "rows": rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.pool.hold(self.rows)
+        self._settle()
+
+    # The steps of the above; the lock is held
+
+    def _make_room(self, lengths: Lengths) -> None:
+        rows, pool = self.rows, self.pool
+        if self.reserved is not None:  # a captured step cannot ask for pages
+            lengths = np.full(rows.batch, self.reserved)
+        allocate = lambda count: pool.allocate(count, spare=rows.unbounded)  # noqa: E731
+        if pool.shared:
+            pool.copy(*rows.unshare(lengths, pool.references.counts, allocate))
+        if pool.alone(rows) and rows.pages_missing(lengths) > pool.free:
+            pool.lay_out(rows, lengths)  # growing copies everything in any case
+        else:
+            rows.reserve(lengths, allocate)
+
+    def _mirrored(self) -> None:
+        self.mirror.refresh(self.rows, self.history.slots, self.pool.pages.device)  # another holder may have moved it
+
+    def _lengths_after_cut(self, slots: int) -> Lengths:
+        return self.rows.lengths - self.history.real_among_last(slots, self.rows.batch)
+
+    def _whole(self) -> int:
+        """Pages of everything that is reserved."""
+        return int(self.rows.pages_needed(np.full(self.rows.batch, self.reserved)).sum())
+
+    def _shrink(self) -> None:
+        self.pool.collect()
+        self.pool.shrink()
+
+    def _settle(self) -> None:
+        """Where slots are reserved: reserves them and brings them to the device, where captured steps will look."""
+        if self.reserved is None:
+            return
+        self.pool.grow(self._whole())
+        self._make_room(self.rows.lengths)
+        self._mirrored()
+        for part in self.pool.pages:
+            torch._dynamo.mark_static_address(part, guard=False)

@@ -1,0 +1,90 @@
+"""The new tokens of one forward pass through one layer, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from redknot_kernels import Context, HeadRules
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .storage import Storage
+
+Query = Float[Tensor, "batch query_heads tokens key_dim"]
+Output = Float[Tensor, "batch tokens query_heads value_dim"]
+Real = Bool[Tensor, "batch tokens"]
+
+BROKEN_OFF = (
+    "the layers of the cache hold different numbers of tokens: a forward pass broke off between them. Call "
+    "cache.reset() and read the text again."
+)
+
+
+@dataclass
+class Group:
+    """Tokens of a step that are attended together: of all sequences, or the real ones of a single sequence.
+
+    Attributes:
+        sequences: Which sequences.
+        real: Indices of the tokens that are no padding; `None` if all.
+        context: The past as it was before the step, if the step is too long to be read back from the pages.
+    """
+
+    sequences: slice
+    real: Int[Tensor, " tokens"] | None
+    context: Context | None = None
+
+    def take(self, tensor: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "group heads group_tokens dim"]:
+        """The group's part of a tensor over the whole step."""
+        tensor = tensor[self.sequences]
+        return tensor if self.real is None else tensor.index_select(2, self.real)
+
+
+class Kept(NamedTuple):
+    """What rows hold of heads of one kind.
+
+    Attributes:
+        rules: The rule of each head.
+        heads: Which they are.
+        positions: Where the tokens stand.
+        keys, values: `[batch, heads, positions, dim]`.
+    """
+
+    rules: HeadRules
+    heads: tuple[int, ...]
+    positions: Int[Tensor, " positions"]
+    keys: Float[Tensor, "batch heads positions key_dim"]
+    values: Float[Tensor, "batch heads positions value_dim"]
+
+
+@dataclass
+class Step:
+    """The new tokens of one forward pass through one layer.
+
+    Attributes:
+        storage: Where they go.
+        tokens: Slots of the step, padding included.
+        start: Slots of the cache before them.
+        written: The storage has taken them.
+        real: Which of them are no padding; `None` if all.
+        groups: Which of them are attended together, where they are not attended as they are written.
+        past: What the rows held before, where whoever attends asked for it.
+        attend: Writes and attends the step in place of the storage: takes it, queries, mask and options. It is the one
+            way to stand in for attention (reuse, refresh).
+        said: What the cache's config calls the model's attention implementation.
+    """
+
+    storage: Storage
+    key: Float[Tensor, "batch heads tokens key_dim"]
+    value: Float[Tensor, "batch heads tokens value_dim"]
+    tokens: int
+    start: int
+    written: bool = False
+    real: Real | None = None
+    groups: list[Group] = field(default_factory=list)
+    past: Any = None
+    attend: Callable[..., Tensor] | None = None
+    said: str | None = None

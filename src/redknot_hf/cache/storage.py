@@ -1,0 +1,256 @@
+"""One layer's tokens: the owner of their rows, of the pages these lie in, and of what kernels read of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from redknot_kernels import HeadRules, Rotation, gather, gather_tokens, read_context, scatter_tokens
+from torch import Tensor
+
+from .ledger import Ledger, Lengths
+from .pool import staged
+from .step import Group, Kept, Output, Query, Real, Step
+
+Places = Int[np.ndarray, " kept"]
+
+
+class Storage(Ledger):
+    """The tokens of one layer. Nobody else writes its rows, their pages, or the mirror that kernels read.
+
+    A step of up to a page is written first and attended where it lies: a ring is a page longer than its window (its
+    slack), so what the step's first query sees is not overwritten. A longer step would overwrite it, so what its
+    queries see of the past is read before it is written.
+
+        short: reserve > write and attend > count      long: reserve > read the past > write > count, then attend
+    """
+
+    def reserve(self, lengths: Lengths) -> None:
+        """Gives every row the pages to hold sequences of these lengths, pages of its own where it will write."""
+        with self.pool.lock:
+            self._ready(lengths)
+
+    def append(self, step: Step, real: Real | None) -> None:
+        """Writes a step's tokens to the rows; `real` says which are no padding. A second call changes nothing."""
+        if step.written:
+            return
+        rules = self.rows.rules
+        with self.pool.lock:
+            lengths = self._open(step, real)
+            self._mirrored()
+            for group in self.groups(step, real):
+                key, value = group.take(step.key), group.take(step.value)
+                table, counts = self._part(group)
+                past = int(self.rows.lengths[group.sequences][0])
+                if key.shape[2] > self.page_size and past:
+                    group.context = read_context(self.pool.pages, table, past, rules)
+                self.kernels.append(self.pool.pages, key, value, table, counts, rules)
+                step.groups.append(group)
+            self._count(step, lengths, real)
+            self._mirrored()  # a captured step may be next
+
+    def attend(self, step: Step, query: Query, real: Real | None, options: dict[str, Any]) -> Output:
+        """Attends a step, and writes it first unless that has been done.
+
+        Args:
+            step: The new tokens; layers that share keys attend one step several times.
+            query: Of the last tokens of the step, as a rule of all.
+            real: Which tokens are no padding, `None` if all. What padding gets as output means nothing.
+            options: `scale`, `softcap` and `s_aux`.
+        """
+        if not step.written and step.tokens <= self.page_size:
+            return self._write_and_attend(step, query, real, options)
+        self.append(step, real)
+        step.groups = step.groups or self.groups(step, step.real)
+        if len(step.groups) == 1 and step.groups[0].real is None:
+            return self._attend_group(step, query, step.groups[0], options)
+        batch, heads, tokens, _ = query.shape
+        out = query.new_zeros(batch, tokens, heads, step.value.shape[-1])
+        for group in step.groups:
+            if group.real is None:
+                out[group.sequences] = self._attend_group(step, query[group.sequences], group, options)
+                continue
+            asked = group.real[group.real >= step.tokens - tokens] - (step.tokens - tokens)
+            if len(asked):
+                mine = query[group.sequences].index_select(2, asked)
+                out[group.sequences, asked] = self._attend_group(step, mine, group, options)
+        return out
+
+    def captured(self, step: Step, query: Query, mask: Tensor | None, options: dict[str, Any]) -> Output:
+        """What `attend` does, inside of `torch.compile`: the device counts, and the host will ask it.
+
+        What another layer has written already, of the same keys, is attended as it is.
+        """
+        run, mirror = self.kernels.captured, self.mirror
+        assert run is not None
+        new = (None, None) if step.written else (step.key, step.value)
+        real = None if mask is None else mask[:, 0, 0]
+        step.written = True
+        return run(
+            query, *self.pool.pages, *new, mirror.table, mirror.counts, real, mirror.bounds, mirror.most_kept,
+            self.rows.rules.reach, options["scale"], options["softcap"], options["s_aux"],
+        )  # fmt: skip
+
+    def groups(self, step: Step, real: Real | None) -> list[Group]:
+        """Which tokens of a step are attended together."""
+        if real is None and (self.rows.level or step.tokens <= self.page_size):
+            return [Group(slice(0, self.rows.batch), None)]
+        indices = [None] * self.rows.batch if real is None else [r.nonzero()[:, 0] for r in real]
+        return [Group(slice(b, b + 1), i) for b, i in enumerate(indices) if i is None or len(i)]
+
+    def past(self, sequences: slice, length: int) -> list[Kept]:
+        """What the rows of sequences of a length hold, kind by kind of head."""
+        found = []
+        with self.pool.lock:
+            self._ready(self.rows.lengths)
+            self._mirrored()
+            table, rules, pages = self.mirror.table[sequences], self.rows.rules, self.pool.pages
+            span = partial(torch.arange, device=table.device)
+            if rules.global_heads:
+                whole = table[:, list(rules.global_heads), : -(-length // self.page_size)]
+                keys, values = (x[:, :, :length] for x in gather(pages, whole))
+                found.append(Kept(rules.take(rules.global_heads), rules.global_heads, span(length), keys, values))
+            bands = read_context(pages, table, length, rules).bands
+        for (part, heads), (keys, values) in zip(rules.local_groups, bands, strict=True):
+            held = min(part.sink[0], length)
+            first = max(length - part.window[0] + 1, 0)
+            again = max(held - first, 0)  # sinks that the band repeats
+            positions = torch.cat([span(held), span(first + again, length)])
+            keys, values = (torch.cat([x[:, :, :held], x[:, :, held + again :]], 2) for x in (keys, values))
+            found.append(Kept(part, heads, positions, keys, values))
+        return found
+
+    def place(
+        self,
+        sequence: int,
+        keys: Float[Tensor, "kept key_dim"],
+        values: Float[Tensor, "kept value_dim"],
+        kept: tuple[tuple[int, ...], tuple[int, ...]],
+        span: tuple[int, int, int],
+        known: Sequence[tuple[int, Int[np.ndarray, " heads"]]],
+        rotation: Rotation | None = None,
+    ) -> None:
+        """Continues one sequence with packed tokens: its rows take of them what their rules let them keep.
+
+        `left_align` is to be called when all sequences are done.
+
+        Args:
+            sequence: Which one.
+            keys, values, kept, span, rotation: As the kernel `place` takes them.
+            known: The tokens by which the sequence grows, part by part: how many, and the position from which on each
+                row knows all of them.
+        """
+        lengths = self.rows.lengths.copy()
+        lengths[sequence] += sum(count for count, _ in known)
+        with self.pool.lock:
+            self._ready(lengths)
+            self.mirror.refresh_table(self.rows, self.pool.pages.device)
+            table = self.mirror.table[sequence]
+            self.kernels.place(self.pool.pages, keys, values, table, self.rows.rules, kept, span, rotation)
+            for count, since in known:
+                self.rows.count_span(sequence, count, since)
+
+    def read(
+        self, sequence: int, heads: Places, positions: Places
+    ) -> tuple[Float[Tensor, "kept key_dim"], Float[Tensor, "kept value_dim"]]:
+        """Keys and values of tokens that the rows of one sequence hold."""
+        rules, size = self.rows.rules, self.page_size
+        sink, ring = (np.array(x)[heads] for x in (rules.sink, rules.ring))
+        slots = np.where(positions < sink, positions, sink + (positions - sink) % ring)
+        with self.pool.lock:
+            pages, device = self.rows.table[sequence, heads, slots // size].astype(np.int64), self.pool.pages.device
+            where = staged(pages * size + slots % size, device).to(device, non_blocking=True)
+            keys, values = (x.view(-1, x.shape[-1]).index_select(0, where) for x in self.pool.pages)
+        return keys, values
+
+    def change_rules(self, rules: HeadRules) -> None:
+        """Lets every head keep what other rules say, of what it holds: wider ones lose no more from now on.
+
+        Rows whose rule changes move to new pages, so that forks keep theirs. A sink must not grow unless the rows
+        still hold those tokens.
+        """
+        self.catch_up()
+        with self.pool.lock:
+            self.pool.collect()
+            old, moved = self.rows.rules, []
+            changed = [h for h in range(rules.heads) if old.take((h,)) != rules.take((h,))]
+            for b, h in ((b, h) for b in range(self.rows.batch) for h in changed):
+                held = self.rows.positions_held(b, h)
+                kept = held[(held < rules.sink[h]) | (held >= self.rows.lengths[b] - rules.ring[h])]
+                at = torch.from_numpy(kept).to(self.pool.pages.device)[None, None]
+                moved.append((b, h, at, *gather_tokens(self.pool.pages, self._row(b, h), old.take((h,)).slots(at))))
+            self.rows.change_rules(rules, changed)
+            if self.reserved is not None:  # longer rings than were reserved
+                self.pool.grow(self._whole())
+            self._ready(self.rows.lengths)
+            for b, h, at, keys, values in moved:
+                scatter_tokens(self.pool.pages, self._row(b, h), rules.take((h,)).slots(at), keys, values)
+            self._shrink()
+            self._settle()
+
+    # The steps of the above; the lock is held
+
+    def _open(self, step: Step, real: Real | None) -> Lengths:
+        """Makes room for a step, and says how long sequences are with it."""
+        counts = step.tokens if real is None else real.sum(1).cpu().numpy()
+        lengths = self.rows.lengths + counts
+        self._ready(lengths)
+        return lengths
+
+    def _ready(self, lengths: Lengths) -> None:
+        """Brings the pages here, with room for sequences of these lengths that nobody else holds."""
+        if self.pool.gone:
+            self.pool.collect()
+        if self.pool.pages.keys.device != self.device:
+            self.pool.to(self.device)
+        if not self.rows.has_room(lengths):
+            self._make_room(lengths)
+
+    def _write_and_attend(self, step: Step, query: Query, real: Real | None, options: dict[str, Any]) -> Output:
+        """Writes a step of at most a page and attends it, by one call of the kernels."""
+        rows, pool, mirror, kernels = self.rows, self.pool, self.mirror, self.kernels
+        with pool.lock:
+            lengths = self._open(step, real)
+            views = None
+            if kernels.step_in_views is not None and real is None and step.tokens == 1:
+                views = mirror.views(rows, pool)
+            if views is not None:
+                past = int(rows.lengths[0])
+                out = kernels.step_in_views(query, step.key, step.value, views, past, rows.rules, **options)  # pyright: ignore[reportOptionalCall]
+                self._count(step, lengths, real)
+                return out
+            self._mirrored()
+            out = kernels.step(
+                query, pool.pages, step.key, step.value, mirror.table, mirror.counts, real, rows.rules, **options
+            )
+            self._count(step, lengths, real)
+            mirror.advanced(rows, self.history.slots)
+        return out
+
+    def _attend_group(self, step: Step, query: Query, group: Group, options: dict[str, Any]) -> Output:
+        """Attends the last tokens of a group, which have been written: all, or those that a sharing layer wants."""
+        rules, tokens = self.rows.rules, query.shape[2]
+        if tokens > self.page_size:
+            key, value = group.take(step.key), group.take(step.value)
+            whole = F.pad(query, (0, 0, key.shape[2] - tokens, 0))
+            return self.kernels.prefill(whole, key, value, group.context, rules, **options)[:, -tokens:]
+        with self.pool.lock:
+            self._mirrored()
+            return self.kernels.decode(query, self.pool.pages, *self._part(group), rules, **options)
+
+    def _count(self, step: Step, lengths: Lengths, real: Real | None) -> None:
+        self.rows.lengths = lengths
+        self.history.add(step.tokens if real is None else real)
+        step.real, step.written = real, True
+
+    def _part(self, group: Group) -> tuple[Int[Tensor, "group heads columns"], Int[Tensor, " group"]]:
+        return self.mirror.table[group.sequences], self.mirror.counts[:-1][group.sequences]
+
+    def _row(self, sequence: int, head: int) -> Int[Tensor, "1 1 columns"]:
+        table = np.maximum(self.rows.table[sequence : sequence + 1, head : head + 1], 0)
+        return torch.from_numpy(table).to(self.pool.pages.device)
