@@ -4,8 +4,8 @@ import pickle
 
 import numpy as np
 import torch
-from redknot_kernels import UNBOUNDED, HeadRules
 from layers import grow, make_rows
+from redknot_kernels import UNBOUNDED, HeadRules
 
 from redknot_hf.cache.mirror import Mirror, Stretch, stretches
 from redknot_hf.cache.pool import PagePool, staged

@@ -101,7 +101,7 @@ def refreshed(model, store, refs, chosen):
         segment = store.get(part.ref)
         context.add(segment, module.turns_of(part, segment, store.verdict().relocation))
     context.join()
-    with torch.no_grad(), module._attending(model):
+    with torch.no_grad():
         context.run(model, chosen)
         context.put(cache)
     return cache

@@ -138,11 +138,11 @@ class Assembly(Cache):
     is_compileable = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """None."""
+        """No tokens stand before a step: zero."""
         return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """None."""
+        """No tokens stand before a step: zero."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from redknot_kernels import Rotation, rotate
 from torch import Tensor
-from transformers import AttentionInterface, Cache, DynamicCache
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import Cache
 
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import row_layers
-from redknot_hf.cache.layer import RedKnotLayer
+from redknot_hf.cache.handle import RedKnotHandle
 from redknot_hf.cache.packing import splice
 from redknot_hf.cache.span import KeptLayer, Segment
+from redknot_hf.cache.step import Step
 
 from .assemble import AssembledCache, assemble, relocation_of
 from .assembly import check_room, initialize, turns_of
 from .schedule import Refs, Reused, as_batch, schedule, store_of
 
 By = Literal["deviation", "attention", "question"]
-_NAME = "redknot_refresh"
 # The last queries, whose attention chooses tokens.
 _LAST = 64
 
@@ -55,7 +54,7 @@ def refresh(  # noqa: PLR0913 - all but two have defaults
     arXiv 2306.14048 (attention received).
 
     Args:
-        model: The model of the store; its attention implementation is changed for the time of the call.
+        model: The model of the store.
         segments: Of one sequence, from a store with `keep="full"`.
         share: How much of what is not right as stored is recomputed, 0 to 1.
         by: `"deviation"`: tokens whose keys and values at layer `depth` are farthest from the stored ones;
@@ -90,8 +89,7 @@ def refresh(  # noqa: PLR0913 - all but two have defaults
     fixed = torch.cat([torch.full((len(p.ref),), p.ref.prefix == _before(parts, p)) for p in parts])
     if count := round(share * int((~fixed).sum())):
         chosen = _scores(model, context, by, depth).masked_fill(fixed, -torch.inf).topk(count).indices.sort().values
-        with _attending(model):
-            context.run(model, chosen)
+        context.run(model, chosen)
     context.put(cache)
     cache.reused, cache.refreshed_tokens = (parts,), len(chosen)
     return cache
@@ -111,7 +109,7 @@ class _Context(Cache):
     """
 
     def __init__(self, model: Any, cache: AssembledCache) -> None:
-        super().__init__(layers=DynamicCache(config=model.config).layers)
+        super().__init__(layers=cache.layers)
         self.model, self.cache = model, cache
         self.ids: list[int] = []
         self.kept: tuple[KeptLayer | None, ...] = ()
@@ -136,16 +134,9 @@ class _Context(Cache):
 
     def join(self) -> None:
         """Makes one run of the segments; it may be written to from here on."""
-        for i, parts in self._parts.items():
-            device = self.rows_layer(i).device
-            self.keys[i], self.values[i] = (torch.cat(half, 2).to(device) for half in zip(*parts, strict=True))
-        self._parts = {}
-
-    def rows_layer(self, index: int) -> RedKnotLayer:
-        """The layer of the cache in the making."""
-        layer = self.cache.layers[index]
-        assert isinstance(layer, RedKnotLayer)
-        return layer
+        for i, layer in row_layers(self.cache):
+            parts = zip(*self._parts.pop(i), strict=True)
+            self.keys[i], self.values[i] = (torch.cat(half, 2).to(layer.device) for half in parts)
 
     def run(self, model: Any, positions: Int[Tensor, " step"], depth: int = -1, look: Callable | None = None) -> None:
         """Runs some of the context's tokens through the model, through all layers or until one has been looked at."""
@@ -162,30 +153,39 @@ class _Context(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hands the step's keys and values on; the attention function puts them in place."""
-        key_states.redknot_refresh = (self, layer_idx)  # pyright: ignore[reportAttributeAccessIssue]
-        return key_states, value_states
+        """Hands the step's keys and values on; the attention function comes back here with them."""
+        storage, tokens = self.cache.layers[layer_idx].storage, key_states.shape[2]
+        step = Step(storage, key_states, value_states, tokens, 0, attend=partial(self._attend, layer_idx))
+        return RedKnotHandle.wrap(key_states, step), RedKnotHandle.wrap(value_states, step)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    def _attend(
+        self, layer: int, step: Step, query: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> Float[Tensor, "1 step query_heads value_dim"]:
-        """Attends the step's tokens over all that stands before them, as each head's rule says."""
+        """Attends the step's tokens over all before them, as each head's rule and their positions say."""
         if layer == self.depth and self.look is not None:
-            self.look(layer, query, key, value, options["scale"])
+            self.look(layer, query, step.key, step.value, options["scale"])
             raise _Enough
-        where = self.positions.to(key.device)
-        self.keys[layer].index_copy_(2, where, key.to(self.keys[layer].dtype))
-        self.values[layer].index_copy_(2, where, value)
-        holder = self.rows_layer(layer).storage
-        rules = holder.rows.rules
-        if len(where) == len(self.ids) > holder.page_size:
-            return holder.kernels.prefill(query, self.keys[layer], self.values[layer], None, rules, **options)
-        return holder.kernels.attend_at(query, self.keys[layer], self.values[layer], where, rules, **options)
+        keys, values, where = self.keys[layer], self.values[layer], self.positions.to(query.device)
+        keys.index_copy_(2, where, step.key.to(keys.dtype))
+        values.index_copy_(2, where, step.value)
+        storage = step.storage
+        if len(where) == len(self.ids) > storage.page_size:
+            return storage.kernels.prefill(query, keys, values, None, storage.rows.rules, **options)
+        return storage.kernels.attend_at(query, keys, values, where, storage.rows.rules, **options)
+
+    # What the mask is made from: it is to say nothing of what stands before, and to be none of a captured step.
+    is_compileable = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """No tokens stand before a step: zero."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """No tokens stand before a step: zero."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The step's tokens alone; their positions say what they see."""
         return query_length, 0
 
     def put(self, cache: AssembledCache) -> None:
@@ -214,39 +214,12 @@ def _scores(model: Any, context: _Context, by: str, depth: int) -> Float[Tensor,
         found.append(scores.masked_fill(~seen, -torch.inf).softmax(-1).sum((0, 1, 2, 3)))
 
     everything = torch.arange(len(context.ids))
-    with _attending(model):
-        context.run(model, everything, depth, deviation if by == "deviation" else attention)
+    context.run(model, everything, depth, deviation if by == "deviation" else attention)
     return found[0].cpu()
 
 
 def _before(parts: Sequence[Reused], part: Reused) -> tuple[int, ...]:
     return tuple(token for other in parts if other.start < part.start for token in other.ref.ids)
-
-
-@contextmanager
-def _attending(model: Any) -> Iterator[None]:
-    """The model attends by way of `_Context`."""
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, _no_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: Any = None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    context, layer = key.redknot_refresh  # pyright: ignore[reportAttributeAccessIssue]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = {"scale": scale, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
-    return context.attend(layer, query, key, value, options), None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Which tokens see which is for the rules and the positions to say."""
 
 
 def _check(keep: str, batch: int, share: float | int, by: str, depth: int, layers: int) -> None:
