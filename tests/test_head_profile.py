@@ -143,6 +143,17 @@ def test_noise_over_windows_is_smoothed():
     assert profile.errors.tolist()[0] == [0.3, 0.3]
 
 
+def test_few_bits_and_windows_are_not_compared_and_more_bits_err_less():
+    choices = (HeadSpec(16), HeadSpec(storage="int4"), HeadSpec(storage="int8"))
+    errors = np.array([[0.9, 0.1, 0.2], [0.05, 0.3, 0.01]])
+    profile = HeadProfile(
+        "drift", (1, 1), choices, errors, (errors, errors), length=1000, head_dims=((64, 64),) * 2, itemsize=2
+    )
+    assert profile.errors.tolist() == [[0.9, 0.2, 0.2], [0.05, 0.3, 0.01]]
+    plan = profile.plan(budget=0.25)
+    assert [spec for layer in plan for spec in layer] == [HeadSpec(storage="int4"), HeadSpec(16)]
+
+
 def test_overlap_of_two_halves():
     other = [[0.1, 0.9], [0.9, 0.8], [0.3, 0.02], [0.7, 0.4]]
     profile = make(ERRORS, halves=(ERRORS, other))

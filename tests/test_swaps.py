@@ -13,10 +13,11 @@ from redknot_hf.profiling.swaps import SwapSearch
 
 CHOICES = choices(4, 12)
 COSTS = np.tile([4.0, 12.0, 40.0], (8, 1))
+SQUARES = np.tile([0.02, 0.01, 0.0], (8, 1))
 
 
 def search(model, count=4):
-    return SwapSearch(model, prompts(count=count), CHOICES, COSTS, lambda passes: None)
+    return SwapSearch(model, prompts(count=count), CHOICES, COSTS, SQUARES, lambda passes: None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
@@ -24,7 +25,9 @@ def test_slopes_are_those_of_the_divergence(family):
     """Of the whole model the KL has its least value; from a poor plan the steepest changes better it."""
     model = make_model(family)
     heads = model.config.num_hidden_layers * model.config.num_key_value_heads
-    found = SwapSearch(model, prompts(), CHOICES, np.tile([4.0, 12.0, 40.0], (heads, 1)), lambda passes: None)
+    found = SwapSearch(
+        model, prompts(), CHOICES, *(np.tile(x[:1], (heads, 1)) for x in (COSTS, SQUARES)), lambda passes: None
+    )
     assert np.abs(found._slopes(np.full(heads, 2))).max() < 1e-4
     slopes = found._slopes(np.zeros(heads, dtype=int))
     assert np.abs(slopes[:, 0]).max() == 0, "what a head does already"
@@ -49,7 +52,7 @@ def test_swaps_keep_the_bytes_and_lower_the_divergence():
 def test_out_of_time_the_plan_stays():
     found = search(make_model("llama"), 2)
     begun = np.zeros(16, dtype=int)
-    found.costs = np.tile(COSTS[:1], (16, 1))
+    found.costs, found.squares = (np.tile(x[:1], (16, 1)) for x in (COSTS, SQUARES))
     assert (found.run(begun, 1000.0, Clock(0)) == begun).all()
     assert not found.finished
 

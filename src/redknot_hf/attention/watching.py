@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from redknot_hf.attention.mask import PaddingMask, redknot_mask
+from redknot_hf.attention.stored import attend_stored
 from redknot_hf.plan.per_layer import kv_heads
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
 from redknot_hf.plan.rules import head_rules
@@ -48,10 +49,38 @@ class Call:
         return self.key.shape[1]
 
     def attend(self, specs: tuple[HeadSpec, ...]) -> Attended:
-        """The outputs of all query heads, every KV head under its spec; time is linear in tokens for local heads."""
-        rules = head_rules(specs, _PAGE, self.reach, 0)
+        """The outputs of all query heads, every KV head under its spec; time is linear in tokens for local heads.
+
+        Heads with a storage see cold pages as a cache gives them back that reads the text in chunks.
+        """
+        # A layer with a window of the model's own keeps its pages as they are.
+        stores = [spec.storage if self.reach is None else "model" for spec in specs]
+        if set(stores) == {"model"}:
+            return self._prefill(specs)
+        out = self.query.new_empty(*self.query.shape[::2], self.query.shape[1], self.value.shape[-1])
+        grouped = out.unflatten(2, (self.heads, -1))
+        for storage in set(stores):
+            heads = [head for head, mine in enumerate(stores) if mine == storage]
+            part = self._take(heads)
+            if storage == "model":
+                found = part._prefill(tuple(specs[head] for head in heads))
+            else:
+                found = attend_stored(part.module, part.query, part.key, part.value, storage, part.options)
+            grouped[:, :, heads] = found.unflatten(2, (len(heads), -1))
+        return out
+
+    def _prefill(self, specs: tuple[HeadSpec, ...]) -> Attended:
+        rules = head_rules(tuple(replace(spec, storage="model") for spec in specs), _PAGE, self.reach, 0)
         kernels = implementation(None, self.query.device)
         return kernels.prefill(self.query, self.key, self.value, None, rules, **self.options)
+
+    def _take(self, heads: list[int]) -> Call:
+        """The call of some of the KV heads."""
+        query = self.query.unflatten(1, (self.heads, -1))[:, heads].flatten(1, 2)
+        options = dict(self.options)
+        if options["s_aux"] is not None:
+            options["s_aux"] = options["s_aux"].unflatten(0, (self.heads, -1))[heads].flatten()
+        return replace(self, query=query, key=self.key[:, heads], value=self.value[:, heads], options=options)
 
 
 Watcher = Callable[[Call], Attended]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -210,7 +211,7 @@ def _taken(tokenizer: Any, tokens: int, texts: Sequence[str], rng: random.Random
     first = rng.randrange(len(texts))
     for i in range(len(texts)):
         if len(ids) < tokens:
-            ids += ids_of(tokenizer, texts[(first + i) % len(texts)])
+            ids += _encoded(tokenizer, texts[(first + i) % len(texts)])
     if len(ids) < tokens:
         raise ValueError(f"the texts have {len(ids)} tokens and a prompt needs {tokens}: give more, or a lower length")
     at = rng.randint(0, len(ids) - tokens)
@@ -221,3 +222,9 @@ def _beginning(tokenizer: Any) -> list[int]:
     """The token that the tokenizer begins every text with, if it does."""
     first = tokenizer("")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
+
+
+@lru_cache(maxsize=64)
+def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """A long text, which many prompts are taken of."""
+    return tuple(ids_of(tokenizer, text))

@@ -156,19 +156,28 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
 
     The weights ask for no gradient meanwhile.
     """
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = blocks(model)
-    for parameter in asked:
-        parameter.requires_grad_(False)
     for block in layers:
         block.forward = lambda *args, _forward=block.forward, **kwargs: checkpoint(
             _forward, *args, use_reentrant=False, **kwargs
         )
     try:
-        yield
+        with frozen(model):
+            yield
     finally:
         for block in layers:
             del block.forward
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """The weights ask for no gradient, for the duration."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
         for parameter in asked:
             parameter.requires_grad_(True)
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
+from redknot_hf.plan.storage import STORAGES
 
 from . import profile_file
 from .allocation import allocate, steps
@@ -30,8 +31,9 @@ _SHOWN = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)  # shares of the bytes at w
 class HeadProfile:
     """The error that each choice causes in each KV head, and from it a plan for any budget.
 
-    A choice is a `HeadSpec`: a window. Whatever is measured, a head may also keep everything, at no error. For a
-    budget of bytes the heads take the choices whose errors sum up to the least.
+    A choice is a `HeadSpec`: a window, or everything in a storage of fewer bits. Whatever is measured, a head may also
+    keep everything as it is, at no error. For a budget of bytes the heads take the choices whose errors sum up to the
+    least.
 
     Attributes:
         method: How the errors were measured: "drift", "loss", "mass" or "gates".
@@ -274,7 +276,9 @@ def check_target(bound: Mapping[str, Number]) -> None:
 
 def name_of(spec: HeadSpec) -> str:
     """What a choice is called where people read it."""
-    return "everything" if spec.window is None else f"window {spec.window}"
+    if spec.window is not None:
+        return f"window {spec.window}"
+    return "everything" if spec.storage == "model" else spec.storage
 
 
 def _falling(errors: Errors, choices: Sequence[HeadSpec]) -> Errors:
@@ -287,7 +291,9 @@ def _falling(errors: Errors, choices: Sequence[HeadSpec]) -> Errors:
 
 
 def _keeps_all_of(more: HeadSpec, less: HeadSpec) -> bool:
-    """Whether the first keeps all that the second keeps."""
+    """Whether the first keeps all that the second keeps, and as well."""
+    if more.window is None and less.window is None:
+        return STORAGES.index(more.storage) <= STORAGES.index(less.storage)
     if more.window is None or less.window is None:
-        return more.window is None
+        return False  # few bits of everything and all bits of a window cannot be compared
     return more.window >= less.window and more.sink + more.window >= less.sink + less.window

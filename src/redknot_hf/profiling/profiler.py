@@ -3,59 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import count
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from transformers import PreTrainedModel
 
 from redknot_hf.attention.watching import check_model
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.per_layer import kv_dims, kv_heads
-from redknot_hf.plan.plan import HeadSpec
+from redknot_hf.plan.plan import HeadPlan, HeadSpec
+from redknot_hf.plan.storage import STORAGES
 
 from .clock import Clock
-from .drift import drift, measure_drift
 from .fidelity import MAX_KL, Confirmation
-from .gates import train_gates
 from .head_profile import HeadProfile, Number, check_target
-from .loss import LossSearch
-from .mass import measure_mass
-from .prompt import Prompt, as_prompts, fingerprint, held_apart
-from .swaps import SwapSearch
+from .measuring import FEWEST, Job, Report, measured, provenance_of
+from .prompt import Prompt, as_prompts, held_apart
 
 METHODS = ("drift", "loss", "mass", "gates")
 WINDOWS = (64, 256, 1024)  # and a quarter of the length that will be served
 _TRIES = 7  # budgets that are confirmed in the search for the smallest that holds
-_FEWEST = 2  # prompts that a profile is of, at least, however little time there is
-# Name of a stage, steps done, and steps in all where that is known.
-Report = Callable[[str, int, int | None], object]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a profile is made of.
-
-    Attributes:
-        prompts: To measure on.
-        confirming: To confirm a plan on.
-        clock: Bounds all of it.
-        max_kl: Nats a scored token that a plan which holds may be off.
-    """
-
-    model: PreTrainedModel
-    prompts: list[Prompt]
-    confirming: list[Prompt]
-    clock: Clock
-    report: Report
-    max_kl: float
-    steps: int
-    checkpoint: AnyPath | None
 
 
 def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
@@ -68,6 +37,7 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     max_kl: Number | None = None,
     windows: Sequence[int] | None = None,
     sink: int = 4,
+    storages: Sequence[str] = (),
     method: str = "drift",
     held_out: Any = None,
     seconds: Number | None = None,
@@ -89,6 +59,7 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
         windows: Candidate windows of local heads, in tokens; by default 64, 256, 1024 and a quarter of the longest
             prompt, as far as they are shorter than half of the shortest prompt.
         sink: First tokens that local heads keep.
+        storages: Of fewer bits, that a head which keeps everything may take: of `"int8"` and `"int4"`.
         method: `"drift"`: error of the head's output, one forward pass a prompt. `"loss"`: KL divergence of the
             predictions; for a budget of bytes the plan of drift, whose choices are swapped while the KL falls, else a
             search that restricts heads together, in hundreds of forward passes. `"mass"`: attention outside of the
@@ -120,107 +91,31 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     windows = _default_windows(prompts) if windows is None else _windows(windows)
     if method == "gates" and len(windows) > 1:
         raise ValueError(f"windows={windows}: gates are trained for one window, such as windows=(256,)")
-    measured, confirming = _split(as_prompts(prompts, windows, sink), held_out, windows, sink)
+    inside, confirming = _split(as_prompts(prompts, windows, sink), held_out, windows, sink)
     if max_kl is not None and not target and not confirming:
         raise ValueError("max_kl is looked for on prompts held out: give held_out, or four inputs or more")
     job = Job(
-        model, measured, confirming, Clock(seconds), report or (lambda stage, done, total: None),
+        model, inside, confirming, Clock(seconds), report or (lambda stage, done, total: None),
         float(MAX_KL if max_kl is None else max_kl), steps, checkpoint,
     )  # fmt: skip
-    profile = _blank(job, method, tuple(HeadSpec(window, sink) for window in windows), target)
+    profile = _blank(job, method, _choices(windows, sink, storages, method), target)
     if target:
         profile.plan()  # an impossible budget is told before the work
-    profile = _confirmed(_measured(profile, job), job, search=max_kl is not None and not target)
+    profile = _confirmed(measured(profile, job), job, search=max_kl is not None and not target)
     return replace(profile, provenance={**profile.provenance, "seconds": round(job.clock.taken, 1)})
 
 
 def _blank(job: Job, method: str, choices: tuple[HeadSpec, ...], target: Mapping[str, Number]) -> HeadProfile:
     """A profile of which nothing is measured yet."""
     shape = kv_heads(job.model.config)
+    dims, size, length = kv_dims(job.model.config), job.model.dtype.itemsize, max(map(len, job.prompts))
+    # Cheapest first.
+    choices = tuple(sorted(choices, key=lambda spec: HeadPlan([[spec]]).nbytes(length, dims[0], size)))
     zeros = np.zeros((sum(shape), len(choices)))
     return HeadProfile(
         method=method, heads_by_layer=shape, choices=choices, errors=zeros, halves=(zeros, zeros),
-        length=max(map(len, job.prompts)), head_dims=kv_dims(job.model.config), itemsize=job.model.dtype.itemsize,
-        target=target, provenance=_provenance(job.model, job.prompts),
+        length=length, head_dims=dims, itemsize=size, target=target, provenance=provenance_of(job.model, job.prompts),
     )  # fmt: skip
-
-
-def _measured(profile: HeadProfile, job: Job) -> HeadProfile:
-    """The profile with its errors, by its method."""
-    steps = count(1)
-    windows, sink = profile.windows, profile.choices[0].sink
-    if profile.method == "mass":
-        tick = lambda: job.report("mass", next(steps), len(job.prompts))  # noqa: E731
-        mass = measure_mass(job.model, job.prompts, windows, sink, tick)
-        return replace(profile, errors=mass.mean(0), halves=(mass[::2].mean(0), mass[1::2].mean(0)))
-    if profile.method == "gates":
-        tick = lambda: job.report("gates", next(steps), 2 * job.steps)  # noqa: E731
-        left = job.clock.left() if math.isfinite(job.clock.seconds) else None
-        gates = train_gates(
-            job.model, job.prompts, profile.choices[0], job.steps, tick, seconds=left, path=job.checkpoint
-        )
-        first, second = (half[:, None] for half in gates)
-        return replace(profile, errors=(first + second) / 2, halves=(first, second))
-    by_bytes = bool(profile.target.keys() & {"budget", "bytes_per_token"})
-    if profile.method == "loss" and not by_bytes:
-        return _by_path(profile, job)
-    found = _by_drift(profile, job)
-    return _by_swaps(found, job) if profile.method == "loss" else found
-
-
-def _by_drift(profile: HeadProfile, job: Job) -> HeadProfile:
-    """Measures as many prompts as there is time for; what confirming takes is kept back."""
-    steps = count(1)
-
-    def tick() -> bool:
-        done = next(steps)
-        job.report("drift", done, len(job.prompts))
-        each = job.clock.taken / done
-        return done >= _FEWEST and job.clock.left(2 * each * len(job.confirming)) < each
-
-    sums = measure_drift(job.model, job.prompts, profile.choices, tick)
-    whole, *halves = (drift(part) for part in (sums, sums[::2], sums[1::2]))
-    used = _provenance(job.model, job.prompts[: len(sums)])
-    return replace(profile, errors=whole, halves=(halves[0], halves[1]), provenance=used)
-
-
-def _by_swaps(profile: HeadProfile, job: Job) -> HeadProfile:
-    """Drift's plan for the target, its choices swapped; errors are drift's, as shares of that plan's KL."""
-    each = job.clock.taken / len(job.prompts)
-    as_drift = replace(profile, method="drift")
-    search = SwapSearch(
-        job.model, job.prompts, profile.choices, as_drift.costs(), lambda passes: job.report("loss", passes, None)
-    )
-    picks = as_drift.picks()
-    found = search.run(picks, as_drift.bytes_allowed(), job.clock, 2 * each * len(job.confirming))
-    drifts = np.concatenate([profile.errors, np.zeros((len(picks), 1))], 1)[np.arange(len(picks)), picks]
-    unit = search.kl[0] / max(float((drifts**2).sum()), np.finfo(float).tiny)
-    first, second = profile.halves
-    swaps = {"passes": search.proposing.measured + search.deciding.measured, "finished": search.finished}
-    swaps |= {"kl_by_swaps": [round(kl, 5) for kl in search.kl]}
-    return replace(
-        profile, errors=unit * profile.errors**2, halves=(unit * first**2, unit * second**2),
-        searched=tuple(map(int, found)), provenance={**profile.provenance, **swaps},
-    )  # fmt: skip
-
-
-def _by_path(profile: HeadProfile, job: Job) -> HeadProfile:
-    """A search over heads that are restricted together, window by window."""
-    search = LossSearch(
-        job.model, job.prompts, profile.windows, profile.choices[0].sink,
-        lambda passes: job.report("loss", passes, None),
-    )  # fmt: skip
-    errors, halves = search.run(job.clock.left(_path_reserve(job)) if math.isfinite(job.clock.seconds) else None)
-    profile = replace(profile, errors=errors, halves=halves)
-    if profile.target:
-        profile = replace(profile, errors=search.refined(profile.errors, profile.plan()))
-    found = {"passes": search.divergence.measured, "finished": search.finished}
-    return replace(profile, provenance={**profile.provenance, **found})
-
-
-def _path_reserve(job: Job) -> float:
-    """Seconds that confirming will take, by what was measured so far: drift and the dense predictions."""
-    return job.clock.taken / (2 * len(job.prompts)) * 2 * len(job.confirming)
 
 
 def _confirmed(profile: HeadProfile, job: Job, search: bool) -> HeadProfile:
@@ -260,7 +155,7 @@ def _split(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to measure, and others to confirm a plan on."""
     measured, confirming = held_apart(prompts) if held_out is None else (prompts, as_prompts(held_out, windows, sink))
-    if len(measured) < _FEWEST:
+    if len(measured) < FEWEST:
         raise ValueError("there is 1 prompt: give two or more, so that the halves of the prompts can be compared")
     return measured, confirming
 
@@ -271,27 +166,16 @@ def _windows(windows: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(windows))
 
 
+def _choices(windows: Sequence[int], sink: int, storages: Sequence[str], method: str) -> tuple[HeadSpec, ...]:
+    known = STORAGES[1:]
+    if set(storages) - set(known) or len(set(storages)) != len(storages):
+        raise ValueError(f"storages={tuple(storages)}: choose different ones of {known}")
+    if storages and method in ("mass", "gates"):
+        raise ValueError(f"storages={tuple(storages)}: {method} looks at windows alone; give method='drift' or 'loss'")
+    return (*(HeadSpec(window, sink) for window in windows), *(HeadSpec(storage=storage) for storage in storages))
+
+
 def _default_windows(prompts: Sequence[Prompt]) -> tuple[int, ...]:
     lengths = sorted(map(len, prompts))
     fitting = {window for window in (*WINDOWS, lengths[-1] // 4) if 1 <= window <= lengths[0] // 2}
     return tuple(sorted(fitting)) or (max(1, lengths[0] // 4),)
-
-
-def _provenance(model: PreTrainedModel, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What was measured, with what. Of a folder of this machine only its name is said."""
-    config = model.config
-    name = config.name_or_path or type(model).__name__
-    return {
-        "model": Path(name).resolve().name if Path(name).exists() else name,
-        "revision": getattr(config, "_commit_hash", None),
-        "architecture": type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "calibration": {
-            "hash": fingerprint(prompts),
-            "prompts": len(prompts),
-            "lengths": sorted({len(prompt) for prompt in prompts}),
-            "kinds": sorted({prompt.kind for prompt in prompts}),
-            "scored": sum(len(prompt.targets) for prompt in prompts),
-        },
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }

@@ -17,11 +17,12 @@ from redknot_hf.plan.plan import HeadPlan, HeadSpec
 from .allocation import allocate
 from .clock import Clock
 from .divergence import Divergence
-from .gates import checkpointed
+from .gates import checkpointed, frozen
 from .prompt import Prompt
 
 _SHARE = 0.15  # of the heads may change in the first round
 _ROUNDS = 24
+_LARGE = 10**9  # parameters from which layers are computed again for the gradient, in place of being held
 _PRICES = 24  # halvings in the search for the price of a change
 Table = Float[np.ndarray, "heads choices"]
 Picks = Int[np.ndarray, " heads"]
@@ -39,6 +40,7 @@ class SwapSearch:
         prompts: Two or more; every second one proposes, the others decide.
         choices: What a head may keep; everything is one choice more.
         costs: Bytes of every choice, everything included.
+        squares: Squared drift of every choice, everything included.
         tick: Called with the forward passes done so far.
 
     Attributes:
@@ -52,9 +54,10 @@ class SwapSearch:
         prompts: Sequence[Prompt],
         choices: Sequence[HeadSpec],
         costs: Table,
+        squares: Table,
         tick: Callable[[int], object],
     ) -> None:
-        self.model, self.costs, self.tick = model, costs, tick
+        self.model, self.costs, self.squares, self.tick = model, costs, squares, tick
         self.choices = (*choices, HeadSpec())
         self.proposing, self.deciding = Divergence(model, prompts[::2]), Divergence(model, prompts[1::2])
         self.kl: list[float] = []
@@ -101,13 +104,20 @@ class SwapSearch:
         return HeadPlan(heads)
 
     def _proposal(self, picks: Picks, slopes: Table, budget: float, most: int) -> Picks:
-        """The best choices for the budget if the KL were linear, at the least price a change that keeps to `most`."""
+        """The best choices for the budget by what they promise, at the least price a change that keeps to `most`.
+
+        A slope tells what mixing in a little does. What a worse choice costs on top of it grows with its squared
+        error, as the KL of the plan does with the sum of them.
+        """
         stays = np.arange(slopes.shape[1]) == picks[:, None]
-        low, high = 0.0, 2 * float(np.abs(slopes).max()) + np.finfo(float).tiny
+        mine = self.squares[np.arange(len(picks)), picks]
+        worse = np.maximum(self.squares - mine[:, None], 0.0)
+        promised = slopes + worse * self.kl[-1] / max(float(mine.sum()), np.finfo(float).tiny)
+        low, high = 0.0, 2 * float(np.abs(promised).max()) + np.finfo(float).tiny
         best = picks
         for _ in range(_PRICES):
             price = (low + high) / 2
-            found = allocate(self.costs, np.where(stays, 0.0, slopes + price), budget)
+            found = allocate(self.costs, np.where(stays, 0.0, promised + price), budget)
             if (found != picks).sum() > most:
                 low = price
             else:
@@ -117,9 +127,10 @@ class SwapSearch:
     def _slopes(self, picks: Picks) -> Table:
         """How the mean KL of the proposing prompts moves with the share of each choice that is mixed into a head."""
         total = np.zeros((len(picks), len(self.choices)))
+        light = checkpointed if self.model.num_parameters() > _LARGE else frozen
         for i in range(len(self.proposing.prompts)):
             mixture = _Mixture(self.model, self._plan(picks), self.choices)
-            with torch.enable_grad(), checkpointed(self.model), watching(self.model, mixture):
+            with torch.enable_grad(), light(self.model), watching(self.model, mixture):
                 self.proposing.loss(i).backward()
             total += mixture.slopes()
             self.tick(self.proposing.measured + self.deciding.measured)

@@ -1,0 +1,146 @@
+"""Measures a frontier: profiles a model, and asks every plan the same items in one run.
+
+Every item is one pass a plan, answers given (teacher-forced): heads see what a RedKnotCache would give them that reads
+the text in chunks, cold pages included. What comes out is a line an item and plan: sums, of which `summary` makes
+figures with paired intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evals.identity import hardware, versions
+from evals.real.contenders import Contender, contenders, part
+from evals.real.items import Item, items
+from evals.real.texts import docstrings
+from redknot_hf import HeadPlan, HeadSpec
+from redknot_hf.attention.watching import restricted, watching
+from redknot_hf.profiling import HeadProfile, calibration_kinds, calibration_prompts, profile_heads, python_texts
+
+STORAGES = ("int8", "int4")
+_SECONDS = 30  # of a search by loss
+_ROUNDS = 2  # prompts of every kind that are measured, and as many again to confirm on
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a frontier is measured on.
+
+    Attributes:
+        length: Tokens of an item, and of the prompts that are profiled.
+        count: Items.
+        swapped: Budgets for which the plans of drift are searched further, by `loss`.
+        seconds: After which no further item is begun.
+    """
+
+    model: Any
+    tokenizer: Any
+    length: int
+    count: int
+    swapped: tuple[float, ...]
+    seconds: float
+    out: Path
+
+
+def load(folder: Path, device: str, dtype: str = "bfloat16") -> tuple[Any, Any]:
+    """The model, ready to be watched, and its tokenizer."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="redknot")
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def measure(job: Job, say: Callable[[str], object] = print) -> None:
+    """Writes the profiles, the plans' figures at the length, item by item, and what it was run on, into a folder."""
+    start = time.perf_counter()
+    job.out.mkdir(parents=True, exist_ok=True)
+    profiles = make_profiles(job, say)
+    plans = list(contenders(job.model.config, job.length, profiles))
+    about = {**hardware(job.model.device), **versions(("torch", "transformers"))}
+    head = {"length": job.length, "seconds": {name: p.provenance["seconds"] for name, p in profiles.items()}}
+    with (job.out / "items.jsonl").open("w") as lines:
+        lines.write(json.dumps({**head, "hardware": about}) + "\n")
+        for index, item in enumerate(items(job.tokenizer, docstrings(), job.length, job.count)):
+            if time.perf_counter() - start > job.seconds:
+                say(f"out of time at item {index}")
+                break
+            lines.writelines(json.dumps(row) + "\n" for row in asked(job.model, index, item, plans))
+            lines.flush()
+    say(f"{len(plans)} plans, {time.perf_counter() - start:.0f} s")
+
+
+def make_profiles(job: Job, say: Callable[[str], object]) -> dict[str, HeadProfile]:
+    """The profiles that a frontier compares, each written to the folder."""
+    texts = python_texts()
+    kinds = calibration_kinds(texts)
+    inputs, held_out = (
+        calibration_prompts(job.tokenizer, length=job.length, count=_ROUNDS * len(kinds), texts=texts, seed=seed)
+        for seed in (1, 2)
+    )
+    found: dict[str, HeadProfile] = {}
+
+    def keep(name: str, profile: HeadProfile) -> None:
+        found[name] = profile
+        profile.save(job.out / f"{name.replace(' ', '_')}.json")
+        say(f"{name}: {profile.provenance['seconds']} s, overlap {profile.provenance.get('overlap')}")
+
+    options: dict[str, Any] = {"storages": STORAGES, "held_out": held_out}
+    keep("drift", profile_heads(job.model, inputs, budget=0.2, **options))
+    found["windows only"] = part(found["drift"], windows=True, storages=False)
+    found["storages only"] = part(found["drift"], windows=False, storages=True)
+    keep("mass", profile_heads(job.model, inputs, method="mass", budget=0.2, held_out=held_out))
+    for budget in job.swapped:
+        keep(
+            f"loss {budget}",
+            profile_heads(job.model, inputs, method="loss", budget=budget, seconds=_SECONDS, **options),
+        )
+    short = calibration_prompts(job.tokenizer, length=2048, count=_ROUNDS * len(kinds), texts=texts, seed=1)
+    if job.length > 2048:
+        keep("drift at 2K", profile_heads(job.model, short, budget=0.2, **options))
+    return found
+
+
+def asked(model: Any, index: int, item: Item, plans: list[Contender]) -> list[dict[str, Any]]:
+    """A line for the dense model and for every plan: of every task answers, right ones, and sums over its tokens."""
+    dense = predicted(model, HeadPlan.uniform(model.config, HeadSpec()), item)
+    rows = [{"item": index, "method": "dense", "budget": 1.0, "kept": 1.0, "tasks": scored(item, dense, dense)}]
+    for one in plans:
+        tasks = scored(item, predicted(model, one.plan, item), dense)
+        rows.append(
+            {"item": index, "method": one.method, "budget": one.budget, "kept": round(one.kept, 5), "tasks": tasks}
+        )
+    return rows
+
+
+@torch.no_grad()
+def predicted(model: Any, plan: HeadPlan, item: Item) -> torch.Tensor:
+    """Log-probabilities at the places that are scored, `[places, words]`."""
+    rows = torch.tensor(item.places, device=model.device) - 1
+    with watching(model, restricted(plan)):
+        out = model(torch.tensor([item.ids], device=model.device), use_cache=False, logits_to_keep=rows)
+    return out.logits[0].float().log_softmax(-1)
+
+
+def scored(item: Item, mine: torch.Tensor, dense: torch.Tensor) -> dict[str, list[float]]:
+    """Of every task: answers, right answers, tokens, and summed over them nll, KL(dense || mine), same likeliest."""
+    ids = torch.tensor([item.ids[place] for place in item.places], device=mine.device)
+    columns = torch.stack([
+        (mine.argmax(-1) == ids).float(),
+        -mine.gather(1, ids[:, None])[:, 0],
+        (dense.exp() * (dense - mine)).sum(-1),
+        (mine.argmax(-1) == dense.argmax(-1)).float(),
+    ]).cpu().numpy()  # fmt: skip
+    at = {place: i for i, place in enumerate(item.places)}
+    found = {}
+    for task, answers in item.answers.items():
+        right = sum(all(columns[0, at[place]] for place in answer) for answer in answers)
+        tokens = [at[place] for answer in answers for place in answer]
+        sums = columns[1:, tokens].sum(1)
+        found[task] = [len(answers), int(right), len(tokens), *(round(float(total), 5) for total in sums)]
+    return found

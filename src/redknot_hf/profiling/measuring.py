@@ -1,0 +1,154 @@
+"""A profile's errors, by each of the methods, in the time there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from redknot_hf.plan.formats import AnyPath
+
+from .clock import Clock
+from .drift import drift, measure_drift
+from .gates import train_gates
+from .head_profile import HeadProfile
+from .loss import LossSearch
+from .mass import measure_mass
+from .prompt import Prompt, fingerprint
+from .swaps import SwapSearch
+
+FEWEST = 2  # prompts that a profile is of, at least, however little time there is
+# Name of a stage, steps done, and steps in all where that is known.
+Report = Callable[[str, int, int | None], object]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a profile is made of.
+
+    Attributes:
+        prompts: To measure on.
+        confirming: To confirm a plan on.
+        clock: Bounds all of it.
+        max_kl: Nats a scored token that a plan which holds may be off.
+    """
+
+    model: PreTrainedModel
+    prompts: list[Prompt]
+    confirming: list[Prompt]
+    clock: Clock
+    report: Report
+    max_kl: float
+    steps: int
+    checkpoint: AnyPath | None
+
+
+def measured(profile: HeadProfile, job: Job) -> HeadProfile:
+    """The profile with its errors, by its method."""
+    steps = count(1)
+    windows, sink = profile.windows, max(spec.sink for spec in profile.choices)
+    if profile.method == "mass":
+        tick = lambda: job.report("mass", next(steps), len(job.prompts))  # noqa: E731
+        mass = measure_mass(job.model, job.prompts, windows, sink, tick)
+        return replace(profile, errors=mass.mean(0), halves=(mass[::2].mean(0), mass[1::2].mean(0)))
+    if profile.method == "gates":
+        tick = lambda: job.report("gates", next(steps), 2 * job.steps)  # noqa: E731
+        left = job.clock.left() if math.isfinite(job.clock.seconds) else None
+        gates = train_gates(
+            job.model, job.prompts, profile.choices[0], job.steps, tick, seconds=left, path=job.checkpoint
+        )
+        first, second = (half[:, None] for half in gates)
+        return replace(profile, errors=(first + second) / 2, halves=(first, second))
+    by_bytes = bool(profile.target.keys() & {"budget", "bytes_per_token"})
+    if profile.method == "loss" and not by_bytes:
+        return _by_path(profile, job)
+    found = _by_drift(profile, job)
+    return _by_swaps(found, job) if profile.method == "loss" else found
+
+
+def _by_drift(profile: HeadProfile, job: Job) -> HeadProfile:
+    """Measures as many prompts as there is time for; what confirming takes is kept back."""
+    steps = count(1)
+
+    def tick() -> bool:
+        done = next(steps)
+        job.report("drift", done, len(job.prompts))
+        each = job.clock.taken / done
+        return done >= FEWEST and job.clock.left(_reserve(job, done)) < each
+
+    sums = measure_drift(job.model, job.prompts, profile.choices, tick)
+    whole, *halves = (drift(part) for part in (sums, sums[::2], sums[1::2]))
+    used = provenance_of(job.model, job.prompts[: len(sums)])
+    return replace(profile, errors=whole, halves=(halves[0], halves[1]), provenance=used)
+
+
+def _by_swaps(profile: HeadProfile, job: Job) -> HeadProfile:
+    """Drift's plan for the target, its choices swapped; errors are drift's, as shares of that plan's KL."""
+    reserve = _reserve(job, len(job.prompts))
+    as_drift = replace(profile, method="drift")
+    squares = np.concatenate([profile.errors, np.zeros((len(profile.errors), 1))], 1) ** 2
+    search = SwapSearch(
+        job.model, job.prompts, profile.choices, as_drift.costs(), squares,
+        lambda passes: job.report("loss", passes, None),
+    )  # fmt: skip
+    picks = as_drift.picks()
+    found = search.run(picks, as_drift.bytes_allowed(), job.clock, reserve)
+    unit = search.kl[0] / max(float(squares[np.arange(len(picks)), picks].sum()), np.finfo(float).tiny)
+    first, second = profile.halves
+    swaps = {"passes": search.proposing.measured + search.deciding.measured, "finished": search.finished}
+    swaps |= {"kl_by_swaps": [round(kl, 5) for kl in search.kl]}
+    return replace(
+        profile, errors=unit * profile.errors**2, halves=(unit * first**2, unit * second**2),
+        searched=tuple(map(int, found)), provenance={**profile.provenance, **swaps},
+    )  # fmt: skip
+
+
+def _by_path(profile: HeadProfile, job: Job) -> HeadProfile:
+    """A search over heads that are restricted together, window by window."""
+    if len(profile.choices) > len(profile.windows):
+        raise ValueError("a search for a ratio of global heads looks at windows alone: give a budget, or no storages")
+    search = LossSearch(
+        job.model, job.prompts, profile.windows, max(spec.sink for spec in profile.choices),
+        lambda passes: job.report("loss", passes, None),
+    )  # fmt: skip
+    errors, halves = search.run(
+        job.clock.left(_reserve(job, len(job.prompts))) if math.isfinite(job.clock.seconds) else None
+    )
+    profile = replace(profile, errors=errors, halves=halves)
+    if profile.target:
+        profile = replace(profile, errors=search.refined(profile.errors, profile.plan()))
+    found = {"passes": search.divergence.measured, "finished": search.finished}
+    return replace(profile, provenance={**profile.provenance, **found})
+
+
+def _reserve(job: Job, done: int) -> float:
+    """Seconds that confirming will take, by what so many prompts of drift took: a pass of it attends much oftener."""
+    return job.clock.taken / done * len(job.confirming)
+
+
+def provenance_of(model: PreTrainedModel, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What was measured, with what. Of a folder of this machine only its name is said."""
+    config = model.config
+    name = config.name_or_path or type(model).__name__
+    return {
+        "model": Path(name).resolve().name if Path(name).exists() else name,
+        "revision": getattr(config, "_commit_hash", None),
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "calibration": {
+            "hash": fingerprint(prompts),
+            "prompts": len(prompts),
+            "lengths": sorted({len(prompt) for prompt in prompts}),
+            "kinds": sorted({prompt.kind for prompt in prompts}),
+            "scored": sum(len(prompt.targets) for prompt in prompts),
+        },
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }

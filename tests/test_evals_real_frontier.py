@@ -1,0 +1,143 @@
+"""Items of the real model's frontier, the plans that are compared on them, and what their figures amount to."""
+
+import json
+
+import pytest
+import torch
+from evals.real.summary import summarize, table
+from families import make_model
+from typer.testing import CliRunner
+
+from evals.real import contenders as compared
+from evals.real import frontier
+from evals.real.__main__ import app
+from evals.real.contenders import contenders, dealt, part, share
+from evals.real.frontier import Job, asked, measure
+from evals.real.items import TASKS, Item, items
+from evals.real.texts import docstrings
+from redknot_hf import HeadPlan, HeadSpec
+from redknot_hf.profiling import profile_heads, python_texts
+
+
+@pytest.fixture(scope="module")
+def some(byte_tokenizer):
+    return list(items(byte_tokenizer, docstrings()[:60_000], 9000, 2))
+
+
+def test_items_are_as_long_as_asked_and_ask_what_they_say(some, byte_tokenizer):
+    for item in some:
+        assert len(item.ids) == 9000
+        assert {task: len(answers) for task, answers in item.answers.items()} == {
+            "numbers": 10, "words": 14, "codes": 10, "copied": 88, "text": 256,
+        }  # fmt: skip
+        for task, before in (("numbers", ":"), ("words", '"'), ("codes", " =")):
+            for answer in item.answers[task]:
+                said = byte_tokenizer.decode([item.ids[place] for place in answer])
+                asked_for = byte_tokenizer.decode(item.ids[: answer[0]]).splitlines()[-1]
+                assert asked_for.endswith(before)
+                assert asked_for + said in byte_tokenizer.decode(item.ids[: answer[0] - len(asked_for)])
+        copied = [place for (place,) in item.answers["copied"]]
+        passage = byte_tokenizer.decode([item.ids[place] for place in copied])
+        assert passage in byte_tokenizer.decode(item.ids[: copied[0]])
+    assert some[0].ids != some[1].ids
+
+
+def test_the_same_arguments_ask_the_same(some, byte_tokenizer):
+    again = list(items(byte_tokenizer, docstrings()[:60_000], 9000, 1))
+    assert again[0] == some[0]
+    with pytest.raises(ValueError, match="length is 900: an item of this tokenizer needs"):
+        next(items(byte_tokenizer, docstrings()[:60_000], 900, 1))
+    with pytest.raises(ValueError, match="the text has 100 tokens"):
+        next(items(byte_tokenizer, "x" * 100, 9000, 1))
+
+
+def test_calibration_and_evaluation_share_no_text():
+    said, calibrated = docstrings(), python_texts()[0]
+    assert len(said) > 800_000
+    lines = {line.strip() for line in said.splitlines() if len(line) > 60}
+    assert len(lines & {line.strip() for line in calibrated.splitlines()}) <= 0.001 * len(lines)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model = make_model("llama")
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randint(1, 97, (4, 300), generator=generator)
+    options = {"windows": (8, 64), "storages": ("int8", "int4")}
+    return model, profile_heads(model, inputs, **options)
+
+
+def test_contenders_keep_what_they_say(measured):
+    model, drift = measured
+    profiles = {"drift": drift, "windows only": part(drift, windows=True, storages=False)}
+    found = list(contenders(model.config, 300, profiles))
+    assert {one.method for one in found} == {
+        "drift", "windows only", "streaming", "random 0", "random 1", "random 2", "int4 everywhere", "int8 everywhere",
+    }  # fmt: skip
+    for one in found:
+        if one.method in profiles:
+            assert one.kept <= one.budget
+        assert one.kept == pytest.approx(share(drift, one.plan, 300))
+    assert not any(
+        spec.storage != "model" for one in found if one.method == "windows only" for x in one.plan for spec in x
+    )
+    plan = drift.plan(budget=0.4)
+    assert sorted(map(str, sum(dealt(plan, 1), ()))) == sorted(map(str, sum(plan, ())))
+    assert dealt(plan, 1) != plan
+
+
+def test_all_global_is_dense_and_figures_are_paired(measured, tmp_path):
+    model, drift = measured
+    generator = torch.Generator().manual_seed(1)
+    plans = [
+        compared.Contender("drift", 0.3, 0.3, drift.plan(budget=0.3)),
+        compared.Contender("all", 1.0, 1.0, HeadPlan.uniform(model.config, HeadSpec())),
+    ]
+    lines = [json.dumps({"length": 300, "hardware": {"device": "none"}})]
+    for index in range(6):
+        item = Item(torch.randint(1, 97, (300,), generator=generator).tolist())
+        item.answers = {task: [[100 + 20 * i, 101 + 20 * i], [110 + 20 * i]] for i, task in enumerate(TASKS)}
+        lines += [json.dumps(row) for row in asked(model, index, item, plans)]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines) + "\n")
+    found = {line["method"]: line for line in summarize(tmp_path / "items.jsonl")}
+    assert {line["items"] for line in found.values()} == {6}
+    for task in TASKS:
+        assert found["all"]["tasks"][task]["kl"][0] == pytest.approx(0, abs=1e-5)
+        assert found["all"]["tasks"][task]["top1"] == 100
+        assert found["all"]["tasks"][task]["apart"] == [0, 0, 0]
+        value, low, high = found["drift"]["tasks"][task]["kl"]
+        assert 0 < low < value < high
+        assert found["drift"]["tasks"][task]["answers"] == 12
+    assert "| 0.30 | drift |" in table(list(found.values()))
+    arguments = ["summarize", str(tmp_path / "items.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    result = CliRunner().invoke(app, [*arguments, "--figure", str(tmp_path / "figure.png")])
+    assert result.exit_code == 0, result.output
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_frontier_runs_from_profiles_to_lines(byte_tokenizer, tmp_path, monkeypatch):
+    model = make_model("llama")
+    model.resize_token_embeddings(len(byte_tokenizer))
+    monkeypatch.setattr(frontier, "_ROUNDS", 1)
+    monkeypatch.setattr(frontier, "calibration_kinds", lambda texts: ("text", "copy"))
+    monkeypatch.setattr(compared, "BUDGETS", (0.4,))
+    monkeypatch.setattr(
+        frontier, "items", lambda *arguments: iter([Item(list(range(1, 200)), dict.fromkeys(TASKS, [[9]]))])
+    )
+    said = []
+    measure(Job(model, byte_tokenizer, 1200, 1, (0.4,), 1e9, tmp_path), said.append)
+    head, *rows = (json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines())
+    assert head["length"] == 1200
+    assert {row["method"] for row in rows} == {
+        "dense", "drift", "windows only", "storages only", "mass", "loss 0.4", "streaming", "int4 everywhere",
+        "int8 everywhere",
+    }  # fmt: skip
+    assert (tmp_path / "drift.json").exists()
+    assert said[-1].startswith("8 plans")
+
+
+def test_a_model_that_is_not_there_names_the_command(tmp_path):
+    result = CliRunner().invoke(app, ["frontier", "--out", str(tmp_path), "--model", str(tmp_path / "none")])
+    assert result.exit_code == 1
+    assert "python -m evals.real fetch" in str(result.exception) + result.output
