@@ -1,0 +1,105 @@
+"""What a frontier's items amount to: figures with paired intervals, a table, and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from evals.intervals import estimate
+from evals.real.items import TASKS
+
+Line = dict[str, Any]
+_SHOWN = ("drift", "loss", "windows only", "storages only", "mass", "streaming", "random")
+
+
+def summarize(source: Path) -> list[Line]:
+    """A line for every method and budget of an items file, by rising budget.
+
+    Of every task: `answers`, `right` (share, in points), `apart` (points to dense on the same answers: value, low,
+    high), `kl` (nats a token: value, low, high), `top1` (share of tokens as dense, in points).
+    """
+    head, *rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    dense = {row["item"]: row["tasks"] for row in rows if row["method"] == "dense"}
+
+    def name(row: Line) -> tuple[float, str]:
+        return row["budget"], row["method"]
+
+    found = []
+    for (budget, method), of_it in groupby(sorted(rows, key=name), key=name):
+        same = list(of_it)
+        tasks = {task: _figures(task, same, dense) for task in TASKS}
+        found.append(
+            {"benchmark": "real_frontier", "length": head["length"], "method": method, "budget": budget,
+             "kept": same[0]["kept"], "items": len(same), "tasks": tasks, "hardware": head["hardware"]}
+        )  # fmt: skip
+    return found
+
+
+def _figures(task: str, rows: Sequence[Line], dense: dict[int, Any]) -> Line:
+    clusters = [row["item"] for row in rows]
+    answers, right, tokens, _, kl, same = zip(*(row["tasks"][task] for row in rows), strict=True)
+    theirs = [dense[item][task][1] for item in clusters]
+    apart = estimate(clusters, (right, theirs, answers), lambda mine, other, n: 100 * (mine - other) / n)
+    return {
+        "answers": sum(answers), "right": round(100 * sum(right) / sum(answers), 2), "apart": apart.to_json(),
+        "kl": estimate(clusters, (kl, tokens), lambda total, n: total / n).to_json(),
+        "top1": round(100 * sum(same) / sum(tokens), 2),
+    }  # fmt: skip
+
+
+def write(lines: Iterable[Line], path: Path) -> None:
+    """Writes the lines as JSON, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def table(lines: Sequence[Line]) -> str:
+    """A Markdown table: right answers in per cent and, in brackets, KL to dense."""
+    head = ["bytes kept", "method", *TASKS]
+    rows = [head, ["---"] * len(head)]
+    for line in lines:
+        cells = (f"{line['tasks'][task]['right']:.1f} ({line['tasks'][task]['kl'][0]:.3f})" for task in TASKS)
+        rows.append([f"{line['kept']:.2f}", line["method"], *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def draw(lines: Sequence[Line], path: Path) -> None:
+    """Draws right answers, and KL, of every task over the bytes kept.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((4 * len(TASKS), 7), layout="constrained")
+    panels = figure.subplots(2, len(TASKS), sharex=True)
+    for column, task in enumerate(TASKS):
+        for what, rows in _series(lines).items():
+            kept = [line["kept"] for line in rows]
+            style = {"marker": "o", "markersize": 3, "label": what, "linewidth": 2 if what == "drift" else 1}
+            panels[0][column].plot(kept, [line["tasks"][task]["right"] for line in rows], **style)
+            panels[1][column].plot(kept, [max(line["tasks"][task]["kl"][0], 1e-4) for line in rows], **style)
+        (dense,) = (line["tasks"][task]["right"] for line in lines if line["method"] == "dense")
+        panels[0][column].axhline(dense, color="black", linewidth=0.8, linestyle="--")
+        panels[0][column].set(title=task, ylabel="right, %" if not column else "")
+        panels[1][column].set(yscale="log", xlabel="bytes kept", ylabel="KL, nats a token" if not column else "")
+    panels[0][0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+def _series(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """Lines by what is drawn as one."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        what = next((name for name in _SHOWN if line["method"].startswith(name)), None)
+        if line["method"] == "drift at 2K" or what is None:
+            what = line["method"]
+        if what != "dense":
+            found.setdefault(what, []).append(line)
+    return found
+
+
