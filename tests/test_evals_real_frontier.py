@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from evals.real.summary import summarize, table
 from families import make_model
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from evals.real import contenders as compared
@@ -14,6 +14,7 @@ from evals.real.__main__ import app
 from evals.real.contenders import contenders, dealt, part, share
 from evals.real.frontier import Job, asked, measure
 from evals.real.items import TASKS, Item, items
+from evals.real.summary import summarize, table
 from evals.real.texts import docstrings
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.profiling import profile_heads, python_texts
@@ -117,16 +118,18 @@ def test_all_global_is_dense_and_figures_are_paired(measured, tmp_path):
 
 
 def test_a_frontier_runs_from_profiles_to_lines(byte_tokenizer, tmp_path, monkeypatch):
-    model = make_model("llama")
-    model.resize_token_embeddings(len(byte_tokenizer))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(byte_tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, attn_implementation="redknot",
+    )  # fmt: skip
+    one = Item(list(range(1, 200)), {task: [[9]] for task in TASKS})
     monkeypatch.setattr(frontier, "_ROUNDS", 1)
     monkeypatch.setattr(frontier, "calibration_kinds", lambda texts: ("text", "copy"))
     monkeypatch.setattr(compared, "BUDGETS", (0.4,))
-    monkeypatch.setattr(
-        frontier, "items", lambda *arguments: iter([Item(list(range(1, 200)), dict.fromkeys(TASKS, [[9]]))])
-    )
+    monkeypatch.setattr(frontier, "items", lambda *arguments: iter([one]))
     said = []
-    measure(Job(model, byte_tokenizer, 1200, 1, (0.4,), 1e9, tmp_path), said.append)
+    measure(Job(LlamaForCausalLM(config).eval(), byte_tokenizer, 1200, 1, (0.4,), 1e9, tmp_path), said.append)
     head, *rows = (json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines())
     assert head["length"] == 1200
     assert {row["method"] for row in rows} == {

@@ -101,5 +101,3 @@ def _series(lines: Sequence[Line]) -> dict[str, list[Line]]:
         if what != "dense":
             found.setdefault(what, []).append(line)
     return found
-
-

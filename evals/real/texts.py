@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import sysconfig
+from functools import lru_cache
 from pathlib import Path
 
 _SHORTEST = 200  # letters; shorter docstrings say little
 
 
+@lru_cache(maxsize=1)
 def docstrings() -> str:
     """The docstrings of the standard library, file by file: more than a million letters.
 

@@ -59,7 +59,7 @@ def through_bits(key: Keys, value: Values, bits: int) -> tuple[Keys, Values]:
     if not pages:
         return key, value
     full = [x[:, :, : pages * PAGE_SIZE].unflatten(2, (pages, PAGE_SIZE)) for x in (key, value)]
-    codes, scales = quantise_page(*full, bits)
+    codes, scales = quantise_page(full[0], full[1], bits)
     found = dequantise_page(codes, scales, bits, PAGE_SIZE, (key.shape[-1], value.shape[-1]))
     first, second = (
         torch.cat([stored.flatten(2, 3).to(whole.dtype), whole[:, :, pages * PAGE_SIZE :]], 2)
