@@ -20,7 +20,7 @@ from evals.fidelity_gate import gate as pass_gate
 from evals.methods import METHODS, Setting, load_all
 from evals.records import RecordFile, Records
 from evals.report import write_report
-from evals.running import Plan, quiet
+from evals.running import Plan, UnwritableError, quiet
 from evals.running import run as run_task
 from evals.summary import Row, summarize
 from redknot_hf import HeadPlan
@@ -72,7 +72,12 @@ def run(  # noqa: PLR0913 - options of a command
     """Answer tasks with methods, and write down what was answered, how near to dense, at what cost."""
     bench = _load(model, chat, dtype, device)
     _run(bench, task, out, method, plan, length, (count, seed, batch_size, source))
-    _show(summarize(Records.load([out])))
+    records = Records.load([out])
+    _show(summarize(records))
+    for key, reason in records.failures.items():
+        failed = records.runs[key]
+        Console().print(f"{failed.name} failed on {failed.task}, {failed.length} tokens: {reason}", markup=False)
+    raise typer.Exit(1 if records.failures else 0)
 
 
 @app.command()
@@ -195,18 +200,26 @@ def _run(
     how: tuple[int, int, int, str | None],
 ) -> None:
     count, seed, batch_size, source = how
-    held = _plans(bench, plans)
+    left_out: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
+        held = _plans(bench, plans)
         with RecordFile(out) as file, Progress(*columns, console=Console(stderr=True)) as progress:
             for name in names:
                 for length in lengths:
                     path, plan = held[0] if held else (None, None)
                     found = load_all(methods, Setting(bench.model.config, length, plan, path), held)
                     work = Plan(tasks.load(name, source), length, count, seed, batch_size)
-                    run_task(bench, work, found, file, progress)
+                    try:
+                        run_task(bench, work, found, file, progress, go_on=True)
+                    except UnwritableError as e:
+                        left_out.append(f"{e}")
     except (AuditError, ValueError, ImportError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
+    if len(left_out) == len(names) * len(lengths):
+        raise SystemExit(f"error: {left_out[0]}")
+    for reason in left_out:
+        Console(stderr=True).print(f"left out: {reason}", markup=False)
 
 
 def _plans(bench: Bench, paths: list[Path]) -> list[tuple[Path, HeadPlan]]:
@@ -229,5 +242,13 @@ def _show(rows: list[Row]) -> None:
         Console().print(table)
 
 
+def main() -> None:
+    """The command; what is wrong with what it was given is said in a line, without a traceback."""
+    try:
+        app()
+    except (AuditError, ValueError, ImportError, OSError) as e:
+        raise SystemExit(f"error: {e}") from e
+
+
 if __name__ == "__main__":
-    app()
+    main()

@@ -1,8 +1,8 @@
 """JSON lines that a run leaves behind, and that it goes on from after a stop.
 
-A file holds two kinds of lines. A run says what produced its answers: task, length, seed, model, method, versions.
-An answer belongs to a run by the run's key, which is a hash of all that. A line that a kill has torn is cut off when
-the file is opened again, and its answer made anew.
+A file holds lines of two kinds. A run says what produced its answers: task, length, seed, model, method, versions. An
+answer, or why there is none, belongs to a run by the run's key, which is a hash of all that. A line that a kill has
+torn is cut off when the file is opened again, and its answer made anew.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,10 +63,12 @@ class Records:
     Attributes:
         runs: By key.
         answers: By key of the run and id of the example.
+        failures: By key of the run, why its method gave up the last time.
     """
 
     runs: dict[str, Run]
     answers: dict[tuple[str, str], dict[str, Any]]
+    failures: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, paths: Iterable[Path]) -> Records:
@@ -91,7 +93,10 @@ class Records:
         if "task" in line:
             run = Run.from_json(line)
             self.runs.setdefault(run.key, run)
+        elif line["run"] in self.runs and "failed" in line:
+            self.failures[line["run"]] = line["failed"]
         elif line["run"] in self.runs:
+            self.failures.pop(line["run"], None)  # it goes on
             self.answers.setdefault((line["run"], line["id"]), line)
         else:
             raise ValueError(f"{source} has an answer of run {line['run']}, which it does not describe")
@@ -135,6 +140,10 @@ class RecordFile:
     def add(self, run: Run, answers: Iterable[dict[str, Any]]) -> None:
         """Add answers of a run that has begun; each names its example as `id`."""
         self._write([{"run": run.key, **answer} for answer in answers])
+
+    def fail(self, run: Run, reason: str) -> None:
+        """Say why a run that has begun stops; the next one goes on from here."""
+        self._write([{"run": run.key, "failed": reason}])
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:

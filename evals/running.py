@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,10 @@ from evals.peer import PressWorker
 from evals.questions import Group
 from evals.records import RecordFile, Run
 from evals.task import Task
+
+
+class UnwritableError(ValueError):
+    """A model's tokenizer has no words for a task."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,18 @@ class Plan:
     batch_size: int = 1
 
 
-def run(bench: Bench, work: Plan, methods: Sequence[Method | Press], file: RecordFile, progress: Progress) -> None:
+def run(
+    bench: Bench,
+    work: Plan,
+    methods: Sequence[Method | Press],
+    file: RecordFile,
+    progress: Progress,
+    go_on: bool = False,
+) -> None:
     """Answer a task's examples with every method, leaving out what the file already has.
+
+    Args:
+        go_on: A method that raises is written down as failed, and the others go on.
 
     Raises:
         AuditError: Answers did not come from the cache that was measured. They are in the file, marked.
@@ -63,7 +77,7 @@ def run(bench: Bench, work: Plan, methods: Sequence[Method | Press], file: Recor
     for one in runs.values():
         file.begin(one)
     examples = work.task.examples(bench.tokenizer, work.length - bench.reader.overhead, work.count, work.seed)
-    groups = list(bench.reader.groups(examples, work.batch_size))
+    groups = _written(bench, work, bench.reader.groups(examples, work.batch_size))
     title = f"{work.task.name} at {work.length}"
     left = {name: [_left(group, one, file) for group in groups] for name, one in runs.items()}
     total = sum(len(ids) for lists in left.values() for ids in lists)
@@ -74,13 +88,48 @@ def run(bench: Bench, work: Plan, methods: Sequence[Method | Press], file: Recor
         file.add(runs[name], judge(group, answers))
         progress.update(bar, advance=len(answers), description=f"{title}: {name}")
 
+    def fail(names: Sequence[str], reason: Exception) -> None:
+        if not go_on:
+            raise reason
+        for name in names:
+            file.fail(runs[name], _in_a_line(reason))
+            left[name] = [set() for _ in groups]
+
     for i, group in enumerate(groups):
-        _ask(bench, work, ours, group, {name: left[name][i] for name in runs}, keep)
+        _ask(bench, work, ours, group, {name: left[name][i] for name in runs}, keep, fail)
+    try:
+        _ask_presses(bench, presses, groups, left, keep)
+    except Exception as e:
+        fail([press.name for press in presses], e)
+    _check_audits(file, runs.values())
+
+
+def _ask_presses(
+    bench: Bench,
+    presses: Sequence[Press],
+    groups: Sequence[Group],
+    left: dict[str, list[set[str]]],
+    keep: Callable[[str, Group, list[dict[str, Any]]], None],
+) -> None:
     if any(any(left[press.name]) for press in presses):
         with PressWorker(bench, presses) as worker:
             for i, group in enumerate(groups):
                 worker.ask(group, {press.name: left[press.name][i] for press in presses}, keep)
-    _check_audits(file, runs.values())
+
+
+def _written(bench: Bench, work: Plan, groups: Iterable[Group]) -> list[Group]:
+    """The questions, unless the tokenizer has no words for them."""
+    try:
+        return list(groups)
+    except Exception as e:
+        if type(e) is not Exception:  # where a word is missing, tokenizers raise the bare one
+            raise
+        raise UnwritableError(f"{work.task.name}: the tokenizer of {bench.name} has no words for it ({e})") from e
+
+
+def _in_a_line(reason: Exception) -> str:
+    last = next(iter(reversed([line for line in str(reason).splitlines() if line.strip()])), "")
+    return f"{type(reason).__name__}: {last.strip()[:200]}"
 
 
 def _ask(
@@ -90,6 +139,7 @@ def _ask(
     group: Group,
     left: dict[str, set[str]],
     keep: Callable[[str, Group, list[dict[str, Any]]], None],
+    fail: Callable[[Sequence[str], Exception], None],
 ) -> None:
     """Ask a group's open questions. The dense cache always answers first: it is what the others are held against."""
     reference = next((method for method in methods if method.name == "dense"), dense())
@@ -108,7 +158,11 @@ def _ask(
             found = [a for a, example in zip(answers, part.examples, strict=True) if example.id in left[method.name]]
         else:
             held: list[Reference] = [by_id[example.id] for example in mine.examples]
-            found = _measure(bench, method, mine, work.batch_size, held)
+            try:
+                found = _measure(bench, method, mine, work.batch_size, held)
+            except Exception as e:
+                fail([method.name], e)
+                continue
         keep(method.name, mine, found)
 
 
