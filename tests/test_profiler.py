@@ -4,7 +4,7 @@ from families import make_model
 from texts import profiling_prompts as prompts
 
 from redknot_hf import HeadPlan
-from redknot_hf.profiling import profile_heads
+from redknot_hf.profiling import Prompt, profile_heads
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +74,45 @@ def test_prompts_may_be_plain_rows_of_ids(model):
     first = profile_heads(model, ids, windows=(4,))
     assert (first.errors == profile_heads(model, prompts(), windows=(4,)).errors).all()
     assert (first.errors == profile_heads(model, ids.tolist(), windows=(4,)).errors).all()
+
+
+def test_out_of_time_fewer_prompts_are_measured_and_the_profile_says_how_many(model):
+    profile = profile_heads(model, prompts(count=6), windows=(4,), budget=0.5, seconds=0)
+    assert profile.provenance["calibration"]["prompts"] == 2
+    whole = profile_heads(model, prompts(count=6), windows=(4,), budget=0.5, seconds=1000)
+    assert whole.provenance["calibration"]["prompts"] == 5
+    assert profile.provenance["held_out"][0]["prompts"] == whole.provenance["held_out"][0]["prompts"] == 1
+
+
+def test_without_a_bound_the_smallest_budget_that_holds_is_the_target(model):
+    text = prompts(count=8)
+    profile = profile_heads(model, text, windows=(4, 12), max_kl=0.2)
+    (row,) = profile.provenance["held_out"]
+    assert row["holds"]
+    assert row["kl"] <= 0.2
+    tighter = profile_heads(model, text, windows=(4, 12), max_kl=0.02)
+    assert profile.target["budget"] < tighter.target["budget"] <= 1
+    with pytest.raises(ValueError, match="max_kl is looked for on prompts held out"):
+        profile_heads(model, prompts(), windows=(4,), max_kl=0.1)
+    with pytest.raises(ValueError, match="max_kl=0: give nats"):
+        profile_heads(model, prompts(count=4), windows=(4,), max_kl=0)
+
+
+def test_where_no_kind_can_be_done_no_budget_holds(model):
+    asked = [Prompt(prompt.ids, kind="riddle") for prompt in prompts(count=6)]
+    with pytest.raises(ValueError, match="the model itself can do none of the kinds"):
+        profile_heads(model, asked, windows=(4, 12), max_kl=0.2)
+
+
+def test_a_folder_is_named_without_its_path(model, tmp_path):
+    model.config.name_or_path = str(tmp_path)
+    try:
+        profile = profile_heads(model, prompts(), windows=(4,))
+    finally:
+        model.config.name_or_path = ""
+    assert profile.provenance["model"] == tmp_path.name
+
+
+def test_windows_fit_the_prompts_by_default(model):
+    assert profile_heads(model, prompts()).windows == (10,)
+    assert profile_heads(model, prompts(200)).windows == (50, 64)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from redknot_hf.profiling import Prompt
-from redknot_hf.profiling.prompt import as_prompts, evenly, fingerprint
+from redknot_hf.profiling.prompt import as_prompts, evenly, fingerprint, held_apart
 
 
 def test_every_token_but_the_first_is_predicted_unless_told():
@@ -51,3 +51,15 @@ def test_a_fingerprint_is_of_tokens_and_of_what_is_scored():
 def test_a_prompt_scores_something():
     with pytest.raises(ValueError, match="set one behind the first"):
         Prompt(torch.arange(4), torch.tensor([True, False, False, False]))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "held"),
+    [("abcabcab", "abc"), ("aaaa", "a"), ("aaaaaaaa", "aa"), ("abcd", ""), ("aab", ""), ("aabbbbbb", "ab")],
+)
+def test_every_kind_is_held_out_once_at_least(kinds, held):
+    prompts = [Prompt(torch.arange(9), kind=kind) for kind in kinds]
+    measured, confirming = held_apart(prompts)
+    assert sorted(prompt.kind for prompt in confirming) == sorted(held)
+    assert [prompt for prompt in prompts if prompt not in confirming] == measured
+    assert {prompt.kind for prompt in measured} == set(kinds)

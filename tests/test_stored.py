@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import make_model
-from test_drift import prompts
+from texts import profiling_prompts as prompts
 
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.attention import stored
