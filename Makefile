@@ -10,8 +10,8 @@ demo: .venv/.ready
 
 # All tests, in environment $(1) with options $(2). Shapes are checked, but where a compiler must look through.
 define run_tests
-	$(1)/bin/python -m pytest --numprocesses auto $(2)
-	$(1)/bin/python -m pytest --numprocesses auto $(2) --override-ini addopts= tests/compiled_cases.py
+	$(1)/bin/python -m pytest --numprocesses auto --dist worksteal $(2)
+	$(1)/bin/python -m pytest --numprocesses auto --dist worksteal $(2) --override-ini addopts= tests/compiled_cases.py
 endef
 
 test: .venv/.ready

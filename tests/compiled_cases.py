@@ -58,15 +58,15 @@ def compiled(backend: str = "eager") -> CompileConfig:
 def test_generate_compiles_once_and_gives_the_same_tokens(family):
     model, plan = tiny(family)
     ids, mask = prompts()
-    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False}
     expected = model.generate(ids, past_key_values=RedKnotCache(model.config, plan, page_size=16), **options)
     cache = reserved(model, plan)
     for turn in ("new", "reset", "another"):
         cache = reserved(model, plan) if turn == "another" else cache
         assert torch.equal(model.generate(ids, past_key_values=cache, compile_config=compiled(), **options), expected)
-        assert "28 tokens x 2 sequences" in str(cache)
+        assert "26 tokens x 2 sequences" in str(cache)
         lengths = [layer.storage.rows.lengths.tolist() for _, layer in row_layers(cache)]
-        assert lengths == [[28, 23]] * (1 if "num_kv_shared_layers" in LAYERS[family] else 2)
+        assert lengths == [[26, 21]] * (1 if "num_kv_shared_layers" in LAYERS[family] else 2)
         cache.reset()
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -104,7 +104,7 @@ def test_an_eager_turn_follows_compiled_ones():
 def test_beams_of_a_reserved_cache():
     model, plan = tiny()
     ids, _ = prompts()
-    options = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     expected = model.generate(ids[:1], past_key_values=RedKnotCache(model.config, plan, page_size=16), **options)
     cache = reserved(model, plan)
     assert torch.equal(model.generate(ids[:1], past_key_values=cache, compile_config=compiled(), **options), expected)

@@ -192,6 +192,9 @@ def adapted(config):
     return model.eval()
 
 
+by_older_name = pytest.mark.skipif(
+    OF_GENERATE == "cache", reason="PEFT looks for the cache by its older name, and puts its prompt into every step"
+)
 peft_warns = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft
 
 
@@ -212,3 +215,28 @@ def test_prefix_tuning_is_refused_with_the_reason(prompts, reserved):
     with model.disable_adapter():
         out = base.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
     assert out.shape[1] == 23
+
+
+@peft_warns
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # of peft
+@pytest.mark.parametrize("reserved", [None, 100])
+@pytest.mark.parametrize(
+    "method",
+    [
+        peft.LoraConfig,
+        pytest.param(peft.PromptTuningConfig, marks=by_older_name),
+        pytest.param(peft.PromptEncoderConfig, marks=by_older_name),
+    ],
+)
+def test_adapters_that_pass_no_cache_of_their_own_use_ours(method, reserved):
+    how = {"target_modules": ["q_proj"]} if method is peft.LoraConfig else {"num_virtual_tokens": 6}
+    torch.manual_seed(0)
+    model = adapted(method(task_type="CAUSAL_LM", **how))
+    ids, mask = text(20)
+    cache = RedKnotCache(model.config, HeadPlan.uniform(model.config, HeadSpec()), max_cache_len=reserved)
+    options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    found = model.generate(past_key_values=cache, **options)
+    assert cache.get_seq_length() >= 24
+    base = model.get_base_model()
+    base.set_attn_implementation("eager")
+    assert torch.equal(found, model.generate(past_key_values=DynamicCache(config=base.config), **options))

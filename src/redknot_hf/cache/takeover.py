@@ -85,7 +85,7 @@ def refuse_prefix(model: Any) -> None:
         raise ValueError(
             f"PEFT's {getattr(method, 'value', method)!s} passes the model a DynamicCache that holds the learnt "
             "prefix, in place of the cache that it is given. Leave that out, or use an adapter that "
-            "learns no keys (LoRA, prompt tuning)."
+            "learns no keys (LoRA, say)."
         )
 
 
