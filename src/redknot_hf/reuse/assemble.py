@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from redknot_hf.cache.argument import OF_GENERATE
 from redknot_hf.cache.cache import RedKnotCache, row_layers
 
 from .assembly import put
@@ -153,7 +154,7 @@ def prompt(
         device = next(layer.device for _, layer in row_layers(cache)) if device is None else device
     ids, real = (torch.cat(parts, 1).to(device) for parts in zip(*halves, strict=True))
     made = {"input_ids": ids, "attention_mask": real}
-    return made if cache is None else made | {"past_key_values": cache.fork()}
+    return made if cache is None else made | {OF_GENERATE: cache.fork()}
 
 
 def _check_context(cache: AssembledCache, batch: Sequence[Sequence[SegmentRef]], slots: int) -> None:
