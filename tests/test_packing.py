@@ -10,7 +10,8 @@ from redknot_kernels import UNBOUNDED
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 from redknot_hf.cache.packing import splice
-from redknot_hf.cache.span import KeptLayer, empty
+from redknot_hf.cache.span import KeptLayer
+from redknot_hf.reuse.segment import empty
 
 HEADS = (HeadSpec(), HeadSpec(3, 2), HeadSpec(40, 0), HeadSpec(1, 5))
 WINDOW, SINK = (UNBOUNDED, 3, 40, 1), (0, 2, 0, 5)

@@ -3,7 +3,8 @@ import pytest
 import torch
 from redknot_kernels import UNBOUNDED
 
-from redknot_hf.cache.span import KeptLayer, Segment, empty, places
+from redknot_hf.cache.span import KeptLayer, places
+from redknot_hf.reuse.segment import Segment, empty
 
 LAYER = KeptLayer((UNBOUNDED, 4, 4, 1), (0, 2, 0, 0), 3, 5)
 

@@ -16,8 +16,9 @@ import torch
 from redknot_kernels import UNBOUNDED
 from safetensors import safe_open
 
-from redknot_hf.cache.span import KeptLayer, Segment, places
+from redknot_hf.cache.span import KeptLayer, places
 from redknot_hf.reuse.files import SegmentFileError, SegmentFolder, outline
+from redknot_hf.reuse.segment import Segment
 
 LAYERS = (KeptLayer((UNBOUNDED, 2), (0, 1), 3, 4), None, KeptLayer((UNBOUNDED, UNBOUNDED), (0, 0), 3, 4))
 

@@ -15,10 +15,10 @@ from families import VOCABULARY, make_model
 from oracle import random_plan
 
 from redknot_hf import SegmentStore, assemble
-from redknot_hf.cache.span import Segment, empty
 from redknot_hf.reuse import store as store_module
 from redknot_hf.reuse.assembly import ROOM
 from redknot_hf.reuse.recording import record
+from redknot_hf.reuse.segment import Segment, empty
 
 OPERATIONS = 10_000
 TEXTS = [tuple(random.Random(i).choices(range(1, VOCABULARY), k=1 + 7 * (i % 9))) for i in range(40)]

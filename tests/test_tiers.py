@@ -2,7 +2,8 @@ from collections import Counter
 
 import torch
 
-from redknot_hf.cache.span import KeptLayer, Segment
+from redknot_hf.cache.span import KeptLayer
+from redknot_hf.reuse.segment import Segment
 from redknot_hf.reuse.tiers import Tier, Tiers
 
 KILO = 1024

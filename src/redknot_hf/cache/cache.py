@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy, deepcopy
 from typing import Any
 
@@ -21,6 +21,8 @@ from redknot_hf.plan.plan import HeadPlan, as_plan
 
 from .handle import RedKnotHandle
 from .layer import RedKnotLayer
+from .packing import span_of, take_over
+from .span import Span
 from .step import BROKEN_OFF
 from .storage import Storage
 from .takeover import call_of, refuse_takeover, switch_of
@@ -117,6 +119,50 @@ class RedKnotCache(Cache):
         """
         return deepcopy(self)
 
+    def spans(self) -> list[Span]:
+        """What the cache holds of each sequence, packed: to be sent, saved, and put into another cache by `extend`.
+
+        Copies, on the cache's device. Padding is left out.
+
+        Raises:
+            ValueError: The cache holds nothing yet, or a layer keeps more than keys and values.
+        """
+        self._catch_up()
+        if not self._batch():
+            raise ValueError("the cache holds nothing yet: spans are of what a model has read")
+        self._check_spans()
+        held = {i: layer.storage for i, layer in row_layers(self) if layer.is_initialized}
+        storages = [held.get(i) for i in range(len(self.layers))]
+        return [span_of(storages, b) for b in range(self._batch())]
+
+    def extend(self, spans: Sequence[Span]) -> None:
+        """Goes on with what other caches held, one span a sequence; the cache is filled, and must have been empty.
+
+        Sequences of different length stand as if they had been padded on the left. The plan may keep less than the
+        spans hold. Pages are on the device that the spans are on.
+
+        Raises:
+            ValueError: The cache holds tokens; the spans are another model's, too long, or lack what the plan needs.
+        """
+        self._check_spans()
+        longest, most = max((span.tokens for span in spans), default=0), self.get_max_length()
+        if self.get_seq_length() or not longest:
+            raise ValueError("spans begin with the first token: extend an empty cache, by one span or more")
+        if any(len(span.layers) != len(self.layers) for span in spans) or 0 <= most < longest:
+            raise ValueError(
+                f"the spans are of {sorted({len(span.layers) for span in spans})} layers and up to {longest} tokens, "
+                f"the cache has {len(self.layers)} layers and max_cache_len={most}"
+            )
+        for i, layer in row_layers(self):
+            kept = spans[0].layers[i]
+            if kept is not None and (not layer.is_initialized or layer.batch_size != len(spans)):
+                shape = (len(spans), len(kept.window), 0)
+                layer.begin(*(spans[0].data.new_empty(*shape, dim) for dim in (kept.key_dim, kept.value_dim)))
+            for b, span in enumerate(spans if kept is not None or layer.is_initialized else ()):
+                take_over(layer.storage, i, b, span)
+            if layer.is_initialized:
+                layer.storage.left_align()
+
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last slots of every sequence: a negative number; 0 gives spare memory back.
 
@@ -199,6 +245,11 @@ class RedKnotCache(Cache):
         for storage in held:
             if storage is held[0] or storage.history.slots != held[0].history.slots:
                 storage.catch_up()
+
+    def _check_spans(self) -> None:
+        other = next((layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)), None)
+        if other is not None:
+            raise ValueError(f"a {type(other).__name__} keeps more than keys and values, which spans do not hold")
 
     def _storages(self) -> list[Storage]:
         return [layer.storage for layer in self._rows_layers() if layer.is_initialized]

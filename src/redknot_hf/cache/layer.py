@@ -96,6 +96,11 @@ class RedKnotLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
+    def begin(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Forgets what shape the layer had, and takes another."""
+        self._clear()
+        self.lazy_initialization(key_states, value_states)
+
     # `update` promises tensors and returns handles: the attention function needs the layer, and this is its way.
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -113,8 +118,7 @@ class RedKnotLayer(CacheLayerMixin):
         if self.max_cache_len is not None:
             self._check_room(tokens)
         if storage is None or (batch != self.batch_size and storage.history.slots == 0):
-            self._clear()
-            self.lazy_initialization(key_states, value_states)
+            self.begin(key_states, value_states)
             storage = self.storage
         if batch != self.batch_size:
             raise ValueError(

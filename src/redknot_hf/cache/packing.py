@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Int
 from redknot_kernels import UNBOUNDED, HeadRules, Pages, Rotation
 from torch import Tensor
 
-from .span import KeptLayer, Segment
+from .span import KeptLayer, PackedLayers, Span
 from .storage import Storage
 
 Known = tuple[int, Int[np.ndarray, " heads"]]
 
 
 def splice(
-    storage: Storage, index: int, sequence: int, segment: Segment, rotation: Rotation | None = None, first: int = 0
+    storage: Storage,
+    index: int,
+    sequence: int,
+    segment: PackedLayers,
+    rotation: Rotation | None = None,
+    first: int = 0,
 ) -> None:
     """Continues one sequence with a segment as it is stored; its pages are mutated.
 
@@ -42,7 +49,7 @@ def splice(
 def lay_out(
     storage: Storage,
     index: int,
-    segment: Segment,
+    segment: PackedLayers,
     pages: Pages,
     table: Int[Tensor, "heads columns"],
     rules: HeadRules,
@@ -58,14 +65,58 @@ def lay_out(
     storage.kernels.place(pages, keys, values, table, rules, kept, span, rotation)
 
 
-def known(segment: Segment, index: int, rules: HeadRules, start: int, first: int) -> Known:
+def known(segment: PackedLayers, index: int, rules: HeadRules, start: int, first: int) -> Known:
     """By how many tokens a segment at `start` continues its first ones, and from which position on rows know them."""
     tails = _kept(segment, index, rules).tails(segment.tokens)
     return segment.tokens - first, start + np.maximum(tails, segment.tokens - np.array(rules.ring))
 
 
+def span_of(storages: Sequence[Storage | None], sequence: int) -> Span:
+    """What the storages of a cache's layers hold of one sequence, all of it."""
+    kept, packed, length = [], [], 0
+    for storage in storages:
+        if storage is None:
+            kept.append(None)
+            continue
+        rows, pages = storage.rows, storage.pool.pages
+        length = int(rows.lengths[sequence])
+        last = (length - np.maximum(rows.oldest()[sequence], 0)).tolist()
+        window = tuple(UNBOUNDED if w >= UNBOUNDED else n for w, n in zip(rows.rules.window, last, strict=True))
+        kept.append(KeptLayer(window, rows.rules.sink, pages.keys.shape[-1], pages.values.shape[-1]))
+        packed.append(storage.read(sequence, *kept[-1].packed(length)))
+    home = packed[0][0].device
+    data = torch.cat([x.flatten().to(home) for half in zip(*packed, strict=True) for x in half])
+    return Span(length, tuple(kept), data)
+
+
+def take_over(storage: Storage, index: int, sequence: int, span: Span) -> None:
+    """Lets the rows of an empty sequence hold what a span does, as far as their rules keep it.
+
+    Raises:
+        ValueError: The span lacks what the next query of a row sees.
+    """
+    rules, kept = storage.rows.rules, span.layers[index]
+    if kept is None or not _suffices(kept, rules, span.tokens):
+        held = kept and list(zip(kept.window, kept.sink, strict=True))
+        raise ValueError(
+            f"layer {index}: of each head (window, sink) the span holds {held}, and the plan of the cache needs "
+            f"{list(zip(rules.window, rules.sink, strict=True))}: give the cache a plan that keeps no more"
+        )
+    keys, values = (x.to(storage.device) for x in (span.keys(index), span.values(index)))
+    known = span.tokens, np.maximum(kept.tails(span.tokens), span.tokens - np.array(rules.ring))
+    storage.place(sequence, keys, values, (kept.window, kept.sink), (span.tokens, 0, 0), [known])
+
+
+def _suffices(kept: KeptLayer, rules: HeadRules, tokens: int) -> bool:
+    """Whether all is kept that the next query behind a text sees; a window reaches one token less far behind it."""
+    if len(kept.window) != rules.heads:
+        return False
+    heads = zip(kept.window, kept.sink, rules.window, rules.sink, strict=True)
+    return all(has + first >= tokens or (has >= window - 1 and first >= sink) for has, first, window, sink in heads)
+
+
 def _here(
-    segment: Segment, index: int, rules: HeadRules, device: torch.device, rotation: Rotation | None
+    segment: PackedLayers, index: int, rules: HeadRules, device: torch.device, rotation: Rotation | None
 ) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], tuple[int, ...]], Rotation | None]:
     """Keys, values, what is kept of them, and angles, wherever a segment's data is."""
     kept = _kept(segment, index, rules)
@@ -76,7 +127,7 @@ def _here(
     return keys, values, (kept.window, kept.sink), rotation
 
 
-def _kept(segment: Segment, index: int, rules: HeadRules) -> KeptLayer:
+def _kept(segment: PackedLayers, index: int, rules: HeadRules) -> KeptLayer:
     """What the segment keeps of a layer, if that is enough."""
     kept = segment.layers[index]
     if kept is None:

@@ -1,28 +1,27 @@
-"""Stored keys and values of one span of text: for every head, the tokens that a later context can need."""
+"""Packed keys and values of some tokens: for every head, those that a later context can need."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from redknot_kernels import UNBOUNDED
 from torch import Tensor
 
 Packed = Int[np.ndarray, " kept"]
 # First element of a tensor in the data, and its shape.
-Place = tuple[int, tuple[int, int]]
+Extent = tuple[int, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class KeptLayer:
-    """What a segment keeps of one layer, one entry a KV head.
+    """What is kept of one layer, one entry a KV head.
 
-    A head keeps all tokens, or the first `sink` (they are the sinks of a context that begins with this segment) and
-    the last `window` (queries behind the segment see them).
+    A head keeps all tokens, or the first `sink` (they are the sinks of a context that begins with this text) and
+    the last `window` (queries behind it see them).
 
     Attributes:
         window: Last tokens kept; `UNBOUNDED` keeps all.
@@ -36,7 +35,7 @@ class KeptLayer:
     value_dim: int
 
     def packed(self, tokens: int) -> tuple[Packed, Packed]:
-        """Head and token of each key kept of a segment of `tokens`, in the order of storage: head by head."""
+        """Head and token of each key kept of a text of `tokens`, in the order of storage: head by head."""
         return _packed(self.window, self.sink, tokens)
 
     def tails(self, tokens: int) -> Int[np.ndarray, " heads"]:
@@ -45,32 +44,22 @@ class KeptLayer:
         return np.where(sink + window >= tokens, 0, tokens - window)
 
     def kept(self, tokens: int) -> int:
-        """Keys kept of a segment of `tokens`, all heads together."""
+        """Keys kept of a text of `tokens`, all heads together."""
         return len(self.packed(tokens)[0])
 
 
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Keys and values of a span of text, as computed behind `prefix` at the positions from `len(prefix)` on.
+class PackedLayers:
+    """Keys and values of some tokens, packed head by head: what a span and a segment have in common.
 
     Attributes:
-        address: What the content is: a hash over model, plan, tokens and prefix.
-        ids: The tokens.
-        prefix: Tokens they were read behind, which are not stored with them.
+        tokens: Length of the text.
         layers: What is kept of each layer; `None` for a layer that has no keys of its own.
         data: All keys, layer by layer, then all values; one run of memory, so that one copy moves it.
     """
 
-    address: str
-    ids: tuple[int, ...]
-    prefix: tuple[int, ...]
+    tokens: int
     layers: tuple[KeptLayer | None, ...]
     data: Float[Tensor, " elements"]
-
-    @property
-    def tokens(self) -> int:
-        """Length of the text."""
-        return len(self.ids)
 
     @property
     def nbytes(self) -> int:
@@ -91,33 +80,37 @@ class Segment:
         """The values of a layer, packed; a view."""
         return self._view(layer, 1)
 
-    def with_data(self, data: Float[Tensor, " elements"]) -> Segment:
-        """The same segment, held elsewhere."""
-        return replace(self, data=data)
-
-    def __repr__(self) -> str:
-        behind = f" behind {len(self.prefix)}" if self.prefix else ""
-        share = f", {self.nbytes / self.dense_nbytes:.0%} of dense" if self.dense_nbytes else ""
-        return (
-            f"Segment({self.address[:8]}, {self.tokens:,} tokens{behind}, {self.nbytes / 2**20:.1f} MiB{share}, "
-            f"{self.data.dtype}, {self.data.device})"
-        )
-
     @cached_property
-    def _places(self) -> tuple[tuple[Place, ...], ...]:
+    def _places(self) -> tuple[tuple[Extent, ...], ...]:
         return places(self.layers, self.tokens)[0]
 
     def _view(self, layer: int, part: int) -> Tensor:
         kept = self.layers[layer]
         if kept is None:
-            raise ValueError(f"layer {layer} has no keys of its own, so the segment holds none of it")
+            raise ValueError(f"layer {layer} has no keys of its own, so nothing of it is held")
         start, shape = self._places[part][layer]
         return self.data[start : start + shape[0] * shape[1]].view(shape)
 
 
+@dataclass(frozen=True, eq=False)
+class Span(PackedLayers):
+    """What a cache holds of one sequence, from its first token on, so that another cache can go on with it.
+
+    It says all that matters for it, and nothing of where it came from: it may be pickled, or its `data` saved.
+
+    Attributes:
+        tokens: Length of the sequence, padding not counted.
+        layers, data: As `PackedLayers` has them.
+    """
+
+    tokens: int
+    layers: tuple[KeptLayer | None, ...]
+    data: Float[Tensor, " elements"]
+
+
 @lru_cache(maxsize=1024)
-def places(layers: tuple[KeptLayer | None, ...], tokens: int) -> tuple[tuple[tuple[Place, ...], ...], int]:
-    """Where in its data a segment of `tokens` has each layer's keys, and values, and how many elements in all."""
+def places(layers: tuple[KeptLayer | None, ...], tokens: int) -> tuple[tuple[tuple[Extent, ...], ...], int]:
+    """Where in its data a text of `tokens` has each layer's keys, and values, and how many elements in all."""
     counts = [0 if x is None else x.kept(tokens) for x in layers]
     dims = [[0 if x is None else getattr(x, name) for x in layers] for name in ("key_dim", "value_dim")]
     shapes = [[*zip(counts, part, strict=True)] for part in dims]
@@ -126,19 +119,6 @@ def places(layers: tuple[KeptLayer | None, ...], tokens: int) -> tuple[tuple[tup
     half = len(layers)
     found = tuple(tuple(zip(starts[i : i + half], shapes[i // half], strict=True)) for i in (0, half)) if half else ()
     return found, starts[-1]
-
-
-def empty(
-    address: str,
-    ids: tuple[int, ...],
-    prefix: tuple[int, ...],
-    layers: tuple[KeptLayer | None, ...],
-    like: Float[Tensor, "..."],
-) -> Segment:
-    """A segment whose keys and values are yet to be written, on the device and of the dtype of `like`."""
-    _, elements = places(layers, len(ids))
-    with torch.inference_mode(False):  # so that what was made in inference mode can be written outside of it
-        return Segment(address, ids, prefix, layers, like.new_zeros(elements))
 
 
 @lru_cache(maxsize=1024)

@@ -27,12 +27,12 @@ from redknot_hf.cache.handle import RedKnotHandle
 from redknot_hf.cache.layer import RedKnotLayer
 from redknot_hf.cache.packing import known, lay_out, splice
 from redknot_hf.cache.pool import staged
-from redknot_hf.cache.span import Segment
 from redknot_hf.cache.step import Step
 from redknot_hf.cache.storage import Storage
 
 from .relocation import Relocation
 from .schedule import Piece, Reused, passes
+from .segment import Segment
 from .store import SegmentStore
 
 # Tokens that find room behind the segments, and of how many tokens of theirs one more does: a question follows as a

@@ -23,7 +23,9 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from redknot_hf.cache.span import KeptLayer, Segment, empty
+from redknot_hf.cache.span import KeptLayer
+
+from .segment import Segment, empty
 
 _FORMAT = "redknot segment 1"
 # What names a file that is being written.

@@ -14,8 +14,10 @@ from torch import Tensor
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache, lengths_of, row_layers
 from redknot_hf.cache.layer import RECORDED
-from redknot_hf.cache.span import KeptLayer, Segment, empty
+from redknot_hf.cache.span import KeptLayer
 from redknot_hf.plan.plan import HeadPlan
+
+from .segment import Segment, empty
 
 Keep = Literal["plan", "full"]
 # Tokens of one forward pass.

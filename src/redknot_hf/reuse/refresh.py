@@ -16,12 +16,13 @@ from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import row_layers
 from redknot_hf.cache.handle import RedKnotHandle
 from redknot_hf.cache.packing import splice
-from redknot_hf.cache.span import KeptLayer, Segment
+from redknot_hf.cache.span import KeptLayer, Span
 from redknot_hf.cache.step import Step
 
 from .assemble import AssembledCache, assemble, relocation_of
 from .assembly import check_room, initialize, turns_of
 from .schedule import Refs, Reused, as_batch, schedule, store_of
+from .segment import Segment
 
 By = Literal["deviation", "attention", "question"]
 # The last queries, whose attention chooses tokens.
@@ -192,7 +193,7 @@ class _Context(Cache):
         """Lets the cache take what its heads keep."""
         flat = [x.flatten() for half in (self.keys, self.values) for x in half.values()]
         home = flat[0].device
-        whole = Segment("context", tuple(self.ids), (), self.kept, torch.cat([x.to(home) for x in flat]))
+        whole = Span(len(self.ids), self.kept, torch.cat([x.to(home) for x in flat]))
         for i, layer in row_layers(cache):
             splice(layer.storage, i, 0, whole)
             layer.storage.left_align()

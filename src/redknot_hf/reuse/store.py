@@ -12,7 +12,6 @@ from typing import Any, get_args
 
 import torch
 
-from redknot_hf.cache.span import Segment
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.plan import HeadPlan, as_plan
 
@@ -21,6 +20,7 @@ from .gate import Verdict, gate
 from .identity import model_identity, segment_address, weights_state
 from .ids import Ids, as_ids
 from .recording import Keep, record
+from .segment import Segment
 from .stand_in import StandIn
 from .tiers import Counts, Held, Tiers
 

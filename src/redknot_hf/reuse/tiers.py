@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from redknot_hf.cache.span import Segment
+from .segment import Segment
 
 
 @dataclass(frozen=True, eq=False)

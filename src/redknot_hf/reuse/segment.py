@@ -1,0 +1,60 @@
+"""A span with an address: a text stored for reuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from redknot_hf.cache.span import KeptLayer, PackedLayers, places
+
+
+@dataclass(frozen=True, eq=False)
+class Segment(PackedLayers):
+    """Keys and values of a span of text, as computed behind `prefix` at the positions from `len(prefix)` on.
+
+    Attributes:
+        address: What the content is: a hash over model, plan, tokens and prefix.
+        ids: The tokens.
+        prefix: Tokens they were read behind, which are not stored with them.
+        layers: What is kept of each layer; `None` for a layer that has no keys of its own.
+        data: All keys, layer by layer, then all values; one run of memory, so that one copy moves it.
+    """
+
+    address: str
+    ids: tuple[int, ...]
+    prefix: tuple[int, ...]
+    layers: tuple[KeptLayer | None, ...]
+    data: Float[Tensor, " elements"]
+
+    @property
+    def tokens(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Length of the text."""
+        return len(self.ids)
+
+    def with_data(self, data: Float[Tensor, " elements"]) -> Segment:
+        """The same segment, held elsewhere."""
+        return replace(self, data=data)
+
+    def __repr__(self) -> str:
+        behind = f" behind {len(self.prefix)}" if self.prefix else ""
+        share = f", {self.nbytes / self.dense_nbytes:.0%} of dense" if self.dense_nbytes else ""
+        return (
+            f"Segment({self.address[:8]}, {self.tokens:,} tokens{behind}, {self.nbytes / 2**20:.1f} MiB{share}, "
+            f"{self.data.dtype}, {self.data.device})"
+        )
+
+
+def empty(
+    address: str,
+    ids: tuple[int, ...],
+    prefix: tuple[int, ...],
+    layers: tuple[KeptLayer | None, ...],
+    like: Float[Tensor, "..."],
+) -> Segment:
+    """A segment whose keys and values are yet to be written, on the device and of the dtype of `like`."""
+    _, elements = places(layers, len(ids))
+    with torch.inference_mode(False):  # so that what was made in inference mode can be written outside of it
+        return Segment(address, ids, prefix, layers, like.new_zeros(elements))
