@@ -15,6 +15,7 @@ from transformers import Cache
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import row_layers
 from redknot_hf.cache.handle import RedKnotHandle
+from redknot_hf.cache.layer import RedKnotLayer
 from redknot_hf.cache.packing import splice
 from redknot_hf.cache.span import KeptLayer, Span
 from redknot_hf.cache.step import Step
@@ -155,8 +156,10 @@ class _Context(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Hands the step's keys and values on; the attention function comes back here with them."""
-        storage, tokens = self.cache.layers[layer_idx].storage, key_states.shape[2]
-        step = Step(storage, key_states, value_states, tokens, 0, attend=partial(self._attend, layer_idx))
+        layer = self.cache.layers[layer_idx]
+        assert isinstance(layer, RedKnotLayer)
+        attend, tokens = partial(self._attend, layer_idx), key_states.shape[2]
+        step = Step(layer.storage, key_states, value_states, tokens, 0, attend=attend)
         return RedKnotHandle.wrap(key_states, step), RedKnotHandle.wrap(value_states, step)
 
     def _attend(
