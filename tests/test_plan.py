@@ -242,12 +242,14 @@ def test_stored():
 def test_nbytes_of_a_stored_head(storage, bits, most):
     plan = HeadPlan.uniform(config(1, 1), HeadSpec(storage=storage))
     dense = HeadPlan.uniform(config(1, 1), HeadSpec())
-    page = 64 * 256 * bits // 8 + (128 + 64) * 2 * 2  # scale and zero for each channel of K and each token of V
+    page = (
+        64 * 256 * bits // 8 + (128 + 64) * 2 * 2 + 16
+    )  # scale and zero for each channel of K and each token of V, and a tail
     # Of 1000 tokens 128 are hot; 872 are 13 whole pages, the first of which stays.
     for length, cold in ((0, 0), (128, 0), (255, 0), (256, 1), (1000, 12), (1024, 13), (2**17, 2**11 - 3)):
         assert plan.nbytes(length, 128, "bfloat16") == (length - 64 * cold) * 512 + cold * page
     assert plan.nbytes(2**17, 128, 2) <= most * dense.nbytes(2**17, 128, 2)
-    assert plan.nbytes(100, (64, 32), 2, page_size=16, hot=0) == 20 * 192 + 5 * (16 * 96 * bits // 8 + 80 * 4)
+    assert plan.nbytes(100, (64, 32), 2, page_size=16, hot=0) == 20 * 192 + 5 * (16 * 96 * bits // 8 + 80 * 4 + 16)
 
 
 @pytest.mark.parametrize("provenance", [{"model": object()}, {"drift": float("nan")}], ids=["object", "nan"])

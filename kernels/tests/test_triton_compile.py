@@ -67,19 +67,24 @@ def attend_at(chip, dtype, dims, group, softcap=False, sink=False):
     return compile_kernel(chip, kernel, arguments, **tile["options"])
 
 
-def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, softcap=False):
+def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, softcap=False, storage=()):
     """`tokens`: `None` for as many as a launch takes."""
     from redknot_kernels.triton import decode as triton_decode
     from redknot_kernels.triton.configurations import configuration
 
-    tile = configuration("decode", chip, "rows", 4 if dtype == "fp32" else 2, max(dims), group)
+    kind = "int4" if 4 in storage else "int8" if storage else "rows"
+    tile = configuration("decode", chip, kind, 4 if dtype == "fp32" else 2, max(dims), group)
     kernel, power = triton_decode._split_kernel, lambda n: 1 << (n - 1).bit_length()
     tokens = tokens or triton_decode.most_new_tokens(max(dims), 4 if dtype == "fp32" else 2)
     arguments = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(("q", "k_pages", "v_pages", "k_new", "v_new"), f"*{dtype}")
     arguments |= dict.fromkeys(("table", "counts", "bounds", "shares"), "*i32")
     arguments |= {"flags": "*i1" if flags else "*i32", "part_out": "*fp32", "part_lse": "*fp32"}
-    arguments |= {"scale": "fp32", "softcap": "fp32"}
+    arguments |= {"scale": "fp32", "softcap": "fp32"} | dict.fromkeys(("codes8", "codes4"), "*u8")
+    arguments |= dict.fromkeys(("scales8", "scales4"), "*fp16") | dict.fromkeys(("cold_table", "cold_counts"), "*i32")
+    arguments |= {"signs": f"*{dtype}", "COLD": bool(storage), "INT8": 8 in storage, "INT4": 4 in storage}
+    arguments |= {"TURNED": dims[0] & -dims[0], "BLOCK_C": min(tile["keys"], page), "WIDE": dtype == "fp32"}
+    arguments |= {"PTX": chip.startswith("sm") and dtype != "fp32"}
     arguments |= {"tokens": 1} if tokens == 1 else {}
     arguments |= {"GROUP": group, "DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": page}
     arguments |= {"FUSED": fused, "HAS_FLAGS": flags, "MIN_SPLIT": 64, "BLOCK_R": 8, "BLOCK_T": max(16, power(tokens))}
@@ -92,7 +97,7 @@ def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, so
 def merge(chip, splits, sink=False):
     from redknot_kernels.triton import decode as triton_decode
 
-    kernel = triton_decode._merge_kernel
+    kernel = triton_decode.merge_kernel
     arguments = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= {"part_out": "*fp32", "part_lse": "*fp32", "s_aux": "*bf16", "out": "*bf16"}
     arguments |= dict.fromkeys(("shares", "counts", "flags"), "*i32")
@@ -100,6 +105,20 @@ def merge(chip, splits, sink=False):
     arguments |= {"BLOCK_B": 2, "BLOCK_S": splits, "BLOCK_V": min(128, 4096 // splits), "HAS_SINK": sink}
     arguments |= {"EARLY": chip in ("sm90", "sm100")}
     return compile_kernel(chip, kernel, arguments, num_warps=2)
+
+
+def cool(chip, dims, page, new):
+    from redknot_kernels.triton import quantise
+
+    kernel, power = quantise._cool_kernel, lambda n: 1 << (n - 1).bit_length()
+    arguments = dict.fromkeys(kernel.arg_names, "i32")
+    arguments |= dict.fromkeys(("k_pages", "v_pages", "k_new", "v_new", "signs"), "*bf16")
+    arguments |= dict.fromkeys(("table", "lengths", "bounds", "cold_table", "cold_counts"), "*i32")
+    arguments |= dict.fromkeys(("codes8", "codes4"), "*u8") | dict.fromkeys(("scales8", "scales4"), "*fp16")
+    arguments |= {"DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": page, "TURNED": dims[0] & -dims[0]}
+    arguments |= {"BLOCK_D": power(dims[0]), "BLOCK_V": power(dims[1]), "HAS_NEW": new, "INT8": True, "INT4": True}
+    arguments |= {"UPCAST": False, "EARLY": chip in ("sm90", "sm100")}
+    return compile_kernel(chip, kernel, arguments, num_warps=8)
 
 
 def append(chip, dims, page):
@@ -145,6 +164,11 @@ CASES = {
     "decode_small": partial(decode, dtype="bf16", dims=(32, 32), group=1, page=32),
     "decode_fp32": partial(decode, dtype="fp32", dims=(128, 128), group=2, page=64),
     "decode_written": partial(decode, dtype="bf16", dims=(64, 64), group=8, page=64, fused=False),
+    "decode_int8": partial(decode, dtype="bf16", dims=(128, 128), group=4, page=64, storage=(8,)),
+    "decode_int4": partial(decode, dtype="bf16", dims=(128, 128), group=4, page=64, storage=(4,)),
+    "decode_both": partial(decode, dtype="fp16", dims=(96, 80), group=5, page=16, softcap=True, storage=(8, 4)),
+    "cool": partial(cool, dims=(128, 128), page=64, new=False),
+    "cool_new": partial(cool, dims=(80, 96), page=16, new=True),
     "merge_few": partial(merge, splits=8, sink=True),
     "merge_many": partial(merge, splits=256),
     "append": partial(append, dims=(80, 128), page=16),

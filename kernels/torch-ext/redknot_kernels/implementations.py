@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from typing import NamedTuple, Optional
 
 from .plain.attend_at import attend_at
+from .plain.cold import append, cool, lay_out, place
 from .plain.decode import decode, step
-from .plain.pages import append, place
 from .plain.prefill import prefill
 from .plain.views import step_in_views
 
@@ -19,6 +19,7 @@ class Kernels(NamedTuple):
 
     Attributes:
         step_in_views: `step` of one token where rows are plain tensors; `None` where pages cost nothing.
+        cool, lay_out: Of stored heads: pages grow cold, and are read back for a long step.
         captured: `step` as an operator for `torch.compile` and CUDA graphs, and without new keys and values `decode`;
             `None` where the host must know lengths.
     """
@@ -29,6 +30,8 @@ class Kernels(NamedTuple):
     prefill: Callable
     attend_at: Callable
     place: Callable
+    cool: Callable
+    lay_out: Callable
     step_in_views: Optional[Callable] = None
     captured: Optional[Callable] = None
 
@@ -43,17 +46,19 @@ def implementation(name, device=None):
     if name is None:
         name = "triton" if device is not None and device.type in _TRITON_DEVICES else "torch"
     if name == "torch":
-        return Kernels(append, step, decode, prefill, attend_at, place, step_in_views=step_in_views)
+        return Kernels(append, step, decode, prefill, attend_at, place, cool, lay_out, step_in_views=step_in_views)
     if name != "triton":
         raise ValueError(f"impl={name!r}: choose one of {NAMES}, or None to choose by device")
     if find_spec("triton") is None:
         raise ImportError("impl='triton' needs Triton: pip install triton, or pass impl='torch'")
     from .triton import attend_at as triton_attend_at
     from .triton import decode as triton_decode
-    from .triton import pages as triton_pages
     from .triton import prefill as triton_prefill
+    from .triton import quantise as triton_quantise
+    from .triton import thaw as triton_thaw
 
     return Kernels(
-        triton_pages.append, triton_decode.step, triton_decode.decode, triton_prefill.prefill,
-        triton_attend_at.attend_at, triton_pages.place, captured=triton_decode.captured_step,
+        triton_quantise.append, triton_decode.step, triton_decode.decode, triton_prefill.prefill,
+        triton_attend_at.attend_at, triton_quantise.place, triton_quantise.cool, triton_thaw.lay_out,
+        captured=triton_decode.captured_step,
     )  # fmt: skip

@@ -5,10 +5,16 @@ A *row* is the stored tokens of one KV head of one sequence: a list of pages tha
     global row   slot = position, pages are added for ever
     local row    | sink | ring .......................... |
                  0      sink                              sink + ring = pages * page_size
+    stored row   as a local row: the first page, and a ring for the hot tail; what lies between is cold
 
 The first `sink` tokens stay where they are; the others go round in the ring. Until the ring wraps, slot = position for
-both kinds. The ring is at least one page longer than the window: a step of up to a page may be written before it is
+all kinds. The ring is at least one page longer than the window: a step of up to a page may be written before it is
 read, and as many tokens may be taken back.
+
+A stored row sees everything, but keeps most of it in cold pages of another pool, in 8 or 4 bits: cold page i holds the
+positions from `(i + 1) * page_size` on. A page is quantised once, when it is full and lies behind the last `hot`
+tokens. How many of a row's pages are cold is a count on the device: it never falls, and a row that is cut back within
+its hot tail keeps what is cold.
 """
 
 from dataclasses import dataclass
@@ -30,6 +36,8 @@ class HeadRules:
         ring: Slots behind the sink in which positions go round; `UNBOUNDED` for a global head.
         page_size: Tokens of a page.
         reach: The model's own sliding window: no query sees further, sinks included.
+        storage: Bits of a cold page's elements, 8 or 4, for stored heads, and 0 for the others; empty if all are.
+        hot: The last tokens of a stored row, of which none is cold.
     """
 
     window: tuple
@@ -37,15 +45,24 @@ class HeadRules:
     ring: tuple
     page_size: int
     reach: int = UNBOUNDED
+    storage: tuple = ()
+    hot: int = 0
 
     @classmethod
-    def make(cls, window, sink, page_size, reach=UNBOUNDED, slack=0):
-        """Sizes the rings: whole pages, with room for `max(slack, page_size)` tokens behind the window."""
-        ring = []
-        for w, s in zip(window, sink):
-            pages = -(-(s + w + max(slack, page_size)) // page_size)
-            ring.append(UNBOUNDED if w >= UNBOUNDED else pages * page_size - s)
-        return cls(tuple(window), tuple(sink), tuple(ring), page_size, reach)
+    def make(cls, window, sink, page_size, reach=UNBOUNDED, slack=0, storage=(), hot=0):
+        """Sizes the rings: whole pages, with room for `max(slack, page_size)` tokens behind the window.
+
+        The ring of a stored row has as much room behind its hot tail and a page that is not yet full. Its first page
+        stays, as if it were a sink.
+        """
+        storage = tuple(storage) if any(storage) else ()
+        ring, sink = [], list(sink)
+        for h, (w, bits) in enumerate(zip(window, storage or (0,) * len(sink))):
+            if bits:
+                sink[h], w = page_size, hot + page_size
+            pages = -(-(sink[h] + w + max(slack, page_size)) // page_size)
+            ring.append(UNBOUNDED if w >= UNBOUNDED else pages * page_size - sink[h])
+        return cls(tuple(window), tuple(sink), tuple(ring), page_size, reach, storage, hot)
 
     @property
     def heads(self):
@@ -60,12 +77,24 @@ class HeadRules:
     @cached_property
     def slack(self):
         """Tokens that may be written before they are read, and taken back after: a page or more."""
-        return min((r - w for r, w in zip(self.ring, self.window) if w < UNBOUNDED), default=UNBOUNDED)
+        stored = (self.ring[h] - self.hot - self.page_size for h in self.stored_heads)
+        return min((*(self.ring[h] - self.window[h] for h in self.local_heads), *stored), default=UNBOUNDED)
 
     @cached_property
     def global_heads(self):
-        """Indices of the heads that keep everything."""
-        return tuple(h for h, w in enumerate(self.window) if w >= UNBOUNDED)
+        """Indices of the heads that keep everything in pages of the model's dtype."""
+        return tuple(h for h, r in enumerate(self.ring) if r >= UNBOUNDED)
+
+    @cached_property
+    def stored_heads(self):
+        """Indices of the heads that keep everything, and most of it in cold pages."""
+        return tuple(h for h, bits in enumerate(self.storage) if bits)
+
+    @cached_property
+    def stored_groups(self):
+        """Stored heads by the bits of their cold pages: pairs of bits and indices."""
+        groups = ((bits, tuple(h for h in self.stored_heads if self.storage[h] == bits)) for bits in (8, 4))
+        return tuple(group for group in groups if group[1])
 
     @cached_property
     def local_heads(self):
@@ -80,6 +109,15 @@ class HeadRules:
             groups.setdefault((self.window[h], self.sink[h], self.ring[h]), []).append(h)
         return tuple((self.take(tuple(heads)), tuple(heads)) for heads in groups.values())
 
+    @cached_property
+    def as_seen(self):
+        """The same rules with stored heads as global ones: who sees what, and not where it is kept."""
+        if not self.stored_heads:
+            return self
+        sink = tuple(0 if bits else sink for sink, bits in zip(self.sink, self.storage))
+        ring = tuple(UNBOUNDED if bits else ring for ring, bits in zip(self.ring, self.storage))
+        return HeadRules(self.window, sink, ring, self.page_size, self.reach)
+
     def most_kept(self, columns):
         """Slots of one sequence's rows, all heads together, where tables have this many columns."""
         return _most_kept(self, columns)
@@ -89,12 +127,17 @@ class HeadRules:
         return self if len(heads) == self.heads else _take(self, heads)
 
     def tensors(self, device):
-        """Window, sink and ring of every head, for kernels: `[3, heads]` of int32."""
-        return bounds_tensor((self.window, self.sink, self.ring), device)
+        """Window, sink, ring and storage of every head, for kernels: `[4, heads]` of int32."""
+        return bounds_tensor((self.window, self.sink, self.ring, self.storage or (0,) * self.heads), device)
+
+    def cold_pages(self, lengths):
+        """Cold pages of stored rows that have come to these lengths, and were never longer; numbers or a tensor."""
+        behind = (lengths - self.hot) // self.page_size - 1
+        return behind.clamp(min=0) if isinstance(lengths, torch.Tensor) else max(behind, 0)
 
     def slots(self, positions):  # [..., heads or 1, tokens] -> [..., heads, tokens]
         """Where each head keeps the tokens at these positions."""
-        if not self.local_heads:
+        if min(self.ring) >= UNBOUNDED:
             return positions
         sink, ring = _column(self.sink, positions.device), _column(self.ring, positions.device)
         return torch.where(positions < sink, positions, sink + (positions - sink) % ring)
@@ -130,8 +173,9 @@ def _most_kept(rules, columns):
 
 @lru_cache(maxsize=4096)
 def _take(rules, heads):
-    window, sink, ring = (tuple(values[h] for h in heads) for values in (rules.window, rules.sink, rules.ring))
-    return HeadRules(window, sink, ring, rules.page_size, rules.reach)
+    storage = rules.storage or (0,) * rules.heads
+    window, sink, ring, bits = (tuple(x[h] for h in heads) for x in (rules.window, rules.sink, rules.ring, storage))
+    return HeadRules(window, sink, ring, rules.page_size, rules.reach, bits if any(bits) else (), rules.hot)
 
 
 @lru_cache(maxsize=4096)

@@ -18,8 +18,8 @@ def cold_pages(length: int, page_size: int, hot: int) -> int:
 
 
 def cold_page_nbytes(storage: str, page_size: int, key_dim: int, value_dim: int) -> int:
-    """Bytes of a cold page: its integers, and of fp16 a scale and a zero for each channel of K and each token of V."""
-    return page_size * (key_dim + value_dim) * _BITS[storage] // 8 + 4 * (key_dim + page_size)
+    """Bytes of a cold page: its integers, in fp16 a scale and a zero for each channel of K and each token of V."""
+    return page_size * (key_dim + value_dim) * _BITS[storage] // 8 + 4 * (key_dim + page_size) + 16
 
 
 def itemsize(dtype: Any) -> int:

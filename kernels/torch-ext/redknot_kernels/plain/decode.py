@@ -6,14 +6,15 @@ import torch
 
 from ..rules import UNBOUNDED
 from .attend import add_sink_logit, attend, merge
-from .pages import append, gather, head_index, take_heads
+from .cold import attend_stored, cool
+from .pages import append_hot, gather, head_index, take_heads
 
 # Bytes of keys and values gathered at once: they stay in the processor's cache, and under the size from which the
 # allocator asks the system for fresh memory on every call.
 _CHUNK_BYTES = 16 << 20
 
 
-def step(query, pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None):
+def step(query, pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None, cold=None):
     """Writes new tokens to the ends of their rows, attends them over the rows, and counts them.
 
     Args:
@@ -25,29 +26,35 @@ def step(query, pages, k_new, v_new, table, counts, real, rules, *, scale, softc
             padding included.
         real: `[batch, tokens]` of bool, which tokens are no padding; `None` if all. Padding is neither written nor
             seen, and what it gets as output means nothing.
-        (others): As in `decode`.
+        (others): As in `decode`. Pages that leave the hot tail with this step grow cold after it.
 
     Returns:
         `[batch, tokens, query heads, value dim]`, contiguous.
     """
     tokens, options = query.shape[2], {"scale": scale, "softcap": softcap, "s_aux": s_aux}
     if real is None:
-        append(pages, k_new, v_new, table, counts[:-1], rules)
+        append_hot(pages, k_new, v_new, table, counts[:-1], rules)
         counts += tokens
-        return decode(query, pages, table, counts[:-1], rules, **options)
+        out = decode(query, pages, table, counts[:-1], rules, cold=cold, **options)
+        if cold is not None:
+            cool(pages, cold, table, counts[:-1], rules)
+        return out
     out = query.new_zeros(len(query), tokens, query.shape[1], v_new.shape[-1])
     for b, flags in enumerate(real):
         where, one = flags.nonzero()[:, 0], slice(b, b + 1)
         if len(where):
             part, k, v = (x[one].index_select(2, where) for x in (query, k_new, v_new))
-            append(pages, k, v, table[one], counts[one], rules)
+            append_hot(pages, k, v, table[one], counts[one], rules)
             counts[one] += len(where)
-            out[one, where] = decode(part, pages, table[one], counts[one], rules, **options)
+            held = None if cold is None else cold._replace(table=cold.table[one], counts=cold.counts[one])
+            out[one, where] = decode(part, pages, table[one], counts[one], rules, cold=held, **options)
     counts[-1] += tokens
+    if cold is not None:
+        cool(pages, cold, table, counts[:-1], rules)
     return out
 
 
-def decode(query, pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):
+def decode(query, pages, table, lengths, rules, *, scale, softcap=None, s_aux=None, cold=None):
     """Attends the last tokens of every row over the whole row.
 
     Args:
@@ -58,6 +65,7 @@ def decode(query, pages, table, lengths, rules, *, scale, softcap=None, s_aux=No
         rules: `HeadRules` of the KV heads; `tokens <= rules.slack`.
         scale, softcap: Of the scores.
         s_aux: `[query heads]`, one more logit in each head's softmax.
+        cold: `Cold`, where heads are stored.
 
     Returns:
         `[batch, tokens, query heads, value dim]`, contiguous.
@@ -66,12 +74,14 @@ def decode(query, pages, table, lengths, rules, *, scale, softcap=None, s_aux=No
     grouped = query.view(len(query), heads, -1, *query.shape[2:])
     out = query.new_empty(0)
     sinks = None if s_aux is None else s_aux.unflatten(0, (heads, -1))
-    for part in filter(None, (rules.global_heads, rules.local_heads)):
-        rows = take_heads(table, part)
-        found, lse = attend_pages(
-            take_heads(grouped, part), pages, rows, lengths, None, rules.take(part),
-            scale=scale, softcap=softcap,
-        )  # fmt: skip
+    kinds = (0, rules.global_heads), (0, rules.local_heads), *rules.stored_groups
+    for bits, part in ((bits, part) for bits, part in kinds if part):
+        asking, options = take_heads(grouped, part), {"scale": scale, "softcap": softcap}
+        if bits:
+            found, lse = attend_stored(asking, pages, cold, table, lengths, rules, part, bits, **options)
+        else:
+            rows = take_heads(table, part)
+            found, lse = attend_pages(asking, pages, rows, lengths, None, rules.take(part), **options)
         if sinks is not None:
             logits = sinks[list(part)].flatten()
             found = add_sink_logit(found.flatten(1, 2), lse.flatten(1, 2), logits).view_as(found)

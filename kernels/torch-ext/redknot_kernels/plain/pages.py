@@ -34,16 +34,8 @@ class Pages(NamedTuple):
         return self.keys.shape[1]
 
 
-def append(pages, k_new, v_new, table, lengths, rules):
-    """Writes a step's tokens behind the rows' ends; local rows keep what their ring holds.
-
-    Args:
-        pages: `Pages`, written in place.
-        k_new, v_new: `[batch, heads, tokens, dim]`. More tokens than `rules.slack` need rows of one length.
-        table: `[batch, heads, columns]`, with room for the new tokens.
-        lengths: `[batch]`, tokens in the rows before this step.
-        rules: `HeadRules` of the heads.
-    """
+def append_hot(pages, k_new, v_new, table, lengths, rules):
+    """Writes a step's tokens behind the rows' ends, as `append` does, but nothing grows cold."""
     tokens = k_new.shape[2]
     if tokens <= rules.slack:
         columns, slots = _ends(rules, tuple(lengths.tolist()), tokens, lengths.device)
@@ -55,7 +47,8 @@ def append(pages, k_new, v_new, table, lengths, rules):
     if rules.global_heads:
         part = rules.take(rules.global_heads)
         _append_kept(pages, k_new, v_new, table, part, rules.global_heads, positions)
-    for part, group in rules.local_groups:
+    stored = [(rules.take(group), group) for _, group in rules.stored_groups]
+    for part, group in (*rules.local_groups, *stored):
         kept = (positions < part.sink[0]) | (positions >= length + tokens - part.ring[0])
         _append_kept(pages, k_new, v_new, table, part, group, positions[kept])
 
@@ -107,21 +100,8 @@ def scatter_tokens(pages, table, slots, keys, values):  # ..., [batch, heads, to
     _write(pages, keys, values, token_index(table, slots, pages.page_size))
 
 
-def place(pages, keys, values, table, rules, kept, span, rotation=None):
-    """Continues the rows of one sequence with a stored span of tokens, and turns the keys on the way.
-
-    Of the span every head has some tokens stored, head by head in order. A row takes of them what its rule lets it
-    keep once the sequence ends with the span: sinks, and what its ring holds.
-
-    Args:
-        pages: `Pages`, contiguous, written in place.
-        keys, values: `[stored, dim]`.
-        table: `[heads, columns]`, pages of the sequence's rows, with room for the span.
-        rules: `HeadRules` of the heads.
-        kept: Of each head the last tokens stored (`UNBOUNDED` for all), and the first ones beside them.
-        span: Tokens of the span, how many of its first ones the rows hold already, and where it begins.
-        rotation: How the key of each token of the span turns; `None` copies them.
-    """
+def place_hot(pages, keys, values, table, rules, kept, span, rotation=None):
+    """Continues the rows of one sequence with a stored span of tokens, as `place` does, but nothing grows cold."""
     source, token, head, column, slot = _placed(rules, kept, span, keys.device)
     keys, values = keys.index_select(0, source), values.index_select(0, source)
     if rotation is not None:

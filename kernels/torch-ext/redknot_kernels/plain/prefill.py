@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 
 from ..rules import UNBOUNDED
 from .attend import add_sink_logit, attend, merge
+from .cold import lay_out
 from .decode import attend_pages
 from .pages import Pages, gather_tokens, take_heads
 
@@ -25,20 +27,26 @@ class Context:
         bands: For each of `rules.local_groups` the keys and the values at positions 0 to `sink`, followed by those
             from `length - window + 1` on, `[batch, heads of the group, tokens, dim]`. Copies, since the step
             overwrites the pages.
+        laid: What stored rows held, cold pages dequantised: `Pages` of copies and their table; `None` without any.
     """
 
     length: int
     pages: Pages
     table: torch.Tensor
     bands: tuple
+    laid: Optional[tuple] = None
 
 
-def read_context(pages, table, length, rules):
-    """Reads the past of rows of `length` tokens, before a step writes to their pages."""
+def read_context(pages, table, length, rules, cold=None, lay_out=lay_out):
+    """Reads the past of rows of `length` tokens, before a step writes to their pages.
+
+    `lay_out` is the implementation's, for stored rows; `cold` are their cold pages.
+    """
     bands = []
     for part, heads in rules.local_groups:
         bands.append(gather_tokens(pages, take_heads(table, heads), _remembered(part, length, table.device)))
-    return Context(length, pages, table, tuple(bands))
+    laid = lay_out(pages, cold, table, length, rules) if rules.stored_heads else None
+    return Context(length, pages, table, tuple(bands), laid)
 
 
 @lru_cache(maxsize=256)  # layers of equal rules ask for the same, in the same places
@@ -68,8 +76,13 @@ def prefill(query, k_new, v_new, context, rules, *, scale, softcap=None, s_aux=N
     group = query_heads // heads
     grouped = query.unflatten(1, (heads, group))
     sinks = None if s_aux is None else s_aux.unflatten(0, (heads, group))
-    full = tuple(h for h, w in enumerate(rules.window) if _sees_all(w, tokens, context))
-    work = [(full, lambda q, k, v: _causal(q, k, v, context, rules.take(full), full, scale, softcap))] if full else []
+    full = tuple(
+        h for h, w in enumerate(rules.window) if _sees_all(w, tokens, context) and h not in rules.stored_heads
+    )
+    work, kinds = [], ((full, context), *((h, _laid(context)) for _, h in rules.stored_groups))
+    for h, past in (kind for kind in kinds if kind[0]):
+        as_global = rules.as_seen.take(h)
+        work.append((h, lambda q, k, v, h=h, past=past, r=as_global: _causal(q, k, v, past, r, h, scale, softcap)))
     for i, (part, members) in enumerate(rules.local_groups):
         if members[0] not in full:
             past = (0, None) if context is None else (context.length, context.bands[i])
@@ -85,6 +98,11 @@ def prefill(query, k_new, v_new, context, rules, *, scale, softcap=None, s_aux=N
             return found.flatten(2, 3).contiguous()
         out[:, :, list(members)] = found
     return out.flatten(2, 3)
+
+
+def _laid(context):
+    """The context of stored heads."""
+    return None if context is None else replace(context, pages=context.laid[0], table=context.laid[1])
 
 
 def _sees_all(window, tokens, context):

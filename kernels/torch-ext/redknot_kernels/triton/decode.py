@@ -13,9 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
+from ..plain.cold import Cold
 from ..plain.pages import Pages
+from ..plain.quantise import ColdPages
+from .cold import Stored, attend_cold, cold_sizes, cold_strides, cold_tensors, stored_rows
 from .configurations import chip_name, configuration, processors
+from .merging import merge_kernel
 from .pages import INTERPRETING, await_previous, early_launch, on_its_device
+from .quantise import launch_cool
+from .sharing import shares_of
 from .tiles import LOG2E, LOWEST, load_rows
 
 # The fewest slots of a split, and about the most: long ones leave the chip idle where programs end unevenly.
@@ -29,40 +35,47 @@ _NEW = 64, 16 << 10
 _MERGED = 256, 16
 
 
-def step(query, pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None):
+def step(query, pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None, cold=None):
     """Writes new tokens and attends them over their rows; see the plain `step` for the arguments."""
     rows = table, counts, rules.tensors(query.device), rules.most_kept(table.shape[2]), rules.reach
-    return _steps(query, pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
+    return _steps(query, pages, (k_new, v_new, real), *rows, scale, softcap, s_aux, stored_rows(cold, rules))
 
 
-def decode(query, pages, table, lengths, rules, *, scale, softcap=None, s_aux=None):
+def decode(query, pages, table, lengths, rules, *, scale, softcap=None, s_aux=None, cold=None):
     """Attends the last tokens of every row over the whole row; see the plain `decode` for the arguments."""
     rows = table, lengths, rules.tensors(query.device), rules.most_kept(table.shape[2]), rules.reach
-    return _launch(query, pages, None, *rows, scale, softcap, s_aux)
+    return _launch(query, pages, None, *rows, scale, softcap, s_aux, stored_rows(cold, rules))
 
 
 @torch.library.custom_op(
     f"{__package__.rpartition('.')[0]}::step",  # beside a build of the package, each has its own
-    mutates_args=("k_pages", "v_pages", "counts"),
+    mutates_args=("k_pages", "v_pages", "counts", "codes8", "scales8", "codes4", "scales4", "cold_counts"),
     schema="(Tensor query, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor? k_new, Tensor? v_new, Tensor table, "
     "Tensor(c!) counts, Tensor? real, Tensor bounds, int most_kept, int reach, float scale, float? softcap, "
-    "Tensor? s_aux) -> Tensor",
+    "Tensor? s_aux, Tensor(d!)? codes8=None, Tensor(e!)? scales8=None, Tensor(f!)? codes4=None, "
+    "Tensor(g!)? scales4=None, Tensor? cold_table=None, Tensor(h!)? cold_counts=None, int[] storage=[], "
+    "int hot=0) -> Tensor",
 )
 def captured_step(
-    query, k_pages, v_pages, k_new, v_new, table, counts, real, bounds, most_kept, reach, scale, softcap, s_aux
+    query, k_pages, v_pages, k_new, v_new, table, counts, real, bounds, most_kept, reach, scale, softcap, s_aux,
+    codes8=None, scales8=None, codes4=None, scales4=None, cold_table=None, cold_counts=None, storage=(), hot=0,
 ):  # fmt: skip
     """`step` as one operator, which `torch.compile` takes whole; bounds, most_kept and reach say the `HeadRules`.
 
     Without new keys and values it is `decode`: it attends tokens that the pages hold already, and counts nothing.
     """
-    pages, rows = Pages(k_pages, v_pages), (table, counts, bounds, most_kept, reach)
+    pages, rows, stored = Pages(k_pages, v_pages), (table, counts, bounds, most_kept, reach), None
+    if cold_table is not None:
+        pools = ((codes8, scales8), (codes4, scales4))
+        pools = (None if codes is None else ColdPages(codes, scales) for codes, scales in pools)
+        stored = Stored(Cold(*pools, cold_table, cold_counts), tuple(storage), hot)
     if k_new is None:
-        return _launch(query, pages, None, *rows, scale, softcap, s_aux)
-    return _steps(query, pages, (k_new, v_new, real), *rows, scale, softcap, s_aux)
+        return _launch(query, pages, None, *rows, scale, softcap, s_aux, stored)
+    return _steps(query, pages, (k_new, v_new, real), *rows, scale, softcap, s_aux, stored)
 
 
 @captured_step.register_fake
-def _(query, k_pages, v_pages, *_):
+def _(query, k_pages, v_pages, *_, **__):
     batch, heads, tokens, _ = query.shape
     return query.new_empty(batch, tokens, heads, v_pages.shape[-1])
 
@@ -85,13 +98,24 @@ def _steps(query, pages, new, *options):
 
 
 @on_its_device
-def _launch(query, pages, new, table, counts, bounds, most_kept, reach, scale, softcap, s_aux):
-    """Runs both kernels. `new`: keys, values and flags of new tokens, unless the pages hold them already."""
+def _launch(query, pages, new, table, counts, bounds, most_kept, reach, scale, softcap, s_aux, stored):
+    """Runs both kernels, and for stored rows the one that lets pages grow cold.
+
+    Args:
+        new: Keys, values and flags of new tokens, unless the pages hold them already.
+        stored: `Stored`, or `None`.
+        (others): As in `decode`; bounds, most_kept and reach say the rules.
+    """
     batch, query_heads, tokens, dim = query.shape
     heads, page, value_dim, device = table.shape[1], pages.page_size, pages.values.shape[-1], query.device
     group, slots, power = query_heads // heads, table.shape[2] * page, triton.next_power_of_2
-    tile = configuration("decode", chip_name(device), "rows", pages.keys.element_size(), max(dim, value_dim), group)
-    programs = _programs(batch * heads, batch * most_kept, tile["programs"] * processors(device))
+    kind = "rows" if stored is None else "int4" if 4 in stored.storage else "int8"
+    tile = configuration("decode", chip_name(device), kind, pages.keys.element_size(), max(dim, value_dim), group)
+    cold_slots, parts = 0, 1
+    if stored is not None:
+        cold_slots, parts = stored.cold.table.shape[2] * page, 2
+        most_kept += cold_slots * sum(bits > 0 for bits in stored.storage)
+    programs = _programs(parts * batch * heads, batch * most_kept, tile["programs"] * processors(device))
     out = query.new_empty(batch, tokens, query_heads, value_dim)
     part_out = torch.empty(programs, group * tokens, value_dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(programs, group * tokens, dtype=torch.float32, device=device)
@@ -105,22 +129,25 @@ def _launch(query, pages, new, table, counts, bounds, most_kept, reach, scale, s
     block_m = min(_QUERIES, power(max(16, group * tokens)))
     # Tiles of the same keys run next to each other: all but one find them in the chip's cache.
     _split_kernel[(triton.cdiv(group * tokens, block_m), programs)](
-        query, *pages, k_new, v_new, table, counts, flags, bounds, part_out, part_lse, shares,
-        *strides, *table.stride()[:2], scale, softcap or 0.0, reach, batch, heads, slots, tokens,
-        **sizes, DIM=dim, PAGE=page, MIN_SPLIT=_MIN_SPLIT, BLOCK_R=power(batch * heads),
-        BLOCK_M=block_m, BLOCK_N=tile["keys"], BLOCK_D=max(16, power(dim)),
-        BLOCK_V=max(16, power(value_dim)), SOFTCAP=softcap is not None, UPCAST=INTERPRETING,
-        **tile["options"], **early,
+        query, *pages, k_new, v_new, table, counts, flags, bounds, *cold_tensors(stored, pages, counts), part_out,
+        part_lse, shares, *strides, *table.stride()[:2], *cold_strides(stored), scale, softcap or 0.0, reach, batch,
+        heads, slots, tokens, **sizes, DIM=dim, PAGE=page, MIN_SPLIT=_MIN_SPLIT, BLOCK_R=power(parts * batch * heads),
+        BLOCK_M=block_m, BLOCK_N=tile["keys"], BLOCK_D=max(16, power(dim)), BLOCK_V=max(16, power(value_dim)),
+        **cold_sizes(stored, tile, dim, page, device, query.element_size()), SOFTCAP=softcap is not None,
+        UPCAST=INTERPRETING, **tile["options"], **early,
     )  # fmt: skip
     # Where all sequences are equally long, so many splits a row has; more take more turns.
-    expected = -(-programs // (batch * max(1, most_kept // slots)))
-    block_s = min(power(-(-slots // _MIN_SPLIT)), power(expected), _MERGED[0])
+    longest = max(slots, cold_slots)
+    expected = -(-programs // (batch * max(1, most_kept // longest)))
+    block_s = min(power(-(-longest // _MIN_SPLIT)), power(expected), _MERGED[0])
     block_v = min(max(16, power(value_dim)), _MERGED[0] * _MERGED[1] // block_s)
-    _merge_kernel[(tokens * group * triton.cdiv(value_dim, block_v), heads, batch)](
+    merge_kernel[(tokens * group * triton.cdiv(value_dim, block_v), heads, batch)](
         part_out, part_lse, shares, counts, flags, out if s_aux is None else s_aux, out, tokens,
         **sizes, BLOCK_B=power(batch + 1), BLOCK_S=block_s, BLOCK_V=block_v, HAS_SINK=s_aux is not None,
         num_warps=2 if tokens == 1 else 4, **early,
     )  # fmt: skip
+    if stored is not None and new is not None:
+        launch_cool(pages, stored.cold, table, counts, bounds, stored.hot, stored.storage)
     return out
 
 
@@ -129,24 +156,6 @@ def _programs(rows, slots, wave):
     """Programs that share `slots` slots of `rows` rows: whole waves of them where that many find work."""
     waves = max(1, -(-slots // (wave * _MAX_SPLIT)), -(-2 * rows // wave))
     return min(waves * wave, rows + -(-slots // _MIN_SPLIT))
-
-
-@triton.jit
-def _shares(
-    counts, bounds, batch, heads, slots, MIN_SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """Slots of a split, and for every row the program behind its last; each row has at least one."""
-    o_r = tl.arange(0, BLOCK_R)
-    row = o_r < batch * heads
-    length = tl.load(counts + o_r // heads, mask=row, other=0).to(tl.int32)
-    sink = tl.load(bounds + heads + o_r % heads, mask=row, other=0)
-    ring = tl.load(bounds + 2 * heads + o_r % heads, mask=row, other=0)
-    used = tl.minimum(tl.minimum(length, sink + ring), slots)
-    spare = tl.num_programs(1) - batch * heads  # a row's last split may be short
-    split = tl.cdiv(tl.cdiv(tl.sum(used, 0), tl.maximum(spare, 1)), BLOCK_N) * BLOCK_N
-    split = tl.maximum(split, MIN_SPLIT)
-    splits = tl.where(row, tl.maximum(tl.cdiv(used, split), 1), 0)
-    return split, tl.cumsum(splits, 0)
 
 
 @triton.jit
@@ -171,23 +180,30 @@ def _accumulate(b_s, b_v, b_out, b_max, b_sum):
 
 
 # Of `tokens` only 1 is a case of its own, lest questions of every length be compiled for.
-@triton.jit(do_not_specialize=["stride_tb", "stride_th", "batch", "slots"], do_not_specialize_on_alignment=["tokens"])
+@triton.jit(
+    do_not_specialize=["stride_tb", "stride_th", "stride_cb", "stride_ch", "batch", "slots"],
+    do_not_specialize_on_alignment=["tokens"],
+)
 def _split_kernel(
-    q, k_pages, v_pages, k_new, v_new, table, counts, flags, bounds, part_out, part_lse, shares,
+    q, k_pages, v_pages, k_new, v_new, table, counts, flags, bounds, codes8, scales8, codes4, scales4, signs,
+    cold_table, cold_counts, part_out, part_lse, shares,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_nkb, stride_nkh, stride_nkt, stride_nkd,
     stride_nvb, stride_nvh, stride_nvt, stride_nvd, stride_kp, stride_ks, stride_vp, stride_vs, stride_tb, stride_th,
-    scale, softcap, reach, batch, heads, slots, tokens,
+    stride_cb, stride_ch, scale, softcap, reach, batch, heads, slots, tokens,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr,
     FUSED: tl.constexpr, HAS_FLAGS: tl.constexpr, MIN_SPLIT: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
+    COLD: tl.constexpr, INT8: tl.constexpr, INT4: tl.constexpr, TURNED: tl.constexpr, BLOCK_C: tl.constexpr,
+    PTX: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     await_previous(EARLY)
     i_tile, i_program = tl.program_id(0), tl.program_id(1)
-    split, stops = _shares(counts, bounds, batch, heads, slots, MIN_SPLIT, BLOCK_R, BLOCK_N)
+    PARTS: tl.constexpr = 2 if COLD else 1
+    split, stops = shares_of(counts, cold_counts, bounds, batch, heads, slots, MIN_SPLIT, BLOCK_R, BLOCK_N, PAGE, COLD)
     if i_program >= tl.max(stops, 0):
         return
-    i_row = tl.sum((stops <= i_program).to(tl.int32), 0)
+    i_share = tl.sum((stops <= i_program).to(tl.int32), 0)
+    i_row = i_share // PARTS
     first_program = tl.max(tl.where(stops <= i_program, stops, 0), 0)
     i_batch, i_head = (i_row // heads).to(tl.int64), i_row % heads
     window, sink = tl.load(bounds + i_head), tl.load(bounds + heads + i_head)
@@ -201,6 +217,30 @@ def _split_kernel(
     p_q = q + i_batch * stride_qb + (i_head * GROUP + o_g) * stride_qh + o_t * stride_qt
     b_q = tl.load(p_q[:, None] + o_d * stride_qd, mask=asked[:, None] & (o_d < DIM), other=0.0)
     b_q = b_q.to(tl.float32) if UPCAST else b_q
+    part = i_program.to(tl.int64) * GROUP * tokens + o_m
+    cold_end = 0  # where what lies behind the sink begins
+    if COLD:
+        cold_count = tl.load(cold_counts + i_row)
+        bits = tl.load(bounds + 3 * heads + i_head)
+        if i_share % PARTS == 0:  # cold pages
+            first = (i_program - first_program) * split
+            stop = tl.minimum(first + split, cold_count * PAGE)
+            p_cold = cold_table + i_batch * stride_cb + i_head * stride_ch
+            p_out, p_lse = part_out + part * VALUE_DIM, part_lse + part
+            if INT8:  # noqa: SIM102 - a constant, and the other is not
+                if bits == 8:
+                    attend_cold(
+                        b_q, codes8, scales8, signs, p_cold, first, stop, p_out, p_lse, asked, scale, softcap, 8, DIM,
+                        VALUE_DIM, PAGE, TURNED, BLOCK_M, BLOCK_C, BLOCK_D, BLOCK_V, SOFTCAP, PTX, WIDE,
+                    )  # fmt: skip
+            if INT4:  # noqa: SIM102
+                if bits == 4:
+                    attend_cold(
+                        b_q, codes4, scales4, signs, p_cold, first, stop, p_out, p_lse, asked, scale, softcap, 4, DIM,
+                        VALUE_DIM, PAGE, TURNED, BLOCK_M, BLOCK_C, BLOCK_D, BLOCK_V, SOFTCAP, PTX, WIDE,
+                    )  # fmt: skip
+            return
+        cold_end = tl.where(bits > 0, (cold_count + 1) * PAGE, 0)
     p_table = table + i_batch * stride_tb + i_head * stride_th
     b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -216,8 +256,9 @@ def _split_kernel(
     else:
         position, end = length - tokens + o_t, length
     if i_program == first_program:
-        tl.store(shares + i_row, first_program)
-        own = tl.sum(tl.where(tl.arange(0, BLOCK_R) == i_row, stops, 0), 0) - first_program
+        first_of_row = tl.max(tl.where(tl.arange(0, BLOCK_R) < i_row * PARTS, stops, 0), 0)
+        tl.store(shares + i_row, first_of_row)
+        own = tl.sum(tl.where(tl.arange(0, BLOCK_R) == i_share, stops, 0), 0) - first_of_row
         tl.store(shares + batch * heads + i_row, own)
         if FUSED:
             key = length + tl.cumsum(real.to(tl.int32), 0) - 1
@@ -241,7 +282,7 @@ def _split_kernel(
             b_out, b_max, b_sum = _accumulate(b_s, b_v, b_out, b_max, b_sum)
 
     # Slots that every query sees, as long as slots are positions, and where the last round of the ring begins.
-    clear_first = tl.where(length > held, held, end - tl.minimum(window, reach))
+    clear_first = tl.where((length > held) | (cold_end > PAGE), held, end - tl.minimum(window, reach))
     clear_stop = tl.where(FUSED, held, length - tokens + 1)
     last = length - 1 - sink
     turn = last - last % ring
@@ -264,6 +305,8 @@ def _split_kernel(
             key = slot + tl.where(slot < sink, 0, tl.where(slot - sink + turn > last, turn - ring, turn))
             seen = (key > position[:, None] - window) | (key < sink)
             seen = seen & (key <= position[:, None]) & (key > position[:, None] - reach) & used
+            if COLD:
+                seen = seen & ((key >= cold_end) | (key < sink))
             b_s = tl.where(seen, b_s, float("-inf"))
         b_v = load_rows(p_v, used, VALUE_DIM, BLOCK_V, UPCAST)
         b_out, b_max, b_sum = _accumulate(b_s, b_v, b_out, b_max, b_sum)
@@ -271,64 +314,5 @@ def _split_kernel(
     b_sum = tl.where(asked, b_sum, 1.0)
     b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
     b_lse = tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
-    part = i_program.to(tl.int64) * GROUP * tokens + o_m
     tl.store(part_lse + part, b_lse, mask=asked)
     tl.store(part_out + part[:, None] * VALUE_DIM + o_v, b_out, mask=asked[:, None] & (o_v < VALUE_DIM))
-
-
-@triton.jit(do_not_specialize_on_alignment=["tokens"])
-def _merge_kernel(
-    part_out, part_lse, shares, counts, flags, s_aux, out, tokens,
-    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, FUSED: tl.constexpr, HAS_FLAGS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
-    HAS_SINK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    i_m, i_head, i_batch = tl.program_id(0) % (GROUP * tokens), tl.program_id(1), tl.program_id(2)
-    o_v = tl.program_id(0) // (GROUP * tokens) * BLOCK_V + tl.arange(0, BLOCK_V)
-    o_s = tl.arange(0, BLOCK_S)
-    heads, batch = tl.num_programs(1), tl.num_programs(2)
-    i_row = i_batch * heads + i_head
-    await_previous(EARLY)
-    first, splits = tl.load(shares + i_row), tl.load(shares + batch * heads + i_row)
-    # Every lane merges splits of its own; the lanes come together last.
-    b_max, b_sum = tl.full([BLOCK_S], LOWEST, tl.float32), tl.zeros([BLOCK_S], tl.float32)
-    b_out = tl.zeros([BLOCK_S, BLOCK_V], tl.float32)
-    for start in range(0, splits, BLOCK_S):
-        written = start + o_s < splits
-        part = (first + start + o_s).to(tl.int64) * GROUP * tokens + i_m
-        b_lse = tl.load(part_lse + part, mask=written, other=float("-inf"))
-        mask = written[:, None] & (o_v < VALUE_DIM)
-        b_part = tl.load(part_out + part[:, None] * VALUE_DIM + o_v, mask=mask, other=0.0)
-        b_new = tl.maximum(b_max, b_lse)
-        b_old, b_weight = tl.exp2(b_max - b_new), tl.exp2(b_lse - b_new)
-        b_out = b_out * b_old[:, None] + b_part * b_weight[:, None]
-        b_sum, b_max = b_sum * b_old + b_weight, b_new
-    top = tl.max(b_max, 0)
-    head = i_head * GROUP + i_m % GROUP
-    if HAS_SINK:  # one more logit, with no value behind it
-        logit = tl.load(s_aux + head).to(tl.float32) * LOG2E
-        top = tl.maximum(top, logit)
-    b_weight = tl.exp2(b_max - top)
-    total = tl.sum(b_sum * b_weight, 0)
-    if HAS_SINK:
-        total += tl.exp2(logit - top)
-    b_row = tl.sum(b_out * b_weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    row = (i_batch * tokens + i_m // GROUP).to(tl.int64) * heads * GROUP + head
-    tl.store(out + row * VALUE_DIM + o_v, b_row.to(out.dtype.element_ty), mask=o_v < VALUE_DIM)
-    if FUSED:  # noqa: SIM102 - a constant, and the other is not
-        if (tl.program_id(0) == 0) & (i_row == 0):  # nobody reads the counts in this launch
-            _count(counts, flags, batch, tokens, HAS_FLAGS, BLOCK_B, BLOCK_T)
-
-
-@triton.jit
-def _count(counts, flags, batch, tokens, HAS_FLAGS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Adds the new tokens to the lengths, and all slots of the step to the slots, which stand behind them."""
-    o_b = tl.arange(0, BLOCK_B)
-    more = tl.full([BLOCK_B], tokens, tl.int32)
-    if HAS_FLAGS:
-        o_t = tl.arange(0, BLOCK_T)
-        here = (o_b < batch)[:, None] & (o_t < tokens)[None, :]
-        b_real = tl.load(flags + o_b[:, None] * tokens + o_t[None, :], mask=here, other=0)
-        more = tl.where(o_b < batch, tl.sum((b_real != 0).to(tl.int32), 1), more)
-    before = tl.load(counts + o_b, mask=o_b <= batch, other=0)
-    tl.store(counts + o_b, before + more, mask=o_b <= batch)

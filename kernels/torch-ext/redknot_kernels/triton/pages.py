@@ -33,8 +33,8 @@ def on_its_device(function):
 
 
 @on_its_device
-def append(pages, k_new, v_new, table, lengths, rules):
-    """Writes a step's tokens behind the rows' ends; see the plain `append`. Rows may be of any length."""
+def append_hot(pages, k_new, v_new, table, lengths, rules):
+    """Writes a step's tokens behind the rows' ends, and lets nothing grow cold. Rows may be of any length."""
     batch, heads, tokens, dim = k_new.shape
     value_dim = v_new.shape[-1]
     block = 16 if tokens <= 16 else 64
@@ -48,8 +48,8 @@ def append(pages, k_new, v_new, table, lengths, rules):
 
 
 @on_its_device
-def place(pages, keys, values, table, rules, kept, span, rotation=None):
-    """Continues the rows of one sequence with a stored span of tokens; see the plain `place` for the arguments."""
+def place_hot(pages, keys, values, table, rules, kept, span, rotation=None):
+    """Continues the rows of one sequence with a stored span of tokens, and lets nothing grow cold."""
     (tokens, first, offset), dim, value_dim, power = span, keys.shape[1], values.shape[1], triton.next_power_of_2
     longest = max(min(window + sink, tokens) for window, sink in zip(*kept))
     if rotation is None:

@@ -48,12 +48,14 @@ def prefill(query, k_new, v_new, context, rules, *, scale, softcap=None, s_aux=N
     for members, backends in _dense_calls(full, tokens):
         found = _dense(query, k_new, v_new, members, rules.heads, scale, backends).unflatten(2, (len(members), -1))
         out.unflatten(2, (rules.heads, -1)).index_copy_(2, head_index(members, out.device), found)
-    arguments = query, k_new, v_new, rules, scale, softcap, s_aux, out
+    arguments = query, k_new, v_new, rules.as_seen, scale, softcap, s_aux, out
     if not past:
         _launch(*arguments, tuple(h for h in every if h not in full))
         return out
     if rules.global_heads:
         _launch(*arguments, rules.global_heads, context.length, context.pages, context.table)
+    if rules.stored_heads:
+        _launch(*arguments, rules.stored_heads, context.length, *context.laid)
     if rules.local_heads:
         members = tuple(h for _, heads in rules.local_groups for h in heads)
         _launch(*arguments, members, context.length, tuple(map(_one_band, zip(*context.bands))))
