@@ -68,7 +68,8 @@ def step_of(kernels, timer: Timer, plan: str, storage: str, batch: int, length: 
         cold_table[:, :stored] = torch.randperm(len(pool.codes), device=device).int().view(batch, stored, columns)
         done = torch.zeros(batch, HEADS, dtype=torch.int32, device=device)
         done[:, :stored] = columns
-        cold = Cold(*(pool if bits == BITS[storage] else None for bits in (8, 4)), cold_table, done)
+        int8, int4 = (pool if bits == BITS[storage] else None for bits in (8, 4))
+        cold = Cold(int8, int4, cold_table, done)
         nbytes += sum(x.nbytes for x in pool) + 4 * DIM * batch * stored * (length - columns * PAGE)
     else:
         nbytes += 4 * DIM * batch * len(rules.global_heads) * length

@@ -43,7 +43,7 @@ def cool(pages, cold, table, lengths, rules, new=None):
         rules: `HeadRules` of the heads.
         new: Keys and values of the last tokens, `[batch, heads, tokens, dim]`, which are not in the rows yet.
     """
-    size, tokens = rules.page_size, 0 if new is None else new[0].shape[2]
+    size = rules.page_size
     for bits, heads in rules.stored_groups:
         pool = cold.pool(bits)
         for b, length in enumerate(lengths.tolist()):
@@ -54,13 +54,15 @@ def cool(pages, cold, table, lengths, rules, new=None):
                     continue
                 positions = torch.arange((done + 1) * size, (target + 1) * size, device=table.device)
                 found = _tokens(pages, table[b : b + 1, h : h + 1], rules.take((h,)), positions)
-                if tokens:
-                    fresh = positions - (length - tokens)
+                if new is not None:
+                    fresh = positions - (length - new[0].shape[2])
                     latest = (fresh >= 0)[:, None]
                     found = [
                         torch.where(latest, x[b, h].index_select(0, fresh.clamp(min=0)), y) for x, y in zip(new, found)
                     ]
-                codes, scales = quantise_page(*(x.unflatten(0, (-1, size)) for x in found), bits)
+                codes, scales = quantise_page(
+                    found[0].unflatten(0, (-1, size)), found[1].unflatten(0, (-1, size)), bits
+                )
                 where = cold.table[b, h, done:target].long()
                 pool.codes.index_copy_(0, where, codes)
                 pool.scales.index_copy_(0, where, scales)
