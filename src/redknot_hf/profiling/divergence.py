@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from redknot_hf.attention.devices import input_device
 from redknot_hf.attention.watching import blocks, restricted, watching
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
@@ -98,13 +99,16 @@ class Divergence:
         settled, kept = self.settled or (plan, [[]] * len(self.prompts))
         same = next((i for i, (a, b) in enumerate(zip(plan, settled, strict=True)) if a != b), len(plan))
         skipped = blocks(self.model)[:same] if kept[prompt] else []
+        before = [vars(block).get("forward") for block in skipped]  # a hook's, say
         for block in skipped:
             block.forward = lambda *args, found=kept[prompt][same - 1], **kwargs: found
         try:
             yield
         finally:
-            for block in skipped:
+            for block, forward in zip(skipped, before, strict=True):
                 del block.forward
+                if forward is not None:
+                    block.forward = forward
 
     @torch.no_grad()
     def _predict(self, plan: HeadPlan, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:
@@ -119,7 +123,7 @@ class Divergence:
         return found
 
     def _forward(self, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:
-        rows = (evenly(prompt.targets, _MOST) - 1).to(self.model.device)
-        out = self.model(prompt.ids[None].to(self.model.device), use_cache=False, logits_to_keep=rows)
+        rows = (evenly(prompt.targets, _MOST) - 1).to(input_device(self.model))
+        out = self.model(prompt.ids[None].to(input_device(self.model)), use_cache=False, logits_to_keep=rows)
         self.measured += 1
         return out.logits[0].float().log_softmax(-1)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from redknot_hf.attention.devices import input_device, weight_of
 from redknot_hf.attention.watching import Attended, Call, attention_layers, blocks, watching
 from redknot_hf.plan.plan import HeadSpec
 
@@ -44,9 +45,9 @@ def measure_drift(
     """
     found = []
     for prompt in prompts:
-        meter = _Meter(choices, _queries(prompt).to(model.device), len(prompt.targets))
+        meter = _Meter(choices, _queries(prompt).to(input_device(model)), len(prompt.targets))
         with torch.no_grad(), meter.listening(model), watching(model, meter):
-            model(prompt.ids[None].to(model.device), use_cache=False, logits_to_keep=1)
+            model(prompt.ids[None].to(input_device(model)), use_cache=False, logits_to_keep=1)
         found.append(meter.result())
         if tick():
             break
@@ -150,8 +151,8 @@ class _Meter:
 
 def _projected(error: Float[Tensor, "rows query_heads dim"], call: Call) -> Float[Tensor, "heads rows"]:
     """Squared length of each KV head's error behind `o_proj`; its group of query heads is restricted together."""
-    weight = call.module.get_parameter("o_proj.weight")
-    weight = weight.unflatten(1, (call.heads, -1)).permute(1, 2, 0).float()
+    with weight_of(call.module.get_submodule("o_proj")) as weight:
+        weight = weight.unflatten(1, (call.heads, -1)).permute(1, 2, 0).float()
     parts = error.unflatten(1, (call.heads, -1)).flatten(2).transpose(0, 1).float().split(_ROWS, 1)
     return torch.cat([_squares(part @ weight) for part in parts], 1)
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from redknot_hf.attention.dense import dense_attention
+from redknot_hf.attention.devices import input_device
 from redknot_hf.attention.watching import Attended, Call, blocks, watching
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.per_layer import kv_heads
@@ -50,7 +51,7 @@ class Gates:
         self.divergence, self.spec, self.chosen = divergence, spec, chosen
         model = divergence.model
         self.shape = kv_heads(model.config)
-        self.logits = torch.full((sum(self.shape),), OPEN, device=model.device, requires_grad=True)
+        self.logits = torch.full((sum(self.shape),), OPEN, device=input_device(model), requires_grad=True)
         self.optimizer = torch.optim.Adam([self.logits], lr=RATE)
         self.step = 0
 

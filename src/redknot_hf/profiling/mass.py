@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from redknot_hf.attention.devices import input_device
 from redknot_hf.attention.watching import Attended, Call, watching
 from redknot_hf.plan.plan import HeadSpec
 
@@ -35,10 +36,10 @@ def measure_mass(
     """
     found = []
     for prompt in prompts:
-        ids = prompt.ids[None].to(model.device)
+        ids = prompt.ids[None].to(input_device(model))
         half = len(prompt) // 2
-        rows = (evenly(prompt.targets, _ROWS) - 1).to(model.device)
-        late = evenly(torch.arange(half, len(prompt)), _ROWS).to(model.device)
+        rows = (evenly(prompt.targets, _ROWS) - 1).to(input_device(model))
+        late = evenly(torch.arange(half, len(prompt)), _ROWS).to(input_device(model))
         whole, alone = _Watcher(rows, late, half, windows, sink), _Watcher(rows[:0], late - half, 0, (), sink)
         with torch.no_grad():
             for watcher, read in ((whole, ids), (alone, ids[:, half:])):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.profiler import record_function
 from transformers import Cache
 
+from redknot_hf.attention.devices import device_of_layer, input_device
 from redknot_hf.attention.mask import PaddingMask
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache, lengths_of, row_layers
@@ -120,8 +121,8 @@ class Assembly(Cache):
             ids[b, : len(self.places[b])] = [p.part.ref.ids[i] for p in pieces for i in p.tokens]
             places[b, : len(self.places[b])] = self.places[b]
         self.model(
-            input_ids=torch.from_numpy(ids).to(self.model.device), logits_to_keep=1,
-            position_ids=torch.from_numpy(places).to(self.model.device), **cache_argument(self.model, self),
+            input_ids=torch.from_numpy(ids).to(input_device(self.model)), logits_to_keep=1,
+            position_ids=torch.from_numpy(places).to(input_device(self.model)), **cache_argument(self.model, self),
         )  # fmt: skip
 
     @torch.compiler.disable(reason="segments are put into a cache in the middle of a step")  # pyright: ignore
@@ -280,17 +281,6 @@ def initialize(layer: RedKnotLayer, index: int, model: Any, segment: Segment, ba
     """Gives a layer its shape before any forward pass has."""
     kept = segment.layers[index]
     assert kept is not None
-    heads, like = len(kept.window), segment.data.new_empty(0).to(_device_of_layer(model, index))
+    heads, like = len(kept.window), segment.data.new_empty(0).to(device_of_layer(model, index))
     shapes = ((batch, heads, 0, dim) for dim in (kept.key_dim, kept.value_dim))
     layer.lazy_initialization(*(like.new_empty(shape) for shape in shapes))
-
-
-def _device_of_layer(model: Any, index: int) -> torch.device:
-    """Where the layer runs: that of its attention's weights, or of the hook that brings them."""
-    if not hasattr(model, "hf_device_map"):
-        return model.device
-    for module in model.modules():
-        if getattr(module, "layer_idx", None) == index and (weights := next(module.parameters(), None)) is not None:
-            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-            return weights.device if device is None else torch.device(device)
-    return model.device

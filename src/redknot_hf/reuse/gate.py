@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
+from redknot_hf.attention.devices import input_device
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache, row_layers
 from redknot_hf.cache.packing import splice
@@ -94,8 +95,13 @@ def _keys_error(model: Any, relocation: Relocation, text: list[int]) -> float:
 
 def _read(model: Any, text: list[int], places: Tensor) -> DynamicCache:
     cache = DynamicCache()  # without the config: sliding layers would forget
-    ids = torch.tensor([text], device=model.device)
-    model(input_ids=ids, position_ids=places[None].to(model.device), logits_to_keep=1, **cache_argument(model, cache))
+    ids = torch.tensor([text], device=input_device(model))
+    model(
+        input_ids=ids,
+        position_ids=places[None].to(input_device(model)),
+        logits_to_keep=1,
+        **cache_argument(model, cache),
+    )
     return cache
 
 
@@ -108,7 +114,7 @@ def _logits_error(model: Any, plan: HeadPlan, text: list[int], page_size: int, i
     for i, layer in row_layers(reused):
         splice(layer.storage, i, 0, segment)
         layer.storage.left_align()
-    ids = torch.tensor([end], device=model.device)
+    ids = torch.tensor([end], device=input_device(model))
     found, wanted = (model(input_ids=ids, **cache_argument(model, cache)).logits for cache in (reused, read))
     return _relative(found, wanted)
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from redknot_kernels import UNBOUNDED
 from torch import Tensor
 
+from redknot_hf.attention.devices import input_device
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache, lengths_of, row_layers
 from redknot_hf.cache.layer import RECORDED
@@ -76,9 +77,9 @@ def forward(model: Any, cache: RedKnotCache, texts: Sequence[Sequence[int]]) -> 
         slots, lengths = cache.get_seq_length(), _lengths(cache, len(texts))
         places = (lengths[:, None] + real.cumsum(1) - 1).clamp(min=0)
         flags = torch.cat([torch.arange(slots) >= slots - lengths[:, None], real], 1)
-        mask = None if flags.all() else flags.to(model.device)
+        mask = None if flags.all() else flags.to(input_device(model))
         model(
-            input_ids=ids.to(model.device), attention_mask=mask, position_ids=places.to(model.device),
+            input_ids=ids.to(input_device(model)), attention_mask=mask, position_ids=places.to(input_device(model)),
             logits_to_keep=1, **cache_argument(model, cache),
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from redknot_kernels import Rotation, rotate
 from torch import Tensor
 from transformers import Cache
 
+from redknot_hf.attention.devices import input_device
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import row_layers
 from redknot_hf.cache.handle import RedKnotHandle
@@ -143,10 +144,10 @@ class _Context(Cache):
     def run(self, model: Any, positions: Int[Tensor, " step"], depth: int = -1, look: Callable | None = None) -> None:
         """Runs some of the context's tokens through the model, through all layers or until one has been looked at."""
         self.positions, self.depth, self.look = positions, depth, look
-        ids = torch.tensor(self.ids)[positions].to(model.device)
+        ids = torch.tensor(self.ids)[positions].to(input_device(model))
         try:
             model(
-                input_ids=ids[None], position_ids=positions[None].to(model.device), logits_to_keep=1,
+                input_ids=ids[None], position_ids=positions[None].to(input_device(model)), logits_to_keep=1,
                 **cache_argument(model, self),
             )  # fmt: skip
         except _Enough:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from redknot_hf.attention.devices import input_device
 from redknot_hf.cache.argument import cache_argument
 
 Positions = Int[Tensor, " tokens"] | Int[Tensor, "batch tokens"]
@@ -218,8 +219,8 @@ def _computed_keys(
 ) -> list[Float[Tensor, "tried probed heads dim"] | None]:
     """Keys that every layer caches for some tokens, each alone in its sequence, at each of the positions."""
     tried = torch.tensor([config.vocab_size // n for n in (2, 3, 5)])
-    ids = tried.repeat_interleave(len(probed))[:, None].to(model.device)
-    places = probed.repeat(len(tried))[:, None].to(model.device)
+    ids = tried.repeat_interleave(len(probed))[:, None].to(input_device(model))
+    places = probed.repeat(len(tried))[:, None].to(input_device(model))
     cache, training = DynamicCache(config=config), model.training
     model.eval()
     try:

@@ -10,8 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-import torch
-
+from redknot_hf.attention.devices import input_device
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.plan import HeadPlan, as_plan
 
@@ -104,7 +103,7 @@ class SegmentStore:
         self.identity, self._weights = self._identity(), weights_state(model)
         self.folder = None if path is None else SegmentFolder(path, self.identity)
         self._on_disk: set[str] = set()
-        self.tiers = Tiers(torch.device(model.device), device_bytes, host_bytes, self._on_disk.__contains__)
+        self.tiers = Tiers(input_device(model), device_bytes, host_bytes, self._on_disk.__contains__)
         self._computing = threading.Lock()
         self._verdict: Verdict | None = None
         self._like: Segment | None = None

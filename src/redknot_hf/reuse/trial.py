@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redknot_hf.attention.devices import input_device
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache
 from redknot_hf.plan.plan import HeadPlan
@@ -139,7 +140,7 @@ def _predicted(
     model: Any, cache: RedKnotCache, context: Context, before: Sequence[int] = ()
 ) -> Float[Tensor, "answers vocabulary"]:
     """Log-probabilities of the answers' tokens, after what the cache holds and what is read before them."""
-    ids = torch.tensor([[*before, *context.asked]], device=model.device)
+    ids = torch.tensor([[*before, *context.asked]], device=input_device(model))
     logits = model(input_ids=ids, logits_to_keep=len(context.asked), **cache_argument(model, cache)).logits[0]
     places = torch.nonzero(context.answers)[:, 0] - 1
     return logits[places.to(logits.device)].float().log_softmax(-1).cpu()
