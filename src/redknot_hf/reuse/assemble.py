@@ -135,7 +135,7 @@ def prompt(
         cache: Made of these segments: the prompt then brings a fork of it.
 
     Returns:
-        `input_ids` and `attention_mask`, `[batch, tokens]`, and with a cache `past_key_values`.
+        `input_ids` and `attention_mask`, `[batch, tokens]`, and with a cache the fork, as `generate` names it.
 
     Raises:
         ValueError: There is not one suffix of token ids for each sequence; or the cache was assembled of other
