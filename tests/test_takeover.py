@@ -107,7 +107,9 @@ def test_chunks_and_steps_by_hand_are_what_they_are_densely(chunk):
 
 
 @pytest.mark.parametrize(
-    ("reserved", "how"), [(None, {}), (100, {}), (100, {"custom_generate": captured_decoding})], ids=str
+    ("reserved", "how"),
+    [(None, {}), (100, {}), (100, {"custom_generate": captured_decoding})],
+    ids=("growing", "reserved", "captured"),
 )
 @pytest.mark.parametrize("family", ["phi3", "phimoe"])
 def test_growing_across_the_switch_is_refused_before_anything_runs(family, how, reserved):
@@ -163,7 +165,9 @@ def test_guidance_on_its_own_is_refused_under_a_local_plan_only(family, reserved
 
 
 @pytest.mark.parametrize(
-    ("reserved", "how"), [(None, {}), (100, {}), (100, {"custom_generate": captured_decoding})], ids=str
+    ("reserved", "how"),
+    [(None, {}), (100, {}), (100, {"custom_generate": captured_decoding})],
+    ids=("growing", "reserved", "captured"),
 )
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -133,7 +133,8 @@ class HeadPlan:
     @classmethod
     def _from_rules(cls, path: AnyPath, rules: Rules, provenance: Mapping[str, Any], config: Any) -> "HeadPlan":
         try:
-            plan = cls(tuple(tuple(HeadSpec(*rule) for rule in layer) for layer in rules), provenance=provenance)
+            specs = (tuple(HeadSpec(*rule) for rule in layer) for layer in rules)  # pyright: ignore[reportArgumentType]
+            plan = cls(tuple(specs), provenance=provenance)
             if config is not None:
                 plan.check(config)
         except ValueError as e:
