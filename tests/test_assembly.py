@@ -25,7 +25,7 @@ def piece_by_piece(model, refs, boundary) -> AssembledCache:
 
 
 @pytest.mark.parametrize("boundary", [1, 20, 0.5, [2, 0, 70, "all", 1]])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3n", "gpt_oss", "mistral_sliding"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3n", "gpt_oss", "mistral_sliding", "gemma4"])
 def test_one_pass_does_what_many_do(family, boundary, monkeypatch):
     model = make_model(family, **LONG)
     store = SegmentStore(model, random_plan(model.config, seed=2))

@@ -165,13 +165,13 @@ class Assembly(Cache):
             self._keep(index, storage, step.past)
         rules, (batch, heads, tokens, _) = storage.rows.rules, query.shape
         out = query.new_zeros(batch, tokens, heads, step.value.shape[-1])
+        first = step.tokens - tokens  # a layer that shares keys may want its last tokens alone
         for b, text in enumerate(step.past):
-            mine = query[b : b + 1, :, : len(text.places)]
-            if len(text.places):
-                found = storage.kernels.attend_at(
-                    mine, text.keys[None], text.values[None], text.places, rules, **options
-                )
-                out[b, : len(text.places)] = found[0]
+            places = text.places[first:]
+            if len(places):
+                mine = query[b : b + 1, :, : len(places)]
+                found = storage.kernels.attend_at(mine, text.keys[None], text.values[None], places, rules, **options)
+                out[b, : len(places)] = found[0]
         return out
 
     def _laid_out(self, index: int, step: Step, sequence: int) -> _LaidOut:
