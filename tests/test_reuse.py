@@ -29,7 +29,18 @@ def documents(store):
     return [store.add(BOS), *store.add_all(texts(), BOS)]
 
 
-FAMILIES = ["llama", "mistral_sliding", "gemma3", "phi3", "gpt_oss", "glm4", "smollm3", "gemma4", "gemma4_ragged", "mimo_v2_flash"]
+FAMILIES = [
+    "llama",
+    "mistral_sliding",
+    "gemma3",
+    "phi3",
+    "gpt_oss",
+    "glm4",
+    "smollm3",
+    "gemma4",
+    "gemma4_ragged",
+    "mimo_v2_flash",
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -198,3 +198,14 @@ def test_wrong_arguments_are_refused(model, plan):
         SegmentStore(model, HeadPlan([[HeadSpec()]]))
     assert SegmentStore(model, plan, identity="mine").identity == "mine"
     assert Counter(SegmentStore(model, plan).nbytes) == Counter()
+
+
+def test_a_store_says_what_lies_in_its_folder(model, plan, tmp_path):
+    store = SegmentStore(model, plan, path=tmp_path)
+    assert f"0 files of 0.0 MiB in {tmp_path}" in repr(store)
+    store.add(text(40))
+    store.add(text(30, 1))
+    again = SegmentStore(model, plan, path=tmp_path)  # as another process finds it
+    assert "0 texts in memory" in repr(again)
+    assert "2 files of" in repr(again)
+    assert again.folder.held() == (2, sum(path.stat().st_size for path in tmp_path.iterdir()))

@@ -28,6 +28,7 @@ from redknot_hf.cache.span import KeptLayer
 from .segment import Segment, empty
 
 _FORMAT = "redknot segment 1"
+_ENDING = ".safetensors"
 # What names a file that is being written.
 _UNFINISHED = re.compile(r".+\.[0-9a-f]{32}\.tmp")
 # Age in seconds at which a file that somebody was writing counts as left behind.
@@ -66,7 +67,7 @@ class SegmentFolder:
 
     def path(self, address: str) -> str:
         """Where the segment of this address lies, or would."""
-        return f"{self._root}/{address}.safetensors"
+        return f"{self._root}/{address}{_ENDING}"
 
     def __contains__(self, address: str) -> bool:
         return self._files.exists(self.path(address))
@@ -74,6 +75,12 @@ class SegmentFolder:
     def nbytes(self, address: str) -> int:
         """Size of a file."""
         return self._files.size(self.path(address))
+
+    def held(self) -> tuple[int, int]:
+        """Number and bytes of the segments that lie here, whoever wrote them."""
+        self._files.invalidate_cache(self._root)
+        sizes = [one["size"] for one in self._files.ls(self._root, detail=True) if one["name"].endswith(_ENDING)]
+        return len(sizes), sum(sizes)
 
     def write(self, segment: Segment) -> None:
         """Writes a segment that lies in the host's memory.

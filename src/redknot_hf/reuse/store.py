@@ -210,9 +210,11 @@ class SegmentStore:
 
     def __repr__(self) -> str:
         held = ", ".join(f"{n / 2**20:.1f} MiB on {name}" for name, n in self.nbytes.items())
-        files = "" if self.folder is None else f", files in {self.folder.url}"
         texts = len(self.tiers)
-        return f"SegmentStore({texts} text{'s' * (texts != 1)}, {held}{files}; {self.counts})"
+        if self.folder is not None:
+            files, nbytes = self.folder.held()
+            held += f", {files} file{'s' * (files != 1)} of {nbytes / 2**20:.1f} MiB in {self.folder.url}"
+        return f"SegmentStore({texts} text{'s' * (texts != 1)} in memory, {held}; {self.counts})"
 
     def _identity(self) -> str:
         return model_identity(self.model) if self._name is None else self._name
