@@ -3,7 +3,7 @@ import torch
 from families import make_model
 from texts import profiling_prompts as prompts
 
-from redknot_hf import HeadPlan
+from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.profiling import Prompt, profile_heads
 
 
@@ -116,3 +116,14 @@ def test_a_folder_is_named_without_its_path(model, tmp_path):
 def test_windows_fit_the_prompts_by_default(model):
     assert profile_heads(model, prompts()).windows == (10,)
     assert profile_heads(model, prompts(200)).windows == (50, 64)
+
+
+@pytest.mark.parametrize("method", ["drift", "mass", "loss", "gates"])
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_ragged", "mimo_v2_flash"])
+def test_layers_may_differ_in_heads_and_dims(family, method):
+    model = make_model(family)
+    found = profile_heads(model, prompts(), windows=(4,), method=method, budget=0.6, steps=2, seconds=5)
+    heads = tuple(map(len, found.plan()))
+    assert heads == tuple(map(len, HeadPlan.uniform(model.config, HeadSpec())))
+    assert len(found.errors) == sum(heads)
+    assert 0 < found.plan().num_global < sum(heads)

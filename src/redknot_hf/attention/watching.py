@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from redknot_kernels import implementation
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -118,6 +119,12 @@ def attention_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The attention layers of the model, which have an `o_proj`, and their names, in order."""
     found = [(name, m) for name, m in model.named_modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
     return sorted(found, key=lambda pair: pair[1].layer_idx)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def read_whole(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]) -> None:
+    """A forward pass over a whole prompt in which every layer sees every token, for whoever watches."""
+    # Given as a number, layers that share keys would drop all tokens but the last (Gemma4).
+    model(ids, use_cache=False, logits_to_keep=torch.tensor([ids.shape[1] - 1], device=ids.device))
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:

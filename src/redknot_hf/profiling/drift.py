@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from redknot_hf.attention.devices import input_device, weight_of
-from redknot_hf.attention.watching import Attended, Call, attention_layers, blocks, watching
+from redknot_hf.attention.watching import Attended, Call, attention_layers, blocks, read_whole, watching
 from redknot_hf.plan.plan import HeadSpec
 
 from .prompt import Prompt
@@ -47,7 +47,7 @@ def measure_drift(
     for prompt in prompts:
         meter = _Meter(choices, _queries(prompt).to(input_device(model)), len(prompt.targets))
         with torch.no_grad(), meter.listening(model), watching(model, meter):
-            model(prompt.ids[None].to(input_device(model)), use_cache=False, logits_to_keep=1)
+            read_whole(model, prompt.ids[None].to(input_device(model)))
         found.append(meter.result())
         if tick():
             break

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from redknot_hf.attention.devices import input_device
-from redknot_hf.attention.watching import Attended, Call, watching
+from redknot_hf.attention.watching import Attended, Call, read_whole, watching
 from redknot_hf.plan.plan import HeadSpec
 
 from .prompt import Prompt, evenly
@@ -44,7 +44,7 @@ def measure_mass(
         with torch.no_grad():
             for watcher, read in ((whole, ids), (alone, ids[:, half:])):
                 with watching(model, watcher):
-                    model(read, use_cache=False, logits_to_keep=1)
+                    read_whole(model, read)
         layers = []
         for layer in sorted(whole.among):
             behind, by_itself = (watcher.among[layer][..., _SINKS:].flatten(1) for watcher in (whole, alone))
