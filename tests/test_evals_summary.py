@@ -95,7 +95,10 @@ def test_report_is_whole_in_one_page(tmp_path):
     config = type("Config", (), {"num_hidden_layers": 4, "num_key_value_heads": 2})
     plan = HeadPlan.with_global(config, [(0, 1)], HeadSpec(window=8))
     errors = np.linspace(0, 1, 16).reshape(8, 2)[:, ::-1]
-    profile = HeadProfile("loss", (2,) * 4, (8, 32), 4, errors, (errors, errors), 64, 8, {"global_ratio": 0.5})
+    profile = HeadProfile(
+        "loss", (2,) * 4, (HeadSpec(8, 4), HeadSpec(32, 4)), errors, (errors, errors), length=64,
+        head_dims=((1, 1),) * 4, itemsize=4, target={"global_ratio": 0.5},
+    )  # fmt: skip
     path = write_report(rows, tmp_path, [("plan.json", plan)], profiles=[("profile.json", profile)])
     page = Page(path.read_text())
     figures = ("differences", "frontier", "times", "heads", "profile")

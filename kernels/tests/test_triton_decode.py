@@ -238,7 +238,7 @@ def test_a_token_beyond_the_last_page_is_not_written():
     before, table = pages.clone(), torch.tensor([[[2, 0]]], dtype=torch.int32, device=DEVICE)
     counts = torch.tensor([32, 32], dtype=torch.int32, device=DEVICE)
     new = torch.randn(1, 1, 1, 24, device=DEVICE)
-    out = step(new, pages, pages, new, new, table, counts, None, rules, scale=0.3)
+    out = step(new, Pages(pages, pages), new, new, table, counts, None, rules, scale=0.3)
     assert out.isfinite().all()
     assert torch.equal(pages, before)
 
@@ -267,7 +267,7 @@ def test_the_operator_without_new_tokens_decodes_what_the_pages_hold():
     held = [x.clone() for x in (*pages, counts)]
     rows = table, counts, None, rules.tensors(torch.device(DEVICE)), rules.most_kept(3), rules.reach
     found = triton_decode.captured_step(query, *pages, None, None, *rows, 0.3, None, None)
-    torch.testing.assert_close(found, decode(query, *pages, table, counts[:1], rules, scale=0.3))
+    torch.testing.assert_close(found, decode(query, Pages(*pages), table, counts[:1], rules, scale=0.3))
     assert all(map(torch.equal, held, (*pages, counts)))
 
 

@@ -86,7 +86,7 @@ class _Alike:
                 scale=options["scale"], mask=part, softcap=options["softcap"],
             )  # fmt: skip
             if s_aux is not None:
-                found = add_sink_logit(found, lse, s_aux.unflatten(0, (heads, -1))[members].flatten())
+                found = add_sink_logit(found, lse, s_aux.unflatten(0, (heads, -1))[list(members)].flatten())
             attended[:, :, members] = found.unflatten(1, (len(members), -1)).permute(0, 3, 1, 2, 4)
         out[where, rows] = attended.flatten(2, 3)
 
