@@ -15,7 +15,7 @@ def stored(model, plan, documents):
 
 
 @pytest.mark.parametrize("by", ["deviation", "attention"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "gemma4"])
 def test_refreshing_all_is_a_dense_prefill_and_nothing_is_naive_reuse(family, by):
     model = make_model(family, **LONG)
     plan = random_plan(model.config, seed=1)
@@ -31,7 +31,7 @@ def test_refreshing_all_is_a_dense_prefill_and_nothing_is_naive_reuse(family, by
 
 
 @pytest.mark.parametrize("by", ["deviation", "attention"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "gemma4"])
 def test_nothing_to_recompute_is_naive_reuse(family, by):
     """A text in its own place, and a share that is less than a token."""
     model = make_model(family, **LONG)

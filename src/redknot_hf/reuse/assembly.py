@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from redknot_kernels import UNBOUNDED, HeadRules, Pages, Rotation
 from torch import Tensor
 from torch.profiler import record_function
-from transformers import Cache
 
 from redknot_hf.attention.devices import device_of_layer, input_device
 from redknot_hf.attention.mask import PaddingMask
@@ -32,6 +31,7 @@ from redknot_hf.cache.step import Step
 from redknot_hf.cache.storage import Storage
 
 from .relocation import Relocation
+from .scattered import ScatteredPass
 from .schedule import Piece, Reused, passes
 from .segment import Segment
 from .store import SegmentStore
@@ -79,7 +79,7 @@ def check_room(cache: RedKnotCache, end: int) -> None:
         )
 
 
-class Assembly(Cache):
+class Assembly(ScatteredPass):
     """What the model takes for its cache in such a pass.
 
     Args:
@@ -134,21 +134,6 @@ class Assembly(Cache):
         if isinstance(keys, RedKnotHandle):
             keys.redknot.attend = partial(self._attend, layer_idx)
         return keys, values
-
-    # What the mask is made from: it is to say nothing of what stands before, and to be none of a captured step.
-    is_compileable = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """No tokens stand before a step: zero."""
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """No tokens stand before a step: zero."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """The new tokens alone; their positions say what they see."""
-        return query_length, 0
 
     def _attend(
         self, index: int, step: Step, query: Tensor, mask: Tensor | None, options: dict[str, Any]

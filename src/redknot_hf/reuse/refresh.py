@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from redknot_kernels import Rotation, rotate
 from torch import Tensor
-from transformers import Cache
 
 from redknot_hf.attention.devices import input_device
 from redknot_hf.cache.argument import cache_argument
@@ -23,6 +22,7 @@ from redknot_hf.cache.step import Step
 
 from .assemble import AssembledCache, assemble, relocation_of
 from .assembly import check_room, initialize, turns_of
+from .scattered import ScatteredPass
 from .schedule import Refs, Reused, as_batch, schedule, store_of
 from .segment import Segment
 
@@ -102,7 +102,7 @@ class _Enough(Exception):  # noqa: N818 - no error: a pass has shown what it was
     """Ends a forward pass."""
 
 
-class _Context(Cache):
+class _Context(ScatteredPass):
     """Keys and values of a whole context, which a step of some of its tokens overwrites in place.
 
     Attributes:
@@ -174,24 +174,10 @@ class _Context(Cache):
         keys.index_copy_(2, where, step.key.to(keys.dtype))
         values.index_copy_(2, where, step.value)
         storage = step.storage
-        if len(where) == len(self.ids) > storage.page_size:
+        if query.shape[2] == len(self.ids) > storage.page_size:
             return storage.kernels.prefill(query, keys, values, None, storage.rows.rules, **options)
-        return storage.kernels.attend_at(query, keys, values, where, storage.rows.rules, **options)
-
-    # What the mask is made from: it is to say nothing of what stands before, and to be none of a captured step.
-    is_compileable = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """No tokens stand before a step: zero."""
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """No tokens stand before a step: zero."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """The step's tokens alone; their positions say what they see."""
-        return query_length, 0
+        asked = where[-query.shape[2] :]  # a layer that shares keys may want its last tokens alone
+        return storage.kernels.attend_at(query, keys, values, asked, storage.rows.rules, **options)
 
     def put(self, cache: AssembledCache) -> None:
         """Lets the cache take what its heads keep."""
