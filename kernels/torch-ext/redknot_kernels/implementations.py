@@ -60,5 +60,5 @@ def implementation(name, device=None):
     return Kernels(
         triton_quantise.append, triton_decode.step, triton_decode.decode, triton_prefill.prefill,
         triton_attend_at.attend_at, triton_quantise.place, triton_quantise.cool, triton_thaw.lay_out,
-        captured=triton_decode.captured_step,
+        captured=triton_decode.captured,
     )  # fmt: skip

@@ -52,18 +52,14 @@ def decode(query, pages, table, lengths, rules, *, scale, softcap=None, s_aux=No
     mutates_args=("k_pages", "v_pages", "counts", "codes8", "scales8", "codes4", "scales4", "cold_counts"),
     schema="(Tensor query, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor? k_new, Tensor? v_new, Tensor table, "
     "Tensor(c!) counts, Tensor? real, Tensor bounds, int most_kept, int reach, float scale, float? softcap, "
-    "Tensor? s_aux, Tensor(d!)? codes8=None, Tensor(e!)? scales8=None, Tensor(f!)? codes4=None, "
-    "Tensor(g!)? scales4=None, Tensor? cold_table=None, Tensor(h!)? cold_counts=None, int[] storage=[], "
-    "int hot=0) -> Tensor",
+    "Tensor? s_aux, Tensor(d!)? codes8, Tensor(e!)? scales8, Tensor(f!)? codes4, Tensor(g!)? scales4, "
+    "Tensor? cold_table, Tensor(h!)? cold_counts, int[] storage, int hot) -> Tensor",
 )
 def captured_step(
     query, k_pages, v_pages, k_new, v_new, table, counts, real, bounds, most_kept, reach, scale, softcap, s_aux,
-    codes8=None, scales8=None, codes4=None, scales4=None, cold_table=None, cold_counts=None, storage=(), hot=0,
+    codes8, scales8, codes4, scales4, cold_table, cold_counts, storage, hot,
 ):  # fmt: skip
-    """`step` as one operator, which `torch.compile` takes whole; bounds, most_kept and reach say the `HeadRules`.
-
-    Without new keys and values it is `decode`: it attends tokens that the pages hold already, and counts nothing.
-    """
+    """What `captured` runs. It has no defaults: torch up to 2.12 fails where a written argument is left at its own."""
     pages, rows, stored = Pages(k_pages, v_pages), (table, counts, bounds, most_kept, reach), None
     if cold_table is not None:
         pools = ((codes8, scales8), (codes4, scales4))
@@ -78,6 +74,18 @@ def captured_step(
 def _(query, k_pages, v_pages, *_, **__):
     batch, heads, tokens, _ = query.shape
     return query.new_empty(batch, tokens, heads, v_pages.shape[-1])
+
+
+def captured(*step, stored=(*[None] * 6, [], 0)):
+    """`step` as one operator, which `torch.compile` takes whole; bounds, most_kept and reach say the `HeadRules`.
+
+    Without new keys and values it is `decode`: it attends tokens that the pages hold already, and counts nothing.
+
+    Args:
+        step: query, k_pages, v_pages, k_new, v_new, table, counts, real, bounds, most_kept, reach, scale, softcap, s_aux.
+        stored: codes8, scales8, codes4, scales4, cold_table, cold_counts, storage, hot; by default no row is stored.
+    """
+    return captured_step(*step, *stored)
 
 
 def most_new_tokens(dim, itemsize):
