@@ -82,7 +82,8 @@ def captured(*step, stored=(*[None] * 6, [], 0)):
     Without new keys and values it is `decode`: it attends tokens that the pages hold already, and counts nothing.
 
     Args:
-        step: query, k_pages, v_pages, k_new, v_new, table, counts, real, bounds, most_kept, reach, scale, softcap, s_aux.
+        step: query, k_pages, v_pages, k_new, v_new, table, counts, real, bounds, most_kept, reach, scale, softcap
+            and s_aux, in this order.
         stored: codes8, scales8, codes4, scales4, cold_table, cold_counts, storage, hot; by default no row is stored.
     """
     return captured_step(*step, *stored)
