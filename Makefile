@@ -8,18 +8,21 @@ KVPRESS := .venv-kvpress/bin
 demo: .venv/.ready
 	$(BIN)/python examples/quickstart.py
 
-# All tests, in environment $(1) with options $(2). Shapes are checked, but where a compiler must look through.
+PYTEST := -m pytest --numprocesses auto --dist worksteal
+COMPILED := --override-ini addopts= tests/compiled_cases.py
+
+# All tests, in environment $(1). Shapes are checked, but where a compiler must look through.
 define run_tests
-	$(1)/bin/python -m pytest --numprocesses auto --dist worksteal $(2)
-	$(1)/bin/python -m pytest --numprocesses auto --dist worksteal $(2) --override-ini addopts= tests/compiled_cases.py
+	$(1)/bin/python $(PYTEST)
+	$(1)/bin/python $(PYTEST) $(COMPILED)
 endef
 
 test: .venv/.ready
 	$(call run_tests,.venv)
 
-# The reduced set on older versions of transformers.
+# The reduced set on older versions of transformers, whose shapes are the newest's.
 test-oldest test-previous: test-%: .venv-%/.ready
-	$(call run_tests,.venv-$*,-m core)
+	.venv-$*/bin/python $(PYTEST) $(COMPILED) -m core $(shell grep --files-with-matches mark.core tests/test_*.py)
 
 # All tests on the newest transformers 5 of the index, whatever constraints.txt says.
 test-newest: .venv/.ready

@@ -72,6 +72,17 @@ class Rows:
         out = None if out is None else out.cpu()
         return out, self.oracle()
 
+    def fill(self, tokens):
+        """Writes a prompt and attends nothing."""
+        length = self.keys.shape[2]
+        new = (
+            torch.randn(*x.shape[:2], tokens, x.shape[3], generator=self.generator) for x in (self.keys, self.values)
+        )
+        k_new, v_new = (x.to(self.keys.dtype) for x in new)
+        self.keys, self.values = torch.cat([self.keys, k_new], 2), torch.cat([self.values, v_new], 2)
+        lengths = torch.full((len(k_new),), length, dtype=torch.int32, device=self.device)
+        self.kernels.append(self.pages, k_new.to(self.device), v_new.to(self.device), self.table, lengths, self.rules)
+
 
 HEADS = {
     "global": [GLOBAL, GLOBAL],

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -192,30 +192,33 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# What an architecture leaves out: Blackwell runs Hopper's tiles in as much memory, so one of each kernel tells.
+LEFT_OUT = {
+    "sm100": [
+        *("decode_flags_softcap", "decode_page", "decode_many_fp32", "decode_many_256", "decode_small", "decode_fp32"),
+        *("decode_written", "decode_int8", "cool_new", "merge_few", "place_partial", "place_copied", "attend_at"),
+        *("attend_at_logits", "attend_at_256", "prefill", "prefill_band", "prefill_band_fp32", "prefill_pages_small"),
+    ]
+}
+
+
 @pytest.mark.parametrize("chip", CHIPS)
-def test_compiles(chip, case):
+def test_compiles_and_fits(chip):
     pytest.importorskip("triton")
-    found = _compiled(chip)[case]
-    assert isinstance(found, int), found
-    assert found <= CHIPS[chip][3]
-
-
-@lru_cache
-def _compiled(chip):
-    """Shared memory of every case in bytes, or the error."""
     environment = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=os.pathsep.join(sys.path))
     command = [sys.executable, __file__, chip]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == CASES.keys() - set(LEFT_OUT.get(chip, ()))
+    assert not {case: what for case, what in found.items() if isinstance(what, str) or what > CHIPS[chip][3]}
 
 
 def main(chip):
-    """Compiles every case for one architecture."""
+    """Compiles the cases of one architecture, and prints the shared memory of each in bytes, or the error."""
     found = {}
-    for name, case in CASES.items():
+    for name in CASES.keys() - set(LEFT_OUT.get(chip, ())):
         try:
-            found[name] = case(chip).metadata.shared
+            found[name] = CASES[name](chip).metadata.shared
         except Exception as error:  # of the compiler: every case has its say
             found[name] = f"{type(error).__name__}: {error}"
     print(json.dumps(found))
