@@ -244,3 +244,23 @@ def test_adapters_that_pass_no_cache_of_their_own_use_ours(method, reserved):
     base = model.get_base_model()
     base.set_attn_implementation("eager")
     assert torch.equal(found, model.generate(past_key_values=DynamicCache(config=base.config), **options))
+
+
+@pytest.mark.parametrize("reserved", [None, 100])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_ids_that_do_not_go_on_are_refused(family, reserved):
+    model = make_model(family)
+    plan = random_plan(model.config)
+    ids, mask = text(30)
+    asked = {"do_sample": False, "max_new_tokens": 5}
+    cache = RedKnotCache(model.config, plan, max_cache_len=reserved)
+    told = model.generate(ids, attention_mask=mask, past_key_values=cache, **asked)  # 34 slots: the last is not read
+    for tokens in (1, 20, 34):
+        with pytest.raises(ValueError, match=f"input_ids has {tokens} tokens, and the cache holds 34"):
+            model.generate(told[:, :tokens], past_key_values=cache, **asked)
+    assert cache.get_seq_length() == 34
+    more = torch.cat([told, ids[:1, :6].expand(2, -1)], 1)
+    mask = torch.cat([mask, torch.ones_like(more[:, 30:])], 1)
+    whole = model.generate(more, attention_mask=mask, past_key_values=cache.fork(), **asked)
+    alone = model.generate(more[:, 34:], attention_mask=mask, past_key_values=cache.fork(), **asked)
+    assert torch.equal(whole[:, more.shape[1] :], alone[:, more.shape[1] - 34 :])

@@ -206,7 +206,7 @@ class RedKnotCache(Cache):
     def _is_user_defined(self, given: bool) -> None:
         call = call_of(sys._getframe(1))
         if call is not None:
-            refuse_takeover(call, self.plan, self._switch, 0 if self._switch is None else self.get_seq_length())
+            refuse_takeover(call, self.plan, self._switch, self.get_seq_length())
         self._given = given
 
     @property

@@ -1,4 +1,4 @@
-"""What would put a cache aside behind its owner's back, refused before anything has run.
+"""What would put a cache aside or read past what it holds, behind its owner's back, refused before anything has run.
 
 Models and wrappers may replace the cache that `generate` was given by one of their own: then answers are dense, memory
 grows, and the plan does nothing. The cache itself is not told, but `generate` marks it as the caller's own before it
@@ -28,19 +28,26 @@ class Call:
         model: What runs.
         asked: Its options.
         tokens: Ids of each sequence that were passed.
+        described: Slots that its attention mask speaks of.
     """
 
     model: Any
     asked: GenerationConfig
     tokens: int
+    described: int
 
 
 def call_of(frame: FrameType | None) -> Call | None:
     """The call of `generate` in whose course a frame runs; `None` if there is none."""
     while frame is not None:
         names = frame.f_locals
-        if frame.f_code.co_name == "generate" and {"self", "generation_config", "input_ids"} <= names.keys():
-            return Call(names["self"], names["generation_config"], names["input_ids"].shape[1])
+        if (
+            frame.f_code.co_name == "generate"
+            and {"self", "generation_config", "input_ids", "model_kwargs"} <= names.keys()
+        ):
+            tokens, mask = names["input_ids"].shape[1], names["model_kwargs"].get("attention_mask")
+            described = tokens if mask is None else mask.shape[-1]
+            return Call(names["self"], names["generation_config"], tokens, described)
         frame = frame.f_back
     return None
 
@@ -51,7 +58,7 @@ def switch_of(config: PreTrainedConfig) -> int | None:
 
 
 def refuse_takeover(call: Call, plan: HeadPlan, switch: int | None, slots: int) -> None:
-    """Checks that a call uses the cache that it was given, from the first token to the last.
+    """Checks that a call goes on from what the cache holds, and uses that cache from the first token to the last.
 
     Args:
         plan: The cache's.
@@ -69,6 +76,13 @@ def refuse_takeover(call: Call, plan: HeadPlan, switch: int | None, slots: int) 
             f"guidance_scale={scale}: transformers reads the unconditional branch into a DynamicCache of its own, so "
             "half of every score would not follow the plan. Pass logits_processor=redknot_hf.guidance(model, "
             f"{scale}, RedKnotCache(...)) in its place."
+        )
+    if 0 < call.tokens <= slots and call.described <= call.tokens:
+        raise ValueError(
+            f"input_ids has {call.tokens} tokens, and the cache holds {slots}: `generate` skips what the cache holds, "
+            "so nothing is left to read. Pass the whole text, what the cache holds and what follows it, or the new "
+            f"tokens with an attention_mask of all {slots + call.tokens} slots; to ask a text again, ask a fork() of it "
+            "taken before the first answer."
         )
     if switch is not None:
         _refuse_switch(call, switch, slots)
