@@ -1,4 +1,4 @@
-"""One pass of many segments is held against passes of one; test_reuse.py holds both against dense attention."""
+"""One pass of many segments is held against passes of one; test_assemble.py holds both against dense attention."""
 
 import gc
 import weakref
@@ -12,15 +12,14 @@ from texts import BOS, LONG, joined, next_logits, texts
 
 from redknot_hf import AssembledCache, HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble
 from redknot_hf.cache.cache import row_layers
-from redknot_hf.reuse import assembly
-from redknot_hf.reuse import schedule as pieces
+from redknot_hf.reuse import assembly, schedule
 from redknot_hf.reuse.recording import forward
 
 
-def piece_by_piece(model, refs, boundary) -> AssembledCache:
-    """The same cache by many passes, one for every piece."""
+def chunk_by_chunk(model, refs, boundary) -> AssembledCache:
+    """The same cache by many passes, one for every chunk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "_PASS_BYTES", 1)
+        patch.setattr(schedule, "_PASS_BYTES", 1)
         return assemble(model, refs, boundary=boundary)
 
 
@@ -36,14 +35,14 @@ def test_one_pass_does_what_many_do(family, boundary, monkeypatch):
     monkeypatch.setattr(assembly.Assembly, "run", lambda self: (sizes.append(len(self.batch[0])), run(self)))
     cache = assemble(model, order, boundary=boundary)
     assert sizes == [5]
-    many = piece_by_piece(model, order, boundary)
+    many = chunk_by_chunk(model, order, boundary)
     assert len(sizes) >= 6
     assert set(sizes[1:]) == {1}
     assert cache.nbytes == many.nbytes
     want = next_logits(model, many)
     torch.testing.assert_close(next_logits(model, cache), want, atol=1e-4, rtol=1e-4)
     for most in (40, 16):
-        monkeypatch.setattr(pieces, "_PASS_TOKENS", most)
+        monkeypatch.setattr(schedule, "_PASS_TOKENS", most)
         other = assemble(model, order, boundary=boundary)
         torch.testing.assert_close(next_logits(model, other), want, atol=1e-4, rtol=1e-4)
 
@@ -58,7 +57,7 @@ def test_a_question_finds_room_behind_the_segments(boundary):
     assert all(layer.storage.pool.pages is pages for (_, layer), pages in zip(row_layers(cache), pools, strict=True))
 
 
-def test_layers_that_share_keys_attend_each_piece_as_it_was():
+def test_layers_that_share_keys_attend_each_chunk_as_it_was():
     model = make_model("gemma3n", **LONG)
     plan = HeadPlan([[HeadSpec(), HeadSpec(3, 2), HeadSpec(40, 0), HeadSpec(1, 5)]] * 4)
     store = SegmentStore(model, plan, identity="tiny")
@@ -79,7 +78,7 @@ def test_sequences_of_a_batch_go_on_by_boundaries_of_different_length():
     boundary = lambda ref, start: (start + len(ref)) % 9  # noqa: E731
     cache = assemble(model, batch, boundary=boundary)
     for b, refs in enumerate(batch):
-        alone = piece_by_piece(model, refs, boundary)
+        alone = chunk_by_chunk(model, refs, boundary)
         for (_, layer), (_, wanted) in zip(row_layers(cache), row_layers(alone), strict=True):
             rows = layer.storage.rows
             for head in range(4):

@@ -3,8 +3,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from redknot_hf.profiling import calibration_kinds, calibration_prompts, python_texts, read_texts
+from redknot_hf.profiling import calibration_kinds, calibration_prompts
 from redknot_hf.profiling.calibration import QUESTIONS
+from redknot_hf.profiling.texts import python_texts, read_texts
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
-"""What is shipped: one wheel with both packages, and an import that changes nothing for others."""
+"""What is shipped: one wheel with both packages, an import that changes nothing for others, a test for each module."""
 
+import ast
 import subprocess
 import sys
 import zipfile
@@ -37,3 +38,24 @@ assert after[1].pop("redknot").__module__ == "redknot_hf.attention.mask"
 assert before == after
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def imported(path):
+    """Names of the modules that a file imports, and of what it takes from them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def test_every_module_is_named_by_a_test():
+    """By an import from it, or by a file of tests of its name."""
+    files = list((ROOT / "tests").glob("test_*.py"))
+    named = {name for path in files for name in imported(path)}
+    titles = {path.stem.removeprefix("test_") for path in files}
+    source = ROOT / "src"
+    modules = [path for path in source.rglob("*.py") if path.stem != "__init__"]
+    assert len(modules) > 50
+    names = {path: ".".join(path.relative_to(source).with_suffix("").parts) for path in modules}
+    assert [name for path, name in names.items() if name not in named and path.stem not in titles] == []

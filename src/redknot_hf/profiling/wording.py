@@ -27,9 +27,9 @@ _VERBS = "admires carries describes follows forgets guards hides paints praises 
 ADJECTIVES = "bright broken careful distant early empty gentle golden heavy humble narrow old patient quiet"
 
 # Text, and whether the model should predict it.
-Piece = tuple[str, bool]
+Phrase = tuple[str, bool]
 # Facts to hide in the text, and the questions with their answers.
-Needles = tuple[list[str], list[Piece]]
+Needles = tuple[list[str], list[Phrase]]
 
 
 class UnwritableError(ValueError):
@@ -44,7 +44,7 @@ def _passkeys(rng: random.Random) -> Needles:
     asked = [
         [(f"\nQuestion: what is the pass key of {names[i]}? Answer:", False), (f" {keys[i]}", True)] for i in order
     ]
-    return facts, [piece for pair in asked for piece in pair]
+    return facts, [phrase for pair in asked for phrase in pair]
 
 
 def _two_hops(rng: random.Random) -> Needles:
@@ -57,7 +57,7 @@ def _two_hops(rng: random.Random) -> Needles:
     asked = [
         ((f"\nThe best friend of {name} lives in", False), (f" {homes[friends[name]]}", True)) for name in friends
     ]
-    return facts, [piece for pair in asked for piece in pair]
+    return facts, [phrase for pair in asked for phrase in pair]
 
 
 def _homes(rng: random.Random) -> Needles:
@@ -65,7 +65,7 @@ def _homes(rng: random.Random) -> Needles:
     homes = dict(zip(names, cities, strict=True))
     facts = [f" {name} has a house in {city}." for name, city in homes.items()]
     asked = [((f"\n{name} has a house in", False), (f" {homes[name]}", True)) for name in rng.sample(names, QUESTIONS)]
-    return facts, [piece for pair in asked for piece in pair]
+    return facts, [phrase for pair in asked for phrase in pair]
 
 
 def _codes(rng: random.Random) -> Needles:
@@ -76,7 +76,7 @@ def _codes(rng: random.Random) -> Needles:
         ((f" question : what is the code of the {thing} ? answer :", False), (f" {codes[thing]}", True), (" .", False))
         for thing in rng.sample(things, QUESTIONS)
     ]
-    return facts, [piece for pair in asked for piece in pair]
+    return facts, [phrase for pair in asked for phrase in pair]
 
 
 def _sentences(rng: random.Random) -> Iterator[str]:

@@ -32,7 +32,7 @@ from redknot_hf.cache.storage import Storage
 
 from .relocation import Relocation
 from .scattered import ScatteredPass
-from .schedule import Piece, Reused, passes
+from .schedule import Chunk, Reused, passes
 from .segment import Segment
 from .store import SegmentStore
 
@@ -60,8 +60,8 @@ def put(
     ends = lengths_of(cache, len(batch)) + [sum(len(part.ref) for part in parts) for parts in batch]
     check_room(cache, int(ends.max()))
     room = ends + ends // ROOM + ROOM
-    for pieces in passes(batch, store):
-        assembly = Assembly(model, cache, store, pieces, room, relocation)
+    for chunks in passes(batch, store):
+        assembly = Assembly(model, cache, store, chunks, room, relocation)
         with record_function("redknot: assembly"):
             assembly.run()
 
@@ -84,7 +84,7 @@ class Assembly(ScatteredPass):
 
     Args:
         model, cache, store, relocation: As for `put`.
-        batch: The pieces of the pass, of each sequence.
+        batch: The chunks of the pass, of each sequence.
         room: Tokens of the sequences for which pages are reserved.
     """
 
@@ -93,14 +93,14 @@ class Assembly(ScatteredPass):
         model: Any,
         cache: RedKnotCache,
         store: SegmentStore,
-        batch: Sequence[Sequence[Piece]],
+        batch: Sequence[Sequence[Chunk]],
         room: Int[np.ndarray, " batch"],
         relocation: Relocation | None,
     ) -> None:
         super().__init__(layers=cache.layers)
         self.model, self.cache, self.batch, self.room = model, cache, batch, room
-        self.places = [np.concatenate([np.arange(0), *(piece.places for piece in pieces)]) for pieces in batch]
-        parts = [piece.part for pieces in batch for piece in pieces if piece.rest]
+        self.places = [np.concatenate([np.arange(0), *(chunk.places for chunk in chunks)]) for chunks in batch]
+        parts = [chunk.part for chunks in batch for chunk in chunks if chunk.rest]
         with record_function("redknot: fetch"):  # now, since what was lost is computed anew, by passes of its own
             held = store.fetch([part.ref for part in parts])
         with record_function("redknot: angles"):
@@ -110,15 +110,15 @@ class Assembly(ScatteredPass):
         self._here: dict[int, Segment] = {}
 
     def run(self) -> None:
-        """Runs the pieces' tokens through the model, and puts what is stored in its place on the way."""
+        """Runs the chunks' tokens through the model, and puts what is stored in its place on the way."""
         longest = max(map(len, self.places))
         if not longest:
             for index, layer in row_layers(self.cache):
                 self._splice(index, layer)
             return
         ids, places = np.zeros((2, len(self.batch), longest), np.int64)
-        for b, pieces in enumerate(self.batch):
-            ids[b, : len(self.places[b])] = [p.part.ref.ids[i] for p in pieces for i in p.tokens]
+        for b, chunks in enumerate(self.batch):
+            ids[b, : len(self.places[b])] = [p.part.ref.ids[i] for p in chunks for i in p.tokens]
             places[b, : len(self.places[b])] = self.places[b]
         self.model(
             input_ids=torch.from_numpy(ids).to(input_device(self.model)), logits_to_keep=1,
@@ -138,7 +138,7 @@ class Assembly(ScatteredPass):
     def _attend(
         self, index: int, step: Step, query: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> Float[Tensor, "batch tokens query_heads value_dim"]:
-        """Attends the tokens of all pieces; a layer that shares the keys finds the context laid out in `step.past`."""
+        """Attends the tokens of all chunks; a layer that shares the keys finds the context laid out in `step.past`."""
         if mask is not None and not isinstance(mask, PaddingMask):
             raise ValueError(
                 f"{self.model.config.model_type} attends under a mask of its own, which says nothing of tokens put "
@@ -161,10 +161,10 @@ class Assembly(ScatteredPass):
 
     def _laid_out(self, index: int, step: Step, sequence: int) -> _LaidOut:
         """The context of one sequence in order, up to the end of the pass."""
-        storage, pieces = step.storage, self.batch[sequence]
+        storage, chunks = step.storage, self.batch[sequence]
         rows, device = storage.rows, storage.device
         before, heads = int(rows.lengths[sequence]), rows.rules.heads
-        end = pieces[-1].end if pieces else 0
+        end = chunks[-1].end if chunks else 0
         keys, values = (x.new_zeros(heads, end, x.shape[-1]) for x in (step.key, step.value))
         flat = keys.flatten(0, 1), values.flatten(0, 1)
         if before and len(self.places[sequence]):  # who asks nothing need not see it
@@ -175,10 +175,10 @@ class Assembly(ScatteredPass):
                 text.index_copy_(0, where, held)
         rules, table = _of_text(rows.rules, end, device)
         pages = Pages(flat[0][:, None], flat[1][:, None])
-        for piece in filter(lambda piece: piece.rest, pieces):
+        for chunk in filter(lambda chunk: chunk.rest, chunks):
             with record_function("redknot: splice"):
-                segment, turn = self._segment(piece.part), self._turns[id(piece.part)][index]
-                span = segment.tokens, piece.part.boundary, piece.part.start
+                segment, turn = self._segment(chunk.part), self._turns[id(chunk.part)][index]
+                span = segment.tokens, chunk.part.boundary, chunk.part.start
                 lay_out(storage, index, segment, pages, table, rules, span, turn)
         places = staged(self.places[sequence], device).to(device, non_blocking=True)
         for text, new in ((keys, step.key), (values, step.value)):
@@ -191,28 +191,28 @@ class Assembly(ScatteredPass):
         rows = storage.rows
         heads = rows.rules.heads
         everything, all_known = ((UNBOUNDED,) * heads, (0,) * heads), np.zeros(heads, np.int64)
-        for b, (text, pieces) in enumerate(zip(laid, self.batch, strict=True)):
+        for b, (text, chunks) in enumerate(zip(laid, self.batch, strict=True)):
             grown = []
-            for piece in pieces:
-                grown.append((piece.stop - piece.first, all_known))
-                if piece.rest:
-                    part = piece.part
+            for chunk in chunks:
+                grown.append((chunk.stop - chunk.first, all_known))
+                if chunk.rest:
+                    part = chunk.part
                     grown.append(known(self._segment(part), index, rows.rules, part.start, part.boundary))
-            if pieces:
+            if chunks:
                 span = text.keys.shape[1], int(rows.lengths[b]), 0
                 storage.place(b, text.keys.flatten(0, 1), text.values.flatten(0, 1), everything, span, grown)
         storage.left_align()
 
     def _splice(self, index: int, layer: RedKnotLayer) -> None:
         """Puts segments of which nothing is recomputed into the rows."""
-        for b, pieces in enumerate(self.batch):
-            for piece in pieces:
-                segment = self._segment(piece.part)
+        for b, chunks in enumerate(self.batch):
+            for chunk in chunks:
+                segment = self._segment(chunk.part)
                 if not layer.is_initialized:
                     initialize(layer, index, self.model, segment, len(self.batch))
                 layer.storage.reserve(self.room)
                 with record_function("redknot: splice"):
-                    splice(layer.storage, index, b, segment, self._turns[id(piece.part)][index])
+                    splice(layer.storage, index, b, segment, self._turns[id(chunk.part)][index])
         layer.storage.left_align()
 
     def _segment(self, part: Reused) -> Segment:

@@ -58,7 +58,7 @@ def is_spliced(part: Reused | None) -> TypeGuard[Reused]:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """What a sequence goes on by: tokens of a segment's boundary, and behind the last of them the stored rest.
 
     Attributes:
@@ -88,7 +88,7 @@ class Piece:
 
     @property
     def end(self) -> int:
-        """Position behind the piece."""
+        """Position behind the chunk."""
         return self.part.start + (len(self.part.ref) if self.rest else self.stop)
 
 
@@ -173,34 +173,34 @@ def by_rank(scores: Sequence[int | float | None], documents: int = 2, rest: Amou
     return ["all" if i in best else rest for i in range(len(scores))]
 
 
-def passes(batch: Sequence[Sequence[Reused]], store: SegmentStore) -> Iterator[tuple[Sequence[Piece], ...]]:
+def passes(batch: Sequence[Sequence[Reused]], store: SegmentStore) -> Iterator[tuple[Sequence[Chunk], ...]]:
     """What every sequence goes on by, one forward pass after the other, each as large as its bounds let it be."""
     most, nbytes = max(_PASS_TOKENS // len(batch), 1), _stored_bytes(store)
     return zip_longest(*(_grouped(parts, most, nbytes) for parts in batch), fillvalue=())
 
 
-def _grouped(parts: Sequence[Reused], most: int, nbytes: Callable[[Piece], int]) -> Iterator[list[Piece]]:
-    """Pieces of one sequence in order, as many in a pass as its bounds let in, and at least one."""
-    some: list[Piece] = []
+def _grouped(parts: Sequence[Reused], most: int, nbytes: Callable[[Chunk], int]) -> Iterator[list[Chunk]]:
+    """Chunks of one sequence in order, as many in a pass as its bounds let in, and at least one."""
+    some: list[Chunk] = []
     tokens = stored = 0
-    for piece in _pieces(parts, most):
-        tokens, stored = tokens + len(piece.tokens), stored + nbytes(piece)
+    for chunk in _chunks(parts, most):
+        tokens, stored = tokens + len(chunk.tokens), stored + nbytes(chunk)
         if some and (tokens > most or stored > _PASS_BYTES):
             yield some
-            some, tokens, stored = [], len(piece.tokens), nbytes(piece)
-        some.append(piece)
+            some, tokens, stored = [], len(chunk.tokens), nbytes(chunk)
+        some.append(chunk)
     if some:
         yield some
 
 
-def _pieces(parts: Sequence[Reused], most: int) -> Iterator[Piece]:
+def _chunks(parts: Sequence[Reused], most: int) -> Iterator[Chunk]:
     for part in parts:
         for first in range(0, max(part.boundary, 1), most):
-            yield Piece(part, first, min(first + most, part.boundary))
+            yield Chunk(part, first, min(first + most, part.boundary))
 
 
-def _stored_bytes(store: SegmentStore) -> Callable[[Piece], int]:
-    """Tells about how many bytes the stored rest of a piece is."""
+def _stored_bytes(store: SegmentStore) -> Callable[[Chunk], int]:
+    """Tells about how many bytes the stored rest of a chunk is."""
     config = store.model.config
     kept = store.plan if store.keep == "plan" else HeadPlan.uniform(config, HeadSpec())
-    return lambda piece: kept.nbytes(len(piece.part.ref), config, store.model.dtype) if piece.rest else 0
+    return lambda chunk: kept.nbytes(len(chunk.part.ref), config, store.model.dtype) if chunk.rest else 0

@@ -4,7 +4,7 @@ import pytest
 from families import make_model
 
 from redknot_hf import HeadPlan, HeadSpec, SegmentStore
-from redknot_hf.reuse import schedule as pieces
+from redknot_hf.reuse import schedule
 from redknot_hf.reuse.schedule import Reused, passes
 
 
@@ -32,7 +32,7 @@ def test_one_pass_takes_everything_that_fits(store, sequence):
 
 
 def test_long_boundaries_are_cut(store, sequence, monkeypatch):
-    monkeypatch.setattr(pieces, "_PASS_TOKENS", 6)
+    monkeypatch.setattr(schedule, "_PASS_TOKENS", 6)
     assert told(passes([sequence, []], store)) == [
         [[(4, [4, 5, 6], False, 7)], []],
         [[(4, [7, 8], False, 9), (9, [9], True, 12), (12, [], True, 15)], []],
@@ -40,7 +40,7 @@ def test_long_boundaries_are_cut(store, sequence, monkeypatch):
 
 
 def test_stored_bytes_are_bounded(store, sequence, monkeypatch):
-    monkeypatch.setattr(pieces, "_PASS_BYTES", 1)
+    monkeypatch.setattr(schedule, "_PASS_BYTES", 1)
     assert [[len(some) for some in batch] for batch in passes([sequence], store)] == [[1], [1], [1]]
 
 
@@ -50,5 +50,5 @@ def test_what_a_store_keeps_counts(store, keep, sizes, monkeypatch):
     other = SegmentStore(store.model, HeadPlan.uniform(store.model.config, HeadSpec(1)), keep=keep)
     texts = [other.ref([i] * 8) for i in (1, 2)]
     sequence = [Reused(text, 8 * i, 0, True) for i, text in enumerate(texts)]
-    monkeypatch.setattr(pieces, "_PASS_BYTES", 20_000)
+    monkeypatch.setattr(schedule, "_PASS_BYTES", 20_000)
     assert [[len(some) for some in batch] for batch in passes([sequence], other)] == sizes
