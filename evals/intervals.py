@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
 
 RESAMPLES = 4000
 SURE = 0.95
@@ -54,11 +54,25 @@ def estimate(
     without = [float(figure(*np.delete(sums, i, axis=1).sum(1))) for i in range(len(names))]
     if np.ptp(without) <= 1e-12 * max(1.0, abs(value)):  # clusters agree: resampling them changes nothing
         return Estimate(value, value, value)
+    from scipy.stats import bootstrap  # here, since figures of few contexts need no scipy
+
     found = bootstrap(
         tuple(sums), lambda *drawn, axis: figure(*(part.sum(axis) for part in drawn)), paired=True, vectorized=True,
         n_resamples=RESAMPLES, confidence_level=SURE, method="BCa", rng=seed,
     ).confidence_interval  # fmt: skip
     return Estimate(value, float(found.low), float(found.high))
+
+
+def check_intervals(clusters: int) -> None:
+    """See that figures of so many clusters will get their intervals, before anything is measured.
+
+    Raises:
+        ImportError: They need scipy, and it is not installed.
+    """
+    if clusters >= FEWEST and find_spec("scipy") is None:
+        raise ImportError(
+            f"intervals over {clusters} contexts need scipy: pip install scipy, or take fewer than {FEWEST} contexts"
+        )
 
 
 def mean(clusters: Sequence[Hashable], values: Sequence[float], seed: int = 0) -> Estimate:

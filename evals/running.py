@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from rich.progress import Progress
 
 from evals import metrics
@@ -224,8 +223,3 @@ def _check_audits(file: RecordFile, runs: Any) -> None:
             f"{len(failed)} answers are not what the cache that was measured gives, the first of method {name!r} to "
             f"example {example}: they came another way, or the cache treats a token apart and many together unlike"
         )
-
-
-def quiet() -> None:
-    """Keep transformers from drawing bars of its own."""
-    transformers.utils.logging.disable_progress_bar()

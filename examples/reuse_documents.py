@@ -22,7 +22,8 @@ from redknot_hf import HeadPlan, SegmentRef, SegmentStore, assemble, cache_argum
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evals/ lies beside examples/, outside the package
 
-from evals.tiny.corpus import Corpus, Question
+from evals.tiny.corpus import Corpus
+from evals.tiny.facts import Question
 from evals.tiny.lexicon import Lexicon
 
 MODEL = Path(__file__).resolve().parents[1] / "evals" / "tiny"

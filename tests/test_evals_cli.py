@@ -1,12 +1,11 @@
 """The command line, on few and short examples."""
 
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 from typer.testing import CliRunner
 
-from evals.__main__ import BENCHMARKS, app
+from evals.__main__ import app
 from evals.bench import BUNDLED
 from evals.methods import METHODS
 from evals.methods.redknot import misplaced
@@ -100,16 +99,3 @@ def test_tasks_are_listed_and_mistakes_told(tmp_path):
     done = invoke("run", "tiny/plain", "--method", "nothing", "--out", tmp_path / "x.jsonl", *SMALL)
     assert done.exit_code == 1
     assert "no method is called 'nothing'" in str(done.exception) + done.output
-
-
-def test_bench_names_its_programs_and_passes_options_on():
-    assert "reuse_gpu" in invoke("bench", "--help").output
-    told = invoke("bench", "speed", "--help")
-    assert told.exit_code == 0
-    assert "decoded tokens a run" in told.output
-    assert invoke("bench", "spede").exit_code == 2
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_benchmark_is_a_program(name):
-    assert callable(import_module(f"evals.benchmarks.{name}").main)

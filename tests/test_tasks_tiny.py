@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from evals import tasks
-from evals.tiny.corpus import DEPENDENT_KINDS, KINDS
+from evals.tiny.facts import DEPENDENT_KINDS, KINDS
 
 FOLDER = Path(__file__).parents[1] / "evals" / "tiny"
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from evals.tiny.corpus import ANSWER, DEPENDENT_KINDS, FACT_TOKENS, KINDS, QUESTION_TOKENS, Collection, Corpus
+from evals.tiny.corpus import ANSWER, Collection, Corpus
+from evals.tiny.facts import DEPENDENT_KINDS, FACT_TOKENS, KINDS, QUESTION_TOKENS
 from evals.tiny.lexicon import Lexicon
 from redknot_hf import HeadPlan, cache_argument
 
@@ -176,7 +177,7 @@ def test_tokens_of_a_fact_and_its_question(lexicon, family):
     corpus = Corpus(lexicon, 0, told=1.0)
     fact, asked = 0, 0
     for _ in range(40):
-        facts = corpus._facts({family: 1})
+        facts = corpus.facts.make({family: 1})
         fact = max(fact, facts.tokens)
         (questions,) = facts.asked
         asked = max(asked, *(len(q.prompt) + len(q.answer) + 1 for q in (*questions, *questions)))

@@ -15,7 +15,8 @@ from evals.tiny.curriculum import CURRICULUM, RANDOM, REPEATED, Lessons, Order, 
 from evals.tiny.examination import Score, grade, set_exams
 from evals.tiny.lexicon import Lexicon
 from evals.tiny.network import Network
-from evals.tiny.train import Settings, Training, first_model, main
+from evals.tiny.settings import Settings
+from evals.tiny.train import Training, first_model, main
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
 TINY = Path(__file__).parents[1] / "evals" / "tiny"

@@ -32,9 +32,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from evals.benchmarks.options import DEVICE, Device, Out, command
-from evals.intervals import mean
+from evals.intervals import check_intervals, mean
 from evals.result_file import write_line
-from evals.tiny.corpus import DEPENDENT_KINDS, KINDS, Corpus, Question
+from evals.tiny.corpus import Corpus
+from evals.tiny.facts import DEPENDENT_KINDS, KINDS, Question
 from evals.tiny.lexicon import Lexicon
 from redknot_hf import (
     AssembledCache,
@@ -340,6 +341,7 @@ def main(
     figure: Annotated[Path | None, typer.Option(help="file for the figure")] = None,
 ) -> None:
     """Measures, prints tables, and writes what was asked for; the records are appended."""
+    check_intervals(max(contexts, dependent))
     disable_progress_bar()
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="redknot")

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from evals.benchmarks.options import DEVICE, Device, Out, command
 from evals.benchmarks.reuse import Case, answers, only_prefix, read_whole
-from evals.intervals import difference, mean
+from evals.intervals import check_intervals, difference, mean
 from evals.real.contexts import KINDS, Asked, Maker
 from evals.real.model import FOLDER, folder
 from evals.result_file import write_line
@@ -244,6 +244,7 @@ def main(
     out: Out = None,
 ) -> None:
     """Measures, prints tables, and appends the records to a file."""
+    check_intervals(contexts)
     tokenizer = AutoTokenizer.from_pretrained(folder(model))
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="redknot")
     loaded.to(device)

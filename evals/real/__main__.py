@@ -7,14 +7,14 @@ from typing import Annotated
 
 import torch
 import typer
+from transformers.utils.logging import disable_progress_bar
 
 from evals.real import model as real_model
 from evals.real.frontier import Job, load, measure
 from evals.real.summary import draw, summarize, table, write
-from evals.running import quiet
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
-app.callback()(quiet)
+app.callback()(disable_progress_bar)
 
 Folder = Annotated[Path, typer.Option("--model", help="folder of the model; where `fetch` puts it")]
 

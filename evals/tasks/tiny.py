@@ -8,8 +8,9 @@ from itertools import islice
 from typing import Any
 
 from evals.task import Example
-from evals.tiny.corpus import DEPENDENT_KINDS, KINDS, Collection, Corpus, Kind
+from evals.tiny.corpus import Collection, Corpus
 from evals.tiny.examination import HELD_OUT
+from evals.tiny.facts import DEPENDENT_KINDS, KINDS, Kind
 from evals.tiny.lexicon import Lexicon
 
 MIXES: dict[str, tuple[Kind, ...]] = {"all": (*KINDS, *DEPENDENT_KINDS), "plain": KINDS, "dependent": DEPENDENT_KINDS}

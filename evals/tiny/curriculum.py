@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from evals.tiny.corpus import FACT_TOKENS, PADDING, QUESTION_TOKENS, Corpus, Family
+from evals.tiny.corpus import PADDING, Corpus
+from evals.tiny.facts import FACT_TOKENS, QUESTION_TOKENS, Family
 from evals.tiny.lexicon import Lexicon
 
 # What the words weigh in a text of random words, which cannot be guessed, and where they come again, which can.

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from evals.tiny.corpus import Corpus, Exam, Family
+from evals.tiny.corpus import Corpus, Exam
+from evals.tiny.facts import Family
 from evals.tiny.lexicon import Lexicon
 from evals.tiny.network import Network
 

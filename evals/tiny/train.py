@@ -14,7 +14,7 @@ import argparse
 import math
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from evals.tiny import checkpoint
 from evals.tiny.curriculum import Lessons, Orders, load
 from evals.tiny.examination import Score, evaluate, grade, set_exams, total
 from evals.tiny.network import Network
+from evals.tiny.settings import Settings
+from evals.tiny.stretch import Stretch
 from redknot_hf import HeadPlan
 
 TINY = Path(__file__).parent
@@ -35,52 +37,6 @@ REPORTS = 40  # a training, evenly spread over it
 CHECKPOINT_EVERY = 4  # reports
 WARM_UP = 200  # steps
 FINAL_RATE = 0.03  # of the peak
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What decides a training. A restart must agree in everything but the budget.
-
-    Attributes:
-        minutes: Time for the training, compilation and reports included, the final evaluation not.
-        steps: Ends the training after so many steps instead, whatever the time.
-        plain: Never apply the plan's mask.
-        rate: Peak learning rate.
-        tokens: Tokens a step.
-        max_length: Leaves out longer texts of the curriculum.
-        seed: Of the first weights and of all texts.
-        skip: Share of the curriculum to leave out at its start, for weights that already retrieve.
-    """
-
-    minutes: float | None
-    steps: int | None
-    plain: bool
-    rate: float
-    tokens: int
-    max_length: int
-    seed: int
-    skip: float = 0.0
-
-    def __post_init__(self) -> None:
-        if (self.minutes is None) == (self.steps is None):
-            raise ValueError(f"minutes={self.minutes}, steps={self.steps}: give one of the two")
-        if not 0 <= self.skip < 1:
-            raise ValueError(f"skip is {self.skip}: give a share of the curriculum, at least 0 and below 1")
-        if self.max_length < 256 or self.tokens % self.max_length:
-            raise ValueError(
-                f"tokens={self.tokens}, max_length={self.max_length}: a step must hold whole texts of at least 256"
-            )
-
-    def check_same(self, other: dict[str, Any]) -> None:
-        """Refuse to go on from a training with other settings.
-
-        Raises:
-            ValueError: They differ in more than the budget.
-        """
-        mine = asdict(self)
-        differing = {k: (other.get(k), mine[k]) for k in mine if k not in ("minutes", "steps") and other[k] != mine[k]}
-        if differing:
-            raise ValueError(f"the checkpoint has other settings (its, yours): {differing}; give another --out")
 
 
 class Training:
@@ -130,21 +86,21 @@ class Training:
         lessons = Lessons(self.settings.tokens, self.settings.seed)
         orders = Orders(self.step, self._lesson, self.settings.max_length, self.settings.seed)
         stream = load(lessons, orders, self.workers, pin=self.device.type == "cuda")
-        span = _Span(self.device)
+        stretch = Stretch(self.device)
         while self.step != stop and self.progress(self.step) < 1:
             due = math.floor(self.progress(self.step) * REPORTS) + 1
-            span.wait()
+            stretch.wait()
             ids, weights = next(stream)
-            span.go()
-            span.add(self._learn(ids, weights), ids.numel())
+            stretch.go()
+            stretch.add(self._learn(ids, weights), ids.numel())
             if self.progress(self.step) * REPORTS >= due:
-                self._report(span)
-                span = _Span(self.device)
+                self._report(stretch)
+                stretch = Stretch(self.device)
                 if len(self.history) % CHECKPOINT_EVERY == 0:
                     self.save()
         if self.progress(self.step) >= 1:
-            if span.steps:
-                self._report(span)
+            if stretch.steps:
+                self._report(stretch)
             self.save()
 
     def progress(self, step: int) -> float:
@@ -209,9 +165,9 @@ class Training:
         cosine = (1 + math.cos(math.pi * min(1.0, self.progress(self.step)))) / 2
         return self.settings.rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
 
-    def _report(self, span: "_Span") -> None:
+    def _report(self, stretch: Stretch) -> None:
         """Print one line about the steps since the last report, and keep the model if it is the best so far."""
-        figures = span.figures()
+        figures = stretch.figures()
         if not math.isfinite(figures["loss"]):
             raise RuntimeError(f"the loss is {figures['loss']} at step {self.step}: lower --rate")
         modes = {"dense": False} if self.settings.plain else {"dense": False, "plan": True}
@@ -255,33 +211,6 @@ class Training:
         self.history = training["history"]
         self.started -= training["seconds"]
         print(f"going on from step {self.step} of {folder}", flush=True)
-
-
-class _Span:
-    """The steps between two reports: their losses, their tokens, their time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), device=device)
-        self.steps, self.tokens, self.waited = 0, 0, 0.0
-        self.started = time.monotonic()
-        self._since = self.started
-
-    def wait(self) -> None:
-        self._since = time.monotonic()
-
-    def go(self) -> None:
-        self.waited += time.monotonic() - self._since
-
-    def add(self, loss: Tensor, tokens: int) -> None:
-        self.loss += loss
-        self.steps += 1
-        self.tokens += tokens
-
-    def figures(self) -> dict[str, float]:
-        """Mean loss, tokens a second, and the share of time spent waiting for texts; waits for the device."""
-        loss = self.loss.item() / self.steps
-        seconds = time.monotonic() - self.started
-        return {"loss": loss, "tokens_per_second": self.tokens / seconds, "waited": self.waited / seconds}
 
 
 def first_model(seed: int, init: Path | None) -> LlamaForCausalLM:
