@@ -74,7 +74,7 @@ def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, so
 
     kind = "int4" if 4 in storage else "int8" if storage else "rows"
     tile = configuration("decode", chip, kind, 4 if dtype == "fp32" else 2, max(dims), group)
-    kernel, power = triton_decode._split_kernel, lambda n: 1 << (n - 1).bit_length()
+    kernel, power = triton_decode.split_kernel, lambda n: 1 << (n - 1).bit_length()
     tokens = tokens or triton_decode.most_new_tokens(max(dims), 4 if dtype == "fp32" else 2)
     arguments = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(("q", "k_pages", "v_pages", "k_new", "v_new"), f"*{dtype}")

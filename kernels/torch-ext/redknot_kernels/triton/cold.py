@@ -56,55 +56,27 @@ def cold_sizes(stored, tile, dim, page, device, itemsize):
     return sizes | {"BLOCK_C": min(tile.get("cold", tile["keys"]), page), "PTX": ptx, "WIDE": wide}
 
 
-@triton.jit
-def _fp16_of_bytes(x):
-    """Bytes as fp16: 0x6400 and a byte is 1024 and so much."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 base;
+def _fp16_of(part, codes):
+    """PTX that makes fp16 of four codes in a register: 0x6400 and a code is 1024 and so much."""
+    return tl.constexpr(f"""{{
+        .reg .b32 base, part;
         mov.b32 base, 0x64006400;
-        prmt.b32 $0, $2, base, 0x5150;
-        prmt.b32 $1, $2, base, 0x5352;
+        {part}
+        prmt.b32 $0, {codes}, base, 0x5150;
+        prmt.b32 $1, {codes}, base, 0x5352;
         sub.f16x2 $0, $0, base;
         sub.f16x2 $1, $1, base;
-        }""",
-        "=&r,=&r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-    )  # fmt: skip
+        }}""")
 
 
-@triton.jit
-def _fp16_of_low(x):
-    """The low halves of bytes as fp16."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 base, low;
-        mov.b32 base, 0x64006400;
-        and.b32 low, $2, 0x0F0F0F0F;
-        prmt.b32 $0, low, base, 0x5150;
-        prmt.b32 $1, low, base, 0x5352;
-        sub.f16x2 $0, $0, base;
-        sub.f16x2 $1, $1, base;
-        }""",
-        "=&r,=&r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-    )  # fmt: skip
+_WHOLE = _fp16_of("", "$2")
+_LOW = _fp16_of("and.b32 part, $2, 0x0F0F0F0F;", "part")
+_HIGH = _fp16_of("shr.u32 part, $2, 4; and.b32 part, part, 0x0F0F0F0F;", "part")
 
 
 @triton.jit
-def _fp16_of_high(x):
-    """The high halves of bytes as fp16."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 base, high;
-        mov.b32 base, 0x64006400;
-        shr.u32 high, $2, 4;
-        and.b32 high, high, 0x0F0F0F0F;
-        prmt.b32 $0, high, base, 0x5150;
-        prmt.b32 $1, high, base, 0x5352;
-        sub.f16x2 $0, $0, base;
-        sub.f16x2 $1, $1, base;
-        }""",
-        "=&r,=&r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
-    )  # fmt: skip
+def _as_fp16(b_byte, ASM: tl.constexpr):
+    return tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [b_byte], dtype=tl.float16, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -112,11 +84,11 @@ def _unpacked(b_byte, BITS: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr,
     """Codes of bytes as numbers: of whole bytes, of the low halves, or of the high ones."""
     if PTX:
         if BITS == 8:
-            b_x = _fp16_of_bytes(b_byte)
+            b_x = _as_fp16(b_byte, _WHOLE)
         elif HALF == 0:
-            b_x = _fp16_of_low(b_byte)
+            b_x = _as_fp16(b_byte, _LOW)
         else:
-            b_x = _fp16_of_high(b_byte)
+            b_x = _as_fp16(b_byte, _HIGH)
     else:
         b_x = b_byte if BITS == 8 else (b_byte >> (4 * HALF)) & 15
         b_x = b_x.to(tl.float32) if WIDE else b_x.to(tl.float16)
