@@ -8,78 +8,23 @@ a GPU the kernels behind the shortest prefill and decoding at both ends are list
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from redknot_kernels import UNBOUNDED, HeadRules, Pages, implementation
+from redknot_kernels import UNBOUNDED, HeadRules, implementation
+from shapes import DIM, GROUP, HEADS, LOCAL, PAGE, step_on_rows
+from timing import Timer, bandwidth, sets, write_line
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-HEADS, GROUP, DIM = 8, 4, 128
-PAGE = 64
-LOCAL = (256, 4)
 PLANS = {
     "all global": [(UNBOUNDED, 0)] * HEADS,
     "1/8 global": [(UNBOUNDED, 0)] + [LOCAL] * (HEADS - 1),
     "all local": [LOCAL] * HEADS,
 }
-_TURNS = 256 << 20  # bytes of inputs that take turns: several times what a chip caches
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
-
-
-class Timer:
-    """Medians of a function's time, on one device."""
-
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
-
-    def __call__(self, function) -> float:
-        """Seconds of one call, after warm-up; long calls are repeated for a second, three times at least."""
-        for _ in range(3):
-            function()
-        times = []
-        while len(times) < self.repeats and (len(times) < 3 or sum(times) < 1):
-            self._wait()
-            start = time.perf_counter()
-            function()
-            self._wait()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-
-    def captured(self, functions: list, calls: int = 20) -> float:
-        """Seconds of one call as it runs inside a CUDA graph, where launches cost next to nothing; they take turns."""
-        if self.device.type != "cuda":
-            return self(functions[0])
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            functions[0]()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(calls):
-                functions[i % len(functions)]()
-        return self(graph.replay) / calls
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def bandwidth(timer: Timer, nbytes: int = 2**31) -> float:
-    """Bytes a second that a sum over a large tensor reads."""
-    data = torch.ones(nbytes // 4 if timer.device.type == "cuda" else 2**22, device=timer.device)
-    return data.nbytes / timer(data.sum)
-
-
-def sets(nbytes: int, device: torch.device) -> int:
-    """How many sets of inputs take turns, so that no call finds its own in the chip's cache."""
-    return min(20, 1 + (_TURNS // nbytes if device.type == "cuda" else 0))
 
 
 def decode_row(kernels, timer: Timer, plan: str, batch: int, length: int, dtype: torch.dtype, tokens: int = 1) -> dict:
@@ -87,33 +32,8 @@ def decode_row(kernels, timer: Timer, plan: str, batch: int, length: int, dtype:
     rules = HeadRules.make(*zip(*PLANS[plan], strict=True), page_size=PAGE)
     nbytes = 2 * batch * sum(min(length, w + s) for w, s in PLANS[plan]) * DIM * torch.finfo(dtype).bits // 8
     count = sets(nbytes, timer.device)
-    steps = [decode_step(kernels, timer, rules, batch, length, dtype, tokens) for _ in range(count)]
-    fill = torch.zeros(batch + 1, dtype=torch.int32, device=timer.device)
-    seconds = timer.captured(steps) - timer.captured([lambda: fill.fill_(0)])
-    return {"s": seconds, "nbytes": nbytes}
-
-
-def decode_step(
-    kernels, timer: Timer, rules: HeadRules, batch: int, length: int, dtype: torch.dtype, tokens: int = 1
-) -> Callable:
-    """A step on rows of its own, with shuffled pages; it can be called any number of times."""
-    held = [min(-(-length // PAGE), most) for most in rules.max_pages]
-    make = lambda *shape: torch.randn(*shape, dtype=dtype, device=timer.device)  # noqa: E731
-
-    ids = torch.randperm(batch * sum(held), device=timer.device).int()
-    table = torch.zeros(batch, HEADS, max(held), dtype=torch.int32, device=timer.device)
-    for b, part in enumerate(ids.split(sum(held))):
-        for h, pages in enumerate(part.split(held)):
-            table[b, h, : len(pages)] = pages
-    pages = Pages(make(len(ids), PAGE, DIM), make(len(ids), PAGE, DIM))
-    query, *new = (make(batch, heads, tokens, DIM) for heads in (HEADS * GROUP, HEADS, HEADS))
-    counts = torch.full((batch + 1,), length - tokens, dtype=torch.int32, device=timer.device)
-
-    def run():
-        counts.fill_(length - tokens)  # every call takes the last places
-        kernels.step(query, pages, *new, table, counts, None, rules, scale=DIM**-0.5)
-
-    return run
+    steps = [step_on_rows(kernels, rules, batch, length, dtype, timer.device, tokens) for _ in range(count)]
+    return {"s": timer.steps(steps, batch), "nbytes": nbytes}
 
 
 def dense_row(timer: Timer, batch: int, length: int, tokens: int, dtype: torch.dtype) -> dict[str, float]:
@@ -200,7 +120,9 @@ def profiles(kernels, timer: Timer, lengths: list[int], dtype: torch.dtype) -> l
         short = prefill_run(kernels, timer, plan, min(lengths), dtype)
         runs.append(("prefill", plan, min(lengths), short))
         for batch, length in ((8, min(lengths)), (1, max(lengths))):
-            runs.append((f"decode of {batch}", plan, length, decode_step(kernels, timer, rules, batch, length, dtype)))
+            runs.append(
+                (f"decode of {batch}", plan, length, step_on_rows(kernels, rules, batch, length, dtype, timer.device))
+            )
     found = [{"what": w, "plan": p, "length": n, "kernels": kernels_of(run)} for w, p, n, run in runs]
     for one in found:
         print(f"kernels of {one['what']}, {one['plan']}, {one['length']}:")
@@ -279,13 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     steps = step_rows(kernels, timer, sorted(args.lengths)[len(args.lengths) // 2], dtype)
     extra = {"doubling": doubling, "steps": steps, "bars": bars(rows, doubling, read)}
     extra["profiles"] = profiles(kernels, timer, args.lengths, dtype)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    hardware = {"device": name, "torch": torch.__version__, "read_bytes_per_s": read}
-    line = json.dumps({"benchmark": "attention", "impl": args.impl, "hardware": hardware, "rows": rows, **extra})
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(line + "\n")
-    print(line)
+    found = {"benchmark": "attention", "impl": args.impl, "rows": rows, **extra}
+    write_line(args.out, found, device, read_bytes_per_s=read)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ line is one JSON object: every row, its bytes, and the bars.
 import argparse
 import itertools
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,9 +18,10 @@ from pathlib import Path
 
 import torch
 import triton
-from attention import DIM, GROUP, HEADS, LOCAL, PAGE, Timer, bandwidth, sets
-from redknot_kernels import UNBOUNDED, Cold, HeadRules, Pages, cold_pool, implementation
+from redknot_kernels import UNBOUNDED, Cold, HeadRules, cold_pool, implementation
 from redknot_kernels.triton import decode
+from shapes import DIM, HEADS, LOCAL, PAGE, step_on_rows
+from timing import Timer, bandwidth, sets, write_line
 
 HOT = 128
 BITS = {"bf16": 0, "int8": 8, "int4": 4}
@@ -46,17 +46,7 @@ def rules_of(plan: str, storage: str) -> HeadRules:
 
 def step_of(kernels, timer: Timer, plan: str, storage: str, batch: int, length: int) -> tuple[Callable, int]:
     """A step on rows of its own, with shuffled pages, and the bytes that it reads."""
-    rules, device, dtype = rules_of(plan, storage), timer.device, torch.bfloat16
-    held = [min(-(-length // PAGE), most) for most in rules.max_pages]
-    ids = torch.randperm(batch * sum(held), device=device).int()
-    table = torch.zeros(batch, HEADS, max(held), dtype=torch.int32, device=device)
-    for b, part in enumerate(ids.split(sum(held))):
-        for h, pages in enumerate(part.split(held)):
-            table[b, h, : len(pages)] = pages
-    make = lambda *shape: torch.randn(*shape, dtype=dtype, device=device)  # noqa: E731
-    pages = Pages(make(len(ids), PAGE, DIM), make(len(ids), PAGE, DIM))
-    query, *new = (make(batch, heads, 1, DIM) for heads in (HEADS * GROUP, HEADS, HEADS))
-    counts = torch.full((batch + 1,), length - 1, dtype=torch.int32, device=device)
+    rules, device = rules_of(plan, storage), timer.device
     cold, columns = None, rules.cold_pages(length)
     nbytes = 2 * 2 * DIM * batch * sum(min(length, sum(LOCAL)) for _ in rules.local_heads)
     if rules.stored_heads:
@@ -73,21 +63,14 @@ def step_of(kernels, timer: Timer, plan: str, storage: str, batch: int, length: 
         nbytes += sum(x.nbytes for x in pool) + 4 * DIM * batch * stored * (length - columns * PAGE)
     else:
         nbytes += 4 * DIM * batch * len(rules.global_heads) * length
-
-    def run():
-        counts.fill_(length - 1)  # every call takes the last place
-        kernels.step(query, pages, *new, table, counts, None, rules, scale=DIM**-0.5, cold=cold)
-
-    return run, nbytes
+    return step_on_rows(kernels, rules, batch, length, torch.bfloat16, device, cold=cold), nbytes
 
 
 def row(kernels, timer: Timer, plan: str, storage: str, batch: int, length: int) -> dict:
     """Seconds and bytes of a step."""
     first, nbytes = step_of(kernels, timer, plan, storage, batch, length)
     others = (step_of(kernels, timer, plan, storage, batch, length)[0] for _ in range(sets(nbytes, timer.device) - 1))
-    steps, fill = [first, *others], torch.zeros(batch + 1, dtype=torch.int32, device=timer.device)
-    torch.cuda.synchronize()  # the timer begins on another stream
-    seconds = timer.captured(steps) - timer.captured([lambda: fill.fill_(0)])
+    seconds = timer.steps([first, *others], batch)
     return {"plan": plan, "storage": storage, "batch": batch, "length": length, "s": seconds, "nbytes": nbytes}
 
 
@@ -190,14 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     judged = bars(rows)
     for one in judged:
         print(f"{'met   ' if one['met'] else 'MISSED'} {one['bar']}: {one['found']}")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    hardware = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "read_bytes_per_s": read}
-    line = json.dumps({"benchmark": "cold", "hardware": hardware, "rows": rows, "bars": judged,
-                       "tiles": best, "sweep": found})  # fmt: skip
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(line + "\n")
-    print(line)
+    line = {"benchmark": "cold", "rows": rows, "bars": judged, "tiles": best, "sweep": found}
+    write_line(args.out, line, device, triton=triton.__version__, read_bytes_per_s=read)
 
 
 if __name__ == "__main__":
