@@ -17,6 +17,7 @@ from redknot_hf.cache.step import Output, Query, Step
 from .dense import dense_attention
 from .explicit import explicit_attention
 from .mask import PaddingMask, describes_new_tokens, real_tokens
+from .options import attention_options
 
 _NOTHING = nullcontext()
 
@@ -45,8 +46,7 @@ def redknot_attention(
             "output_attentions=True: the redknot attention never holds the weights. Load the model with "
             "attn_implementation='eager' to look at them."
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = {"scale": scale, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
+    options = attention_options(query, scaling, kwargs)
     if not isinstance(key, RedKnotHandle):
         return dense_attention(module, query, key, value, attention_mask, dropout, kwargs, **options), None
     _refuse(module, dropout, kwargs)

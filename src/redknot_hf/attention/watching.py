@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from redknot_hf.attention.mask import PaddingMask, redknot_mask
+from redknot_hf.attention.options import attention_options
 from redknot_hf.attention.stored import attend_stored
 from redknot_hf.plan.per_layer import kv_heads
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
@@ -159,18 +160,13 @@ def _watched_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if attention_mask is not None and not (isinstance(attention_mask, PaddingMask) and attention_mask.whole):
         raise ValueError("prompts are profiled one at a time and without padding: pass no attention mask")
     if query.shape[2] != key.shape[2]:
         raise ValueError("prompts are profiled whole: call the model with use_cache=False")
-    options = {
-        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "softcap": kwargs.get("softcap"),
-        "s_aux": kwargs.get("s_aux"),
-    }
+    options = attention_options(query, scaling, kwargs)
     reach = kwargs.get("sliding_window") or getattr(attention_mask, "window", None)
     watcher: Any = module.redknot_watcher
     layer: Any = module.layer_idx
