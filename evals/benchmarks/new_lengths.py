@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from evals.benchmarks.measured_model import LOCAL, MeasuredModel
 from evals.benchmarks.options import DEVICE, Device, Lengths, Out, Shape, command
-from evals.benchmarks.speed_gpu import LOCAL, Bench
 from evals.result_file import write_line
 from redknot_hf import HeadPlan, cache_argument
 
@@ -34,7 +34,7 @@ METHODS = "dynamic", "1/8 global", "uneven"
 CONTEXT = 4096
 
 
-def read(bench: Bench, cache: Any, tokens: int) -> float:
+def read(bench: MeasuredModel, cache: Any, tokens: int) -> float:
     """Seconds until a cache has taken some tokens and the next one's logits are there."""
     ids = bench.ids(1, tokens)
     bench.wait()
@@ -45,14 +45,14 @@ def read(bench: Bench, cache: Any, tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def prompts(bench: Bench, method: str, length: int, new: Sequence[int]) -> dict[str, Any]:
+def prompts(bench: MeasuredModel, method: str, length: int, new: Sequence[int]) -> dict[str, Any]:
     """Seconds to the first token of prompts a little shorter than `length`: as new ones, and once more."""
     read(bench, bench.cache(method), length)  # what any prompt of the kind compiles
     first, again = ([read(bench, bench.cache(method), length - n) for n in new] for _ in range(2))
     return {"method": method, "length": length, "new_s": statistics.median(first), "s": statistics.median(again)}
 
 
-def questions(bench: Bench, method: str, longest: int) -> dict[str, Any]:
+def questions(bench: MeasuredModel, method: str, longest: int) -> dict[str, Any]:
     """Seconds of questions of every length in turn, each new, behind one context."""
     cache = bench.cache(method)
     read(bench, cache, CONTEXT)
@@ -93,7 +93,7 @@ def main(
 ) -> None:
     """Measures, prints tables, and appends a line to a file."""
     place = torch.device(device)
-    bench = Bench(shape, max(*lengths, CONTEXT + sum(range(longest + 1))), place)
+    bench = MeasuredModel(shape, max(*lengths, CONTEXT + sum(range(longest + 1))), place)
     bench.plans["uneven"] = uneven(bench.model.config)
     # Each method at lengths of its own: a plan of one would serve another.
     found: dict[str, list[dict[str, Any]]] = {"prompts": [], "questions": []}

@@ -28,8 +28,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import DynamicCache, PreTrainedModel
 
+from evals.benchmarks.measured_model import MeasuredModel
 from evals.benchmarks.options import DEVICE, Device, Out, Shape, command
-from evals.benchmarks.speed_gpu import Bench
 from evals.result_file import write_line
 from redknot_hf import RedKnotCache, SegmentRef, SegmentStore, assemble, cache_argument
 
@@ -53,7 +53,7 @@ class Prompt:
         segments, tokens, suffix: How many documents, of how many tokens, and how many new ones follow.
     """
 
-    def __init__(self, bench: Bench, segments: int, tokens: int, suffix: int) -> None:
+    def __init__(self, bench: MeasuredModel, segments: int, tokens: int, suffix: int) -> None:
         self.bench, self.model = bench, bench.model
         self.plan = bench.plans["1/8 global"]
         generator = torch.Generator().manual_seed(0)
@@ -135,7 +135,7 @@ def methods(
     return found
 
 
-def measure(bench: Bench, runs: dict[str, Run], repeats: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(bench: MeasuredModel, runs: dict[str, Run], repeats: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Median seconds of each method, of turns after the first, and what its stages take; one by one."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in track(range(repeats + 1), description="turns"):
@@ -150,7 +150,7 @@ def measure(bench: Bench, runs: dict[str, Run], repeats: int) -> Iterator[tuple[
         yield name, {"first_token_s": statistics.median(times[name]), "all_s": times[name], **stages(bench, run)}
 
 
-def stages(bench: Bench, run: Run) -> dict[str, Any]:
+def stages(bench: MeasuredModel, run: Run) -> dict[str, Any]:
     """Milliseconds of each stage on the host and on the device, and of copies from host to device."""
     on_device = [ProfilerActivity.CUDA] if bench.device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *on_device], acc_events=True) as profiled:
@@ -203,7 +203,7 @@ def main(
     torch.manual_seed(0)
     place = torch.device(device)
     length = 1 + segments * tokens + suffix
-    bench = Bench(shape, length, place)
+    bench = MeasuredModel(shape, length, place)
     assert isinstance(bench.model, PreTrainedModel)
     prompt = Prompt(bench, segments, tokens, suffix)
     about = {

@@ -13,7 +13,6 @@ Bars were set on a device that reads 4.35 TB/s; times that reading bounds are al
 The last line is one JSON object; `--out` appends it to a file, also when the run is interrupted.
 """
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -22,83 +21,26 @@ from typing import Annotated, Any
 import torch
 import typer
 from transformers import DynamicCache, StaticCache
-from transformers.generation.streamers import BaseStreamer
 
 from evals.benchmarks.bars import bars
+from evals.benchmarks.measured_model import ROOM, MeasuredModel
 from evals.benchmarks.options import DEVICE, Decoded, Device, Lengths, Out, Shape, command
-from evals.benchmarks.random_llama import random_llama
 from evals.result_file import write_line
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument, captured_decoding
+from redknot_hf import cache_argument
 
 app = command()
 
-LOCAL = HeadSpec(window=256, sink=4)
 CHUNK = 2048  # tokens of each sequence that a batch reads at once
-# Tokens behind the prompt that a reserved cache has room for: dense ones read it all, ours are gone on with often.
-DENSE_ROOM, ROOM = 256, 512
+# Tokens behind the prompt that a dense reserved cache has room for: it reads them all.
+DENSE_ROOM = 256
 METHODS = [
     *("dynamic", "1/8 global", "1/8 global, captured", "all global, captured", "static"),
     *("all global", "1/8 global, reserved"),
 ]
 
 
-class Clock(BaseStreamer):
-    """Notes when `generate` hands tokens on; the first time is that of the prompt itself."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left over."""
-
-
-class Bench:
-    """One model, and the methods that read and decode with it."""
-
-    def __init__(self, shape: str, longest: int, device: torch.device) -> None:
-        self.model = random_llama(shape, longest + 4096, device)
-        config = self.model.config
-        self.model.generation_config.eos_token_id = None
-        self.model.generation_config.pad_token_id = 0
-        self.device, self.longest = device, longest
-        heads = self.model.config.num_key_value_heads
-        layers = range(self.model.config.num_hidden_layers)
-        self.plans = {
-            "all global": HeadPlan.uniform(config, HeadSpec()),
-            "1/8 global": HeadPlan.with_global(config, [(i, i % heads) for i in layers], local=LOCAL),
-        }
-
-    def cache(self, method: str, slots: int | None = None) -> Any:
-        """A fresh cache, the attention it needs set: `dynamic`, `static`, or a plan, growing or reserved."""
-        kind, _, how = method.partition(", ")
-        self.model.set_attn_implementation("sdpa" if kind in ("dynamic", "static") else "redknot")
-        config, slots = self.model.config, slots or self.longest + ROOM
-        if kind == "dynamic":
-            return DynamicCache(config=config)
-        if kind == "static":
-            return StaticCache(config=config, max_cache_len=slots)
-        return RedKnotCache(config, self.plans[kind], max_cache_len=slots if how else None)
-
-    def run(self, cache: Any, ids: torch.Tensor, new: int, **options: Any) -> dict[str, float]:
-        """Seconds to the first token and of each later one, and the most bytes held meanwhile."""
-        clock = Clock()
-        self.reset_peak()
-        start = time.perf_counter()
-        if len(ids) > 1:  # a streamer takes one sequence
-            options = {**options, "stopping_criteria": [lambda ids, scores: clock.put(None) or _none_is_done(ids)]}
-        else:
-            options = {**options, "streamer": clock}
-        self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-            **cache_argument(self.model, cache), **options,
-        )  # fmt: skip
-        self.wait()
-        first, *times = clock.times[1:] if len(ids) == 1 else clock.times
-        steps = [b - a for a, b in zip([first, *times], times, strict=False)]
-        return {"first_s": first - start, "token_s": statistics.median(steps[len(steps) // 4 :]), "peak": self.peak()}
+class Contest(MeasuredModel):
+    """Rows of what the methods take."""
 
     def row(self, method: str, lengths: list[int], new: int) -> list[dict]:
         """Measures a method at several lengths; a reserved cache of ours serves all, so that it is compiled once."""
@@ -161,17 +103,6 @@ class Bench:
             seconds.append((long - short) / 64)
         return statistics.median(seconds)
 
-    def captured(self, cache: Any, ids: torch.Tensor, new: int) -> tuple[float, torch.Tensor]:
-        """Seconds that new tokens take by `captured_decoding`, and all tokens."""
-        self.wait()
-        start = time.perf_counter()
-        ids = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-            custom_generate=captured_decoding, **cache_argument(self.model, cache),
-        )  # fmt: skip
-        self.wait()
-        return time.perf_counter() - start, ids
-
     def batch_row(self, method: str, batch: int, length: int) -> list[dict]:
         """Measures decoding of a batch whose every sequence has been read, captured."""
         self.collect()
@@ -224,44 +155,6 @@ class Bench:
         finally:
             self.forget(cache)
 
-    def ids(self, batch: int, length: int) -> torch.Tensor:
-        """Random tokens."""
-        return torch.randint(self.model.config.vocab_size, (batch, length), device=self.device)
-
-    def reserve(self, cache: Any, ids: torch.Tensor) -> int:
-        """Lets a reserved cache take its memory, and says how much is held then in all."""
-        with torch.no_grad():
-            self.model(ids[:, :128], logits_to_keep=1, **cache_argument(self.model, cache))
-        cache.reset()
-        return self.held()
-
-    def forget(self, cache: Any) -> None:
-        """Frees what a method has left behind, compiled code too."""
-        for layer in cache.layers:
-            vars(layer).clear()
-        torch._dynamo.reset()
-        self.collect()
-
-    def collect(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def held(self) -> int:
-        self.wait()
-        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-
-    def reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
 
 def fill(cache: StaticCache, tokens: int) -> None:
     """Puts tokens into a dense cache as if a prompt had been read."""
@@ -286,10 +179,6 @@ def with_rate(row: dict) -> dict:
     row = {**row, "tokens_per_s": row["batch"] / row["token_s"]}
     print(f"{_line(row)}, {row['tokens_per_s']:.0f} tokens/s", flush=True)
     return row
-
-
-def _none_is_done(ids: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 def _line(row: dict) -> str:
@@ -327,7 +216,7 @@ def main(
     """Measures, and appends a line to a file."""
     place = torch.device(device)
     read = reading_rate(place)
-    bench = Bench(shape, max(lengths), place)
+    bench = Contest(shape, max(lengths), place)
     bench.run(bench.cache("dynamic"), torch.ones(1, 300, dtype=torch.long, device=place), 8)
     measures: list[Callable[[], list[dict]]] = [lambda m=m: bench.row(m, lengths, tokens) for m in methods]
     if batch:
@@ -347,7 +236,7 @@ def main(
         write_line(out, found, place, read_bytes_per_s=read, weights_bytes=weights)
 
 
-def _unless_full(bench: Bench, measure: Callable[[], list[dict]]) -> list[dict]:
+def _unless_full(bench: Contest, measure: Callable[[], list[dict]]) -> list[dict]:
     try:
         return measure()
     except torch.OutOfMemoryError as error:
