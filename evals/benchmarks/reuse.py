@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,38 +23,30 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from evals import answering
 from evals.benchmarks.options import DEVICE, Device, Out, command
-from evals.intervals import check_intervals, mean
+from evals.benchmarks.reuse_figures import PARTS, WHOLE, Scores, draw, summary, table
+from evals.fidelity import fidelity
+from evals.intervals import check_intervals
+from evals.method import Context, read
+from evals.methods.reuse import Reuse, refreshed, reuse
 from evals.result_file import write_line
 from evals.tiny.corpus import Corpus
-from evals.tiny.facts import DEPENDENT_KINDS, KINDS, Question
+from evals.tiny.facts import Question
 from evals.tiny.lexicon import Lexicon
-from redknot_hf import (
-    AssembledCache,
-    HeadPlan,
-    RedKnotCache,
-    SegmentRef,
-    SegmentStore,
-    assemble,
-    cache_argument,
-    refresh,
-)
+from redknot_hf import HeadPlan, RedKnotCache, SegmentRef
 
 app = command()
 
 TINY = Path(__file__).parents[1] / "tiny"
-PARTS = {"single facts": KINDS, "dependent facts": DEPENDENT_KINDS}
 # Seeds of texts that the model was not trained on.
 SEED = 20_000
-WHOLE = "read whole"
 
 
 @dataclass(frozen=True)
@@ -74,60 +66,27 @@ class Case:
     def ids(self) -> list[int]:
         return [token for document in self.documents for token in document]
 
-
-@dataclass
-class Scores:
-    """What a method did, question by question.
-
-    Attributes:
-        context: Which context the question is of.
-        kind: Kind of the question.
-        right: The answer was.
-        kl: Of the reference's next tokens against the method's, in nats, mean over the answer.
-        cold, hot: Seconds to build each context's cache.
-        recomputed: Share of each context's tokens that went through the model.
-    """
-
-    context: list[int] = field(default_factory=list)
-    kind: list[str] = field(default_factory=list)
-    right: list[bool] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    cold: list[float] = field(default_factory=list)
-    hot: list[float] = field(default_factory=list)
-    recomputed: list[float] = field(default_factory=list)
+    def context(self, device: torch.device) -> Context:
+        """The context as the harness's methods take it."""
+        parts = tuple(torch.tensor(document, device=device) for document in self.documents)
+        room = max((len(q.prompt) + len(q.answer) for q in self.questions), default=0)
+        return Context((torch.cat(parts),), (parts,), room)
 
 
-Build = Callable[[Any, list[SegmentRef]], RedKnotCache]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to a context's cache: from which store, behind which prefix, and how."""
-
-    keep: str | None
-    prefix: bool
-    build: Build
-
-
-def only_prefix(ref: SegmentRef, start: int) -> Any:
-    """Reuses what a prefix cache would: segments behind exactly what they were stored behind."""
-    return "all"
-
-
-def methods() -> dict[str, Method]:
-    """All methods by name, from least to most recomputing."""
+def methods(plan: HeadPlan) -> dict[str, Reuse]:
+    """The harness's methods of reuse by the names of this benchmark, from least to most recomputing."""
     return {
-        "naive, no prefix": Method("plan", False, lambda m, refs: assemble(m, refs, boundary=0)),
-        "naive": Method("plan", True, lambda m, refs: assemble(m, refs, boundary=0)),
-        "boundary 16 tokens": Method("plan", True, lambda m, refs: assemble(m, refs, boundary=16)),
-        "boundary 5 %": Method("plan", True, lambda m, refs: assemble(m, refs, boundary=0.05)),
-        "boundary 10 %": Method("plan", True, lambda m, refs: assemble(m, refs, boundary=0.1)),
-        "boundary 20 %": Method("plan", True, lambda m, refs: assemble(m, refs, boundary=0.2)),
-        "boundary 50 %": Method("plan", True, lambda m, refs: assemble(m, refs, boundary=0.5)),
-        "deviation 15 %": Method("full", True, lambda m, refs: refresh(m, refs, share=0.15)),
-        "attention 15 %": Method("full", True, lambda m, refs: refresh(m, refs, share=0.15, by="attention")),
-        "prefix cache only": Method("plan", True, lambda m, refs: assemble(m, refs, boundary=only_prefix)),
-        "boundary all": Method("plan", True, lambda m, refs: assemble(m, refs, boundary="all")),
+        "naive, no prefix": reuse(plan, 0, prefix=0),
+        "naive": reuse(plan, 0),
+        "boundary 16 tokens": reuse(plan, 16),
+        "boundary 5 %": reuse(plan, 0.05),
+        "boundary 10 %": reuse(plan, 0.1),
+        "boundary 20 %": reuse(plan, 0.2),
+        "boundary 50 %": reuse(plan, 0.5),
+        "deviation 15 %": refreshed(plan, 0.15),
+        "attention 15 %": refreshed(plan, 0.15, "attention"),
+        "prefix cache only": reuse(plan, "prefix"),
+        "boundary all": reuse(plan, "all"),
     }
 
 
@@ -150,28 +109,20 @@ def answers(model: Any, cache: Any, case: Case, *, shared: bool = True) -> list[
 
     Args:
         model: Runs on what the cache is of.
-        cache: Holds the context once, which all questions share, or once for each question.
+        cache: Holds the context once, which all questions share, or once for each question; that one is used up.
         case: The context and its questions.
         shared: Which of both.
     """
-    cache = copy.deepcopy(cache)
     if shared:
+        cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(case.questions))
-    texts = [[*q.prompt, *q.answer] for q in case.questions]
-    longest = max(map(len, texts))
-    ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)
-    length = len(case.ids)
-    real = torch.tensor([[1] * (length + len(text)) + [0] * (longest - len(text)) for text in texts])
-    places = length + torch.arange(longest).expand(len(texts), -1)
-    with torch.no_grad():
-        logits = model(
-            input_ids=ids, attention_mask=real.to(model.device), position_ids=places.to(model.device),
-            **cache_argument(model, cache),
-        ).logits  # fmt: skip
-    return [
-        row[len(q.prompt) - 1 : len(q.prompt) + len(q.answer) - 1].float().log_softmax(-1).cpu()
-        for row, q in zip(logits, case.questions, strict=True)
+    texts = [q.answer for q in case.questions]
+    asked = [
+        answering.Question(torch.tensor(q.prompt, device=model.device), len(q.answer), bool, tuple(q.answer))
+        for q in case.questions
     ]
+    mask = torch.ones(len(asked), len(case.ids), dtype=torch.long, device=model.device)
+    return [x.log_softmax(-1) for x in answering.teacher_forced(model, cache, mask, asked, texts)]
 
 
 def score(scores: Scores, index: int, case: Case, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
@@ -180,21 +131,17 @@ def score(scores: Scores, index: int, case: Case, found: Sequence[Tensor], wante
         scores.context.append(index)
         scores.kind.append(question.kind)
         scores.right.append(mine.argmax(-1).tolist() == question.answer)
-        scores.kl.append(max(0.0, float((theirs.exp() * (theirs - mine)).sum(-1).mean())))
+        scores.kl.append(max(0.0, float(np.mean(fidelity(theirs, mine, question.answer).kl))))
 
 
 def read_whole(model: Any, cache: Any, case: Case) -> float:
     """Reads a context into a cache; returns the seconds it took."""
-    start = time.perf_counter()
-    ids = torch.tensor([case.ids], device=model.device)
-    with torch.no_grad():
-        for chunk in ids.split(2048, 1):
-            model(input_ids=chunk, logits_to_keep=1, **cache_argument(model, cache))
-    _synchronize(model)
-    return time.perf_counter() - start
+    start = answering.now(model.device)
+    read(model, cache, case.context(model.device))
+    return answering.now(model.device) - start
 
 
-def measure(model: Any, plan: HeadPlan, all_cases: Sequence[Case], chosen: dict[str, Method]) -> dict[str, Scores]:
+def measure(model: Any, plan: HeadPlan, all_cases: Sequence[Case], chosen: dict[str, Reuse]) -> dict[str, Scores]:
     """Runs all methods on all contexts."""
     results = {name: Scores() for name in ["dense", WHOLE, *chosen]}
     for index, case in enumerate(track(all_cases, description="contexts")):
@@ -207,17 +154,15 @@ def measure(model: Any, plan: HeadPlan, all_cases: Sequence[Case], chosen: dict[
         found[WHOLE] = answers(model, whole, case)
         for name in ("dense", WHOLE):
             _note(results[name], seconds[name], seconds[name], 1.0)
-        stores: dict[tuple[str | None, bool], tuple[list[SegmentRef], float]] = {}
+        stores: dict[tuple[bool, bool], tuple[list[list[SegmentRef]], float]] = {}
         for name, method in chosen.items():
-            key = method.keep, method.prefix
+            key = method.boundary is None, method.prefix
             if key not in stores:
-                stores[key] = _stored(model, plan, case, method)
-            refs, storing = stores[key]
-            start = time.perf_counter()
-            cache = method.build(model, refs)
-            _synchronize(model)
-            hot = time.perf_counter() - start
-            assert isinstance(cache, AssembledCache)
+                stores[key] = _stored(model, case, method)
+            rows, storing = stores[key]
+            start = answering.now(model.device)
+            cache = method.build(model, rows)
+            hot = answering.now(model.device) - start
             _note(results[name], storing + hot, hot, cache.recomputed_tokens / len(case.ids))
             found[name] = answers(model, cache, case)
         for name, mine in found.items():
@@ -231,100 +176,13 @@ def _note(scores: Scores, cold: float, hot: float, recomputed: float) -> None:
     scores.recomputed.append(recomputed)
 
 
-def _stored(model: Any, plan: HeadPlan, case: Case, method: Method) -> tuple[list[SegmentRef], float]:
-    """The documents in a store, and the seconds it took; the store's check of the model is not part of it."""
-    store = SegmentStore(model, plan, keep=method.keep or "plan", identity="evaluated")
-    store.verdict()
-    start = time.perf_counter()
-    bos, *documents = case.documents
-    refs = [store.add(bos), *store.add_all(documents, bos if method.prefix else None)]
-    _synchronize(model)
-    return refs, time.perf_counter() - start
-
-
-def _synchronize(model: Any) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def summary(results: dict[str, Scores], part: str, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record a method: figures with their intervals, and what they were taken on."""
-    whole = results[WHOLE]
-    records = []
-    for name, scores in results.items():
-        right, reference = np.array(scores.right, float), np.array(whole.right, float)
-        by_kind = {
-            kind: f"{int(right[(which := np.array(scores.kind) == kind)].sum())}/{which.sum()}"
-            for kind in dict.fromkeys(scores.kind)
-        }
-        records.append(
-            {
-                "part": part,
-                "method": name,
-                "questions": len(right),
-                "accuracy": mean(scores.context, right.tolist()).to_json(),
-                "accuracy_minus_whole": mean(scores.context, (right - reference).tolist()).to_json(),
-                "kl": mean(scores.context, scores.kl).to_json(),
-                "recomputed": float(np.mean(scores.recomputed)),
-                "cold_s": float(np.median(scores.cold)),
-                "hot_s": float(np.median(scores.hot)),
-                "by_kind": by_kind,
-                **about,
-            }
-        )
-    return records
-
-
-def table(records: Sequence[dict[str, Any]], part: str) -> Table:
-    """The records of one part, for people."""
-    made = Table("method", title=part)
-    for name in ("right", "minus whole, points", "KL", "recomputed", "cold", "hot"):
-        made.add_column(name, justify="right")
-    for record in records:
-        made.add_row(
-            record["method"],
-            f"{100 * record['accuracy'][0]:.1f} %",
-            _with_ends([None if x is None else 100 * x for x in record["accuracy_minus_whole"]], "+.1f"),
-            _with_ends(record["kl"], ".2g"),
-            f"{record['recomputed']:.0%}",
-            f"{record['cold_s']:.2f} s",
-            f"{record['hot_s']:.2f} s",
-        )
-    return made
-
-
-def _with_ends(estimate: Sequence[float | None], form: str) -> str:
-    """A figure with its interval, if there are contexts enough for one."""
-    value, low, high = (None if x is None else format(x, form) for x in estimate)
-    return f"{value} ({low} to {high})" if low else f"{value}"
-
-
-def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """KL and accuracy over the share of tokens that are recomputed."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for part, colour in zip(PARTS, ("tab:blue", "tab:red"), strict=False):
-        mine = [r for r in records if r["part"] == part and r["method"] not in ("dense", WHOLE)]
-        lines = [r for r in mine if r["method"].startswith(("naive", "boundary")) and "no prefix" not in r["method"]]
-        for axes, name, scale in ((left, "kl", 1), (right, "accuracy_minus_whole", 100)):
-            x, y = (
-                [100 * r["recomputed"] for r in lines],
-                [[scale * (r[name][0] if v is None else v) for v in r[name]] for r in lines],
-            )
-            middle, low, high = zip(*y, strict=True)
-            axes.plot(x, middle, "o-", color=colour, label=f"boundary, {part}")
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            for method, marker in (("deviation 15 %", "s"), ("attention 15 %", "^"), ("naive, no prefix", "x")):
-                for r in (r for r in mine if r["method"] == method):
-                    label = f"{method}, {part}"
-                    axes.plot(100 * r["recomputed"], scale * r[name][0], marker, color=colour, label=label)
-    left.set(xlabel="recomputed tokens, %", ylabel="KL(read whole, reused), nats")
-    left.set_yscale("symlog", linthresh=1e-5)
-    right.set(xlabel="recomputed tokens, %", ylabel="answers right, points above reading whole")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=7)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+def _stored(model: Any, case: Case, method: Reuse) -> tuple[list[list[SegmentRef]], float]:
+    """The documents in a new store, and the seconds it took; the store's check of the model is not part of it."""
+    fresh = replace(method, stores=[])
+    fresh.store(model)
+    start = answering.now(model.device)
+    rows = fresh.stored(model, case.context(model.device))
+    return rows, answering.now(model.device) - start
 
 
 @app.command(help=__doc__)
@@ -347,7 +205,7 @@ def main(
     model: Any = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="redknot")
     model.to(device)
     held = HeadPlan.load(plan, model.config)
-    chosen = {name: method for name, method in methods().items() if not names or name in names}
+    chosen = {name: method for name, method in methods(held).items() if not names or name in names}
     about = {
         "documents": documents, "tokens": tokens, "plan": plan.name, "global": held.num_global,
         "date": time.strftime("%Y-%m-%d"),

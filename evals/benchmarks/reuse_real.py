@@ -30,8 +30,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from evals.benchmarks.options import DEVICE, Device, Out, command
-from evals.benchmarks.reuse import Case, answers, only_prefix, read_whole
+from evals.benchmarks.reuse import Case, answers, read_whole
 from evals.intervals import check_intervals, difference, mean
+from evals.methods.reuse import only_prefix
 from evals.real.contexts import KINDS, Asked, Maker
 from evals.real.model import FOLDER, folder
 from evals.result_file import write_line

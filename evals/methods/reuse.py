@@ -9,7 +9,7 @@ from transformers import Cache
 
 from evals.identity import plan_identity
 from evals.method import Context, Method
-from redknot_hf import AssembledCache, HeadPlan, SegmentStore, assemble, refresh
+from redknot_hf import AssembledCache, HeadPlan, SegmentRef, SegmentStore, assemble, refresh
 
 
 @dataclass(frozen=True)
@@ -33,30 +33,43 @@ class Reuse(Method):
     stores: list[SegmentStore] = field(default_factory=list, compare=False, repr=False)
 
     def prepare(self, model: Any, context: Context) -> Cache:
-        assert self.plan is not None
+        return self.build(model, self.stored(model, context))
+
+    def stored(self, model: Any, context: Context) -> list[list[SegmentRef]]:
+        """Return each row's documents as the store has them, which stores those that it has not."""
         if not all(context.documents):
             raise ValueError(f"{self.name} reuses documents, and the task names none: choose one that does")
-        store = self._store(model)
+        store = self.store(model)
         rows = []
         for first, *others in context.documents:
             opening = store.add(first)
             rows.append([opening, *store.add_all(others, opening if self.prefix else None)])
+        return rows
+
+    def build(self, model: Any, rows: list[list[SegmentRef]]) -> AssembledCache:
+        """Return the cache of stored documents."""
         if self.boundary is None:
             return refresh(model, rows, share=self.share, by=self.by)
-        only_prefix = self.boundary == "prefix"
-        return assemble(model, rows, boundary=(lambda ref, start: "all") if only_prefix else self.boundary)  # pyright: ignore
+        boundary: Any = only_prefix if self.boundary == "prefix" else self.boundary
+        return assemble(model, rows, boundary=boundary)
 
     def check(self, cache: Cache) -> None:
         if not isinstance(cache, AssembledCache) or cache.plan != self.plan:
             raise ValueError(f"{self.name} says it assembles a cache of {self.plan!r}, and its cache is {cache!r}")
 
-    def _store(self, model: Any) -> SegmentStore:
+    def store(self, model: Any) -> SegmentStore:
+        """Return the store of a model, checked; another model's is forgotten."""
         if not self.stores or self.stores[0].model is not model:
             assert self.plan is not None
             keep = "full" if self.boundary is None else "plan"
             self.stores[:] = [SegmentStore(model, self.plan, keep=keep)]
             self.stores[0].verdict()  # once a model, and no part of a context's time but the first's
         return self.stores[0]
+
+
+def only_prefix(ref: SegmentRef, start: int) -> Any:
+    """Return the boundary under which only segments behind exactly what they were stored behind are reused."""
+    return "all"
 
 
 def reuse(plan: HeadPlan, boundary: int | float | str = 0.1, prefix: int = 1) -> Reuse:
