@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from evals.benchmarks import profile_cost, profiling
+from evals.benchmarks import profile_cost, profiling, profiling_figures
 from redknot_hf.profiling import HeadProfile
 
 
@@ -52,7 +52,9 @@ def test_all_global_is_dense_and_less_keeps_less(measured):
 
 def test_the_twin_is_profiled_on_long_texts_too(tmp_path):
     work = profiling.Work((), 320, 480, 3, 6, 2, 3, 3, 1, "cpu", tmp_path, tmp_path / "none")
-    lengths = {name: [len(text) for text in profiling.Run(name, work).calibration()] for name in ("bundled", "plain")}
+    lengths = {
+        name: [len(text) for text in profiling.Study(name, work).calibration()] for name in ("bundled", "plain")
+    }
     assert set(lengths["bundled"]) == {320}
     assert set(lengths["plain"]) == {320, 480}
     assert lengths["plain"].count(480) == 2
@@ -71,8 +73,8 @@ def test_a_method_below_random_is_told():
         {**row, "what": "random 0", "accuracy": 0.5},
         {**row, "what": "drift", "accuracy": 0.6},
     ]
-    assert profiling.worse(rows) == "\nmass is below random at 50%"
-    assert profiling.worse(rows[1:]) == ""
+    assert profiling_figures.worse(rows) == "\nmass is below random at 50%"
+    assert profiling_figures.worse(rows[1:]) == ""
 
 
 def test_cost_of_a_toy(tmp_path):

@@ -12,9 +12,8 @@ not made again, so a run that stops goes on. `--figures FOLDER` draws the lines.
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,79 +24,20 @@ import typer
 from rich.progress import track
 from transformers import AutoModelForCausalLM
 
+from evals.benchmarks.judge import Judge, prompts
 from evals.benchmarks.options import DEVICE, Device, command
+from evals.benchmarks.profiling_figures import LOCAL, METHODS, MODELS, RANDOM, TINY, draw
 from evals.result_file import write_line
-from evals.tiny.corpus import Exam
-from evals.tiny.examination import Part, set_exams
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
+from redknot_hf import HeadPlan
 from redknot_hf.profiling import HeadProfile, Prompt, profile_heads
 
 app = command()
 
-TINY = Path(os.path.relpath(Path(__file__).parents[1] / "tiny"))  # so profiles name no folder of this machine
-MODELS = {"bundled": TINY, "plain": TINY / "plain"}
 STAGES = ("profile", "seeds", "length", "frontier")
-METHODS = ("drift", "loss", "mass", "gates")
 RATIOS = (0.05, 0.1, 0.2, 0.3125, 0.4, 0.5, 0.75, 1.0)
-RANDOM = ("random 0", "random 1", "random 2")
-LOCAL = {"bundled": HeadSpec(window=128, sink=4), "plain": HeadSpec(window=512, sink=4)}
-# Seeds of `set_exams`: what is profiled, what confirms a profile, and what judges a plan.
-CALIBRATION, CONFIRMATION, JUDGEMENT = 11, 12, 13
+# Seeds of `set_exams`: what is profiled, and what confirms a profile.
+CALIBRATION, CONFIRMATION = 11, 12
 SEEDS = range(101, 113)  # of the texts on which drift is profiled once more
-
-
-class Judge:
-    """Held-out texts of one length, and what the dense model says of them."""
-
-    def __init__(self, model: Any, length: int, answers: int) -> None:
-        self.model = model
-        self.exams = exams(length, answers, JUDGEMENT)
-        self.dense = [self.predict(HeadPlan.uniform(model.config, HeadSpec()), exam) for exam in self.exams]
-
-    def __call__(self, plan: HeadPlan) -> dict[str, float | int]:
-        """Share of answer tokens that are right under a plan, the dense model's share, and the mean divergence."""
-        right, dense_right, kl = [], [], []
-        for exam, dense in zip(self.exams, self.dense, strict=True):
-            mine, expected = self.predict(plan, exam), torch.from_numpy(exam.ids)[places(exam)]
-            right.append(mine.argmax(-1) == expected)
-            dense_right.append(dense.argmax(-1) == expected)
-            kl.append((dense.exp() * (dense - mine)).sum(-1))
-        scores = [float(torch.cat(found).float().mean()) for found in (right, dense_right, kl)]
-        names = ("accuracy", "dense_accuracy", "kl")
-        return {name: round(score, 5) for name, score in zip(names, scores, strict=True)} | {
-            "tokens": sum(map(len, right)),
-            "texts": len(self.exams),
-        }
-
-    @torch.inference_mode()
-    def predict(self, plan: HeadPlan, exam: Exam) -> torch.Tensor:
-        """Log-probabilities at the answer tokens."""
-        ids = torch.from_numpy(exam.ids)[None].to(self.model.device)
-        rows = (places(exam) - 1).to(self.model.device)
-        cache = RedKnotCache(self.model.config, plan)
-        out = self.model(ids, logits_to_keep=rows, **cache_argument(self.model, cache))
-        return out.logits[0].float().log_softmax(-1).cpu()
-
-
-def places(exam: Exam) -> torch.Tensor:
-    """Places of the answer tokens."""
-    return torch.cat([torch.arange(start, stop) for _, start, stop in exam.answers])
-
-
-def exams(length: int, answers: int, seed: int) -> list[Exam]:
-    """Texts with questions, half of them about facts that run through several documents."""
-    parts: tuple[Part, ...] = ("plain", "dependent")
-    return [exam for part in parts for exam in set_exams(length, part, -(-answers // 2), seed)]
-
-
-def prompts(length: int, answers: int, seed: int) -> list[Prompt]:
-    """Texts to profile on, whose answers are scored."""
-    found = []
-    for exam in exams(length, answers, seed):
-        scored = torch.zeros(len(exam.ids), dtype=torch.bool)
-        scored[places(exam)] = True
-        found.append(Prompt(torch.from_numpy(exam.ids), scored, "answers"))
-    return found
 
 
 @dataclass(frozen=True)
@@ -118,7 +58,7 @@ class Work:
     out: Path
 
 
-class Run:
+class Study:
     """Everything about one model, line by line."""
 
     def __init__(self, name: str, work: Work) -> None:
@@ -241,55 +181,6 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def draw(rows: Sequence[dict[str, Any]], folder: Path, profiles: Path) -> None:
-    """Draws the frontier of each model, and the heat map of its profile by loss."""
-    from matplotlib.figure import Figure
-
-    from redknot_hf.profiling.figure import heat_map
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in MODELS:
-        path = profiles / f"{name}_loss.json"
-        if path.exists():
-            profile = HeadProfile.load(path)
-            heat_map(profile, profile.plan()).savefig(folder / f"profile_{name}.png", dpi=100)
-    names = [name for name in MODELS if any(r["model"] == name and r["stage"] == "frontier" for r in rows)]
-    if not names:
-        return
-    figure = Figure((5 * len(names), 4), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(names), sharey=True))
-    for panel, name in zip(panels, names, strict=True):
-        found = [row for row in rows if row["model"] == name and row["stage"] == "frontier"]
-        for method in [m for m in METHODS if any(row["what"] == m for row in found)]:
-            points = sorted((row["ratio"], row["accuracy"]) for row in found if row["what"] == method)
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
-        ratios = sorted({row["ratio"] for row in found})
-        chance = [np.mean([r["accuracy"] for r in found if r["what"] in RANDOM and r["ratio"] == x]) for x in ratios]
-        panel.plot(ratios, chance, color="gray", linestyle=":", label="random (mean of 3)")
-        panel.axhline(found[0]["dense_accuracy"], color="black", linewidth=0.8, label="dense")
-        title = f"{name}, window {LOCAL[name].window}, {found[0]['tokens']} answer tokens" + worse(found)
-        panel.set(title=title, xlabel="share of global KV heads")
-    panels[0].set_ylabel("answer tokens right")
-    panels[0].legend()
-    figure.savefig(folder / "profiling_frontier.png", dpi=100)
-
-
-def worse(found: Sequence[dict[str, Any]]) -> str:
-    """Says where a method is worse than the mean of the random plans."""
-    told = []
-    for method in METHODS:
-        below = [
-            row["ratio"]
-            for row in found
-            if row["what"] == method
-            and row["accuracy"]
-            < np.mean([r["accuracy"] for r in found if r["what"] in RANDOM and r["ratio"] == row["ratio"]])
-        ]
-        if below:
-            told.append(f"{method} is below random at {', '.join(f'{ratio:.0%}' for ratio in sorted(below))}")
-    return "\n" + "\n".join(told) if told else ""
-
-
 @app.command(help=__doc__)
 def main(
     models: Annotated[list[str], typer.Option("--model", help=f"of {', '.join(MODELS)}")] = list(MODELS),
@@ -314,15 +205,15 @@ def main(
         device, profiles, out,
     )  # fmt: skip
     for name in models:
-        run = Run(name, work)
+        study = Study(name, work)
         if "profile" in stages:
             for method in methods:
-                run.profile(method)
+                study.profile(method)
         if "seeds" in stages:
-            run.seeds()
+            study.seeds()
         if "length" in stages:
-            run.lengths()
+            study.lengths()
         if "frontier" in stages:
-            run.frontier()
+            study.frontier()
     if figures:
         draw([json.loads(line) for line in out.read_text().splitlines()], figures, profiles)
