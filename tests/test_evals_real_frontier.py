@@ -127,6 +127,7 @@ def test_a_frontier_runs_from_profiles_to_lines(byte_tokenizer, tmp_path, monkey
     monkeypatch.setattr(frontier, "_ROUNDS", 1)
     monkeypatch.setattr(frontier, "calibration_kinds", lambda texts: ("text", "copy"))
     monkeypatch.setattr(compared, "BUDGETS", (0.4,))
+    monkeypatch.setattr(compared, "_COMPARED", (0.4,))
     monkeypatch.setattr(frontier, "items", lambda *arguments: iter([one]))
     said = []
     measure(Job(LlamaForCausalLM(config).eval(), byte_tokenizer, 1200, 1, (0.4,), 1e9, tmp_path), said.append)
@@ -138,6 +139,13 @@ def test_a_frontier_runs_from_profiles_to_lines(byte_tokenizer, tmp_path, monkey
     }  # fmt: skip
     assert (tmp_path / "drift.json").exists()
     assert said[-1].startswith("8 plans")
+    monkeypatch.setattr(frontier, "items", lambda *arguments: iter([one, one]))
+    more, model = tmp_path / "more", LlamaForCausalLM(config).eval()
+    measure(Job(model, byte_tokenizer, 1200, 1, (0.4,), 1e9, more, 1, tmp_path), said.append)
+    assert not (more / "drift.json").exists()
+    found = summarize(tmp_path / "items.jsonl", more / "items.jsonl")
+    assert {line["method"] for line in found} == {row["method"] for row in rows}
+    assert {line["items"] for line in found} == {2}
 
 
 def test_a_model_that_is_not_there_names_the_command(tmp_path):

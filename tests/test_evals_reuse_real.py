@@ -4,7 +4,8 @@ import pytest
 from families import make_model
 
 from evals.benchmarks import reuse_real
-from evals.real import contexts
+from evals.real import __main__ as evals_real
+from evals.real import contexts, reuse_summary
 
 METHODS = [
     "naive", "boundary all", "stand-in", "stand-in, question 15 %", "stand-in, two ranked best",
@@ -23,17 +24,22 @@ def tiny(tmp_path, byte_tokenizer):
 
 def test_all_methods_answer_the_same_questions(tiny, monkeypatch):
     monkeypatch.setattr(reuse_real, "STAND_IN", 64)
-    out = tiny / "out.jsonl"
+    rows, out, picture = (tiny / name for name in ("rows.jsonl", "out.jsonl", "out.png"))
     size = ["--contexts", "1", "--documents", "3", "--tokens", "400", "--dtype", "float32", "--device", "cpu"]
     chosen = [part for method in METHODS for part in ("--method", method)]
-    reuse_real.app([*size, *chosen, "--model", str(tiny), "--out", str(out)], standalone_mode=False)
+    for first in ("0", "7"):
+        arguments = [*size, "--first", first, *chosen, "--model", str(tiny), "--out", str(rows)]
+        reuse_real.app(arguments, standalone_mode=False)
+    evals_real.app(["summarize-reuse", str(rows), "--out", str(out), "--figure", str(picture)], standalone_mode=False)
+    assert picture.stat().st_size > 10_000
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert {(r["kind"], r["method"]) for r in records} == {
         (kind, method) for kind in reuse_real.KINDS for method in (reuse_real.DENSE, *METHODS)
     }
+    assert all(r["contexts"] == 2 for r in records)
     by_name = {r["method"]: r for r in records if r["kind"] == "copy"}
     assert {kind: next(r["questions"] for r in records if r["kind"] == kind) for kind in reuse_real.KINDS} == {
-        "number": 6, "word": 6, "friend": 3, "copy": 3, "text": 1, "summary": 3,
+        "number": 12, "word": 12, "friend": 6, "copy": 6, "text": 2, "summary": 6,
     }  # fmt: skip
     assert by_name["dense"]["kl"][0] == 0 <= by_name["boundary all"]["kl"][0] < 1e-5 < by_name["naive"]["kl"][0]
     assert by_name["naive"]["recomputed"] == by_name["stand-in"]["recomputed"] == 0
@@ -54,3 +60,22 @@ def test_facts_stand_in_the_documents_that_questions_name(byte_tokenizer):
             assert said in texts[asked.document]
         if asked.kind == "copy":
             assert byte_tokenizer.decode(asked.answer) in texts[asked.document]
+
+
+def test_only_contexts_that_all_methods_were_asked_about_count():
+    """And a difference is of pairs: contexts in which both fail alike say nothing."""
+    about = {"documents": 2, "tokens": 9, "stand_in": 0, "dtype": "", "model": "", "date": "", "hardware": {}}
+
+    def row(context, method, right, kl=0.0):
+        return {"context": context, "method": method, "kind": "word", "recomputed": 0.1 * context, "questions": 4,
+                "right": right, "kl": 4 * kl, "top1": 4.0, **about}  # fmt: skip
+
+    rows = [row(c, "dense", 4.0 * (c % 2)) for c in range(12)]
+    rows += [row(c, "naive", 4.0 * (c % 2) - (c == 3), 0.5) for c in range(11)]
+    dense, naive = reuse_summary.records(rows)
+    assert dense["contexts"] == naive["contexts"] == 11
+    assert dense["right_minus_dense"][0] == 0 > dense["right_minus_dense"][1]
+    assert naive["right_minus_dense"][0] == pytest.approx(-1 / 44, abs=1e-6)
+    assert naive["right_minus_dense"][2] <= 0
+    assert naive["kl"] == [0.5, 0.5, 0.5]
+    assert naive["recomputed"] == pytest.approx(0.5)

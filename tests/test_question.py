@@ -7,7 +7,8 @@ from families import make_model
 from oracle import random_plan
 from texts import BOS, LONG, QUESTION, dense, joined, next_logits, texts
 
-from redknot_hf import HeadPlan, HeadSpec, SegmentStore, assemble, cache_argument, refresh
+from redknot_hf import HeadPlan, HeadSpec, SegmentStore, assemble, cache_argument, prompt, refresh
+from redknot_hf.reuse import assembly
 from redknot_hf.reuse import question as asked
 from redknot_hf.reuse import schedule as pieces
 
@@ -124,16 +125,25 @@ def test_recomputing_all_of_it_is_a_dense_prefill(monkeypatch):
     assert both.recomputed_tokens > 0.5 * sum(map(len, refs[2:]))
 
 
-def test_each_sequence_of_a_batch_has_its_question():
+def test_each_sequence_of_a_batch_has_its_question(monkeypatch):
+    """And what sequences of the same segments share of a layer is put in place once."""
     model = make_model("llama", **LONG)
-    plan = HeadPlan.uniform(model.config, HeadSpec())
-    _, refs = stored(model, plan, keep="plan")  # all heads are global, so that is all
-    questions = [list(refs[1].ids[60:64]), list(refs[2].ids[10:14])]
-    together = assemble(model, [[refs[0], refs[2], refs[1]]] * 2, question=questions, share=0.2)
+    _, refs = stored(model, random_plan(model.config, seed=3))
+    questions = [list(refs[1].ids[60:64]), list(refs[2].ids[10:14]), list(refs[1].ids[60:64])]
+    orders = [[refs[0], refs[2], refs[1]]] * 2 + [[refs[0], refs[1], refs[3], refs[2]]]
+    counted, lay_out = [], assembly.lay_out
+    monkeypatch.setattr(assembly, "lay_out", lambda *args: (counted.append(args[1]), lay_out(*args)))
+    together = assemble(model, orders, question=questions, share=0.2)
+    assert len(counted) == (2 + 3) * model.config.num_hidden_layers
+    asked_of = prompt(together, [QUESTION] * 3)
+    places = torch.tensor([[sum(map(len, order)) + i for i in range(len(QUESTION))] for order in orders])
     with torch.no_grad():
-        found = model(torch.tensor([QUESTION] * 2), **cache_argument(model, together)).logits
-    for one, question in zip(found, questions, strict=True):
-        alone = assemble(model, [refs[0], refs[2], refs[1]], question=question, share=0.2)
+        found = model(
+            torch.tensor([QUESTION] * 3), attention_mask=asked_of["attention_mask"], position_ids=places,
+            **cache_argument(model, together),
+        ).logits  # fmt: skip
+    for one, question, order in zip(found, questions, orders, strict=True):
+        alone = assemble(model, order, question=question, share=0.2)
         torch.testing.assert_close(next_logits(model, alone)[0], one, atol=2e-4, rtol=1e-3)
 
 

@@ -1,6 +1,7 @@
 """Segments are cut into passes of bounded size, and every token of a boundary is in just one of them."""
 
 import pytest
+import torch
 from families import make_model
 
 from redknot_hf import HeadPlan, HeadSpec, SegmentStore
@@ -52,3 +53,14 @@ def test_what_a_store_keeps_counts(store, keep, sizes, monkeypatch):
     sequence = [Reused(text, 8 * i, 0, True) for i, text in enumerate(texts)]
     monkeypatch.setattr(schedule, "_PASS_BYTES", 20_000)
     assert [[len(some) for some in batch] for batch in passes([sequence], other)] == sizes
+
+
+def test_a_pass_may_bring_more_where_more_is_free(monkeypatch):
+    """A quarter of what is free on a GPU, with what PyTorch holds unused; a GiB at least."""
+    gpu = torch.device("cuda")
+    for name, gib in (("memory_reserved", 30), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, gib=gib: gib * 2**30)
+    for free, room in ((30, 10), (2, 3), (-8, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 0))
+        assert schedule._room(gpu) == room * 2**30
+    assert schedule._room(torch.device("cpu")) == 2**30

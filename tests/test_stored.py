@@ -12,9 +12,12 @@ from redknot_hf.attention.watching import restricted, watching
 from redknot_hf.profiling import profile_heads
 
 
+@pytest.mark.parametrize("at_once", [100, 250, 1024])
 @pytest.mark.parametrize("storage", ["int8", "int4"])
-def test_every_query_sees_the_pages_cold_that_its_chunk_finds_so(storage, monkeypatch):
+def test_every_query_sees_the_pages_cold_that_its_chunk_finds_so(storage, at_once, monkeypatch):
+    """However many are attended at once, and whichever are asked for."""
     monkeypatch.setattr(stored, "CHUNK", 100)
+    monkeypatch.setitem(stored._AT_ONCE, "cpu", at_once)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 600, 16, generator=generator) for heads in (4, 2, 2))
     options = {"scale": 0.25, "softcap": None, "s_aux": None}
@@ -26,6 +29,9 @@ def test_every_query_sees_the_pages_cold_that_its_chunk_finds_so(storage, monkey
         keys[:, :, 64:last], values[:, :, 64:last] = (x[:, :, 64 : min(last, token + 1)] for x in cold)
         scores = (query[0, :, token].unflatten(0, (2, 2)) @ keys[0].mT * 0.25).softmax(-1) @ values[0]
         torch.testing.assert_close(found[0, token], scores.flatten(0, 1), rtol=1e-4, atol=1e-5)
+    for rows in ((0, 3, 3, 40), (5, 99, 100, *range(300, 560, 2), 599)):
+        some = attend_stored(torch.nn.Module(), query[:, :, list(rows)], key, value, storage, options, rows)
+        torch.testing.assert_close(some, found[:, list(rows)], rtol=1e-4, atol=1e-5)
 
 
 def test_bits_cost_what_they_are(monkeypatch):

@@ -194,6 +194,7 @@ def main(
     boundaries: Annotated[list[float], typer.Option("--boundary", help="shares recomputed")] = [0.0, 0.05, 0.1, 0.2],
     shares: Annotated[list[float], typer.Option("--question", help="shares recomputed for the suffix")] = [0.15],
     places: Annotated[list[str], typer.Option("--place", help=f"of {', '.join(PLACES)}")] = list(PLACES),
+    names: Annotated[list[str], typer.Option("--method", help="by name; all, unless said otherwise")] = [],
     repeats: Annotated[int, typer.Option(help="timed turns")] = 5,
     folder: Annotated[Path | None, typer.Option(help="where files are written, on the disk to be measured")] = None,
     device: Device = DEVICE,
@@ -215,6 +216,7 @@ def main(
     found = {}
     with tempfile.TemporaryDirectory(dir=folder) as made:
         runs = methods(prompt, boundaries, shares, places, Path(made))
+        runs = {name: run for name, run in runs.items() if not names or name in names}
         for name, one in measure(bench, runs, repeats):
             found[name] = one
             if "question" in name:  # the shares are upper bounds, and it has just run

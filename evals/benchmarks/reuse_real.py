@@ -1,7 +1,8 @@
 """What reuse of stored documents costs a pretrained model in answers: SmolLM2-135M-Instruct, all heads global.
 
     python -m evals.real fetch
-    python -m evals bench reuse_real --out evals/results/reuse_real.jsonl
+    python -m evals bench reuse_real --out runs/real/reuse.jsonl
+    python -m evals.real summarize-reuse runs/real/reuse.jsonl --out evals/results/reuse_real.jsonl
 
 Every context is an opening and documents of English text (Python's own reference) with facts hidden in them: numbers
 and words, which stand in one document each, and friends, of whom a question needs two documents. Each question is
@@ -14,10 +15,12 @@ chance. Intervals are 95 %, by bootstrap over contexts.
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,25 +28,25 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from evals.benchmarks.options import DEVICE, Device, Out, command
 from evals.benchmarks.reuse import Case, answers, read_whole
-from evals.intervals import check_intervals, difference, mean
+from evals.identity import hardware, versions
+from evals.intervals import check_intervals
 from evals.methods.reuse import only_prefix
 from evals.real.contexts import KINDS, Asked, Maker
 from evals.real.model import FOLDER, folder
-from evals.result_file import write_line
+from evals.real.reuse_summary import DENSE, Row, records, table
 from redknot_hf import HeadPlan, HeadSpec, SegmentRef, SegmentStore, StandIn, assemble, by_rank, refresh
 
 app = command()
 
-DENSE = "dense"
 STAND_IN = 2048
-# Questions that are answered in one batch, where each has its own cache.
-_BATCH = 16
+# The most that is recomputed for a question, and tokens of a pass: what it takes of them decides how many questions,
+# each with a cache of its own, are answered in one batch.
+_MOST, _PASS = 0.15, 8192
 
 
 Build = Callable[[Any, list[SegmentRef], Sequence[Asked]], Any]
@@ -63,18 +66,6 @@ class Method:
     stand_in: bool
     build: Build
     together: str = "all"
-
-
-@dataclass
-class Scores:
-    """What a method did, question by question; `recomputed` is a share of the context's tokens."""
-
-    context: list[int] = field(default_factory=list)
-    kind: list[str] = field(default_factory=list)
-    right: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    top1: list[float] = field(default_factory=list)
-    recomputed: list[float] = field(default_factory=list)
 
 
 def known(share: float) -> Build:
@@ -137,12 +128,11 @@ def answered(model: Any, case: Case, dense: DynamicCache, tokens: int = 24) -> C
 
 
 def measure(
-    model: Any, made: Sequence[tuple[Case, StandIn]], chosen: dict[str, Method], seconds: float
-) -> dict[str, Scores]:
-    """Runs all methods on all contexts, or on those that are begun within so many seconds."""
-    end = time.monotonic() + seconds
-    plan, results = HeadPlan.uniform(model.config, HeadSpec()), {name: Scores() for name in [DENSE, *chosen]}
-    for index, (bare, stand_in) in enumerate(track(made, description="contexts")):
+    model: Any, made: Sequence[tuple[int, Case, StandIn]], chosen: dict[str, Method], seconds: float
+) -> Iterator[Row]:
+    """Runs all methods on all contexts, or on those that are begun within so many seconds; yields rows."""
+    end, plan = time.monotonic() + seconds, HeadPlan.uniform(model.config, HeadSpec())
+    for index, bare, stand_in in track(made, description="contexts"):
         if time.monotonic() > end:
             break
         model.set_attn_implementation("sdpa")
@@ -150,9 +140,8 @@ def measure(
         read_whole(model, dense, bare)
         case = answered(model, bare, dense)
         wanted = answers(model, dense, case)
-        score(results[DENSE], index, case.questions, wanted, wanted)
-        results[DENSE].recomputed.append(1.0)
         model.set_attn_implementation("redknot")
+        yield from rows(index, DENSE, 1.0, case.questions, wanted, wanted)
         opening, *documents = case.documents
         stored: dict[bool, list[SegmentRef]] = {}
         for name, method in chosen.items():
@@ -160,80 +149,61 @@ def measure(
                 before = stand_in if method.stand_in else None
                 store = SegmentStore(model, plan, keep="full", identity="evaluated", stand_in=before)
                 stored[method.stand_in] = [store.add(opening), *store.add_all(documents, opening)]
-            found = run(model, case, stored[method.stand_in], method, results[name])
-            score(results[name], index, case.questions, found, wanted)
-    return results
+            recomputed, found = run(model, case, stored[method.stand_in], method)
+            yield from rows(index, name, recomputed, case.questions, found, wanted)
 
 
-def run(model: Any, case: Case, refs: list[SegmentRef], method: Method, scores: Scores) -> list[Tensor]:
-    """Answers a context's questions; notes what was recomputed for each of its caches."""
+def run(model: Any, case: Case, refs: list[SegmentRef], method: Method) -> tuple[float, list[Tensor]]:
+    """Answers a context's questions; says also what share of the context was recomputed, on average."""
     found: dict[int, Tensor] = {}
-    for group in groups(case.questions, method.together, len(refs)):  # pyright: ignore[reportArgumentType]
+    recomputed = 0.0
+    at_once = max(1, _PASS // math.ceil(_MOST * len(case.ids)))
+    for group in groups(case.questions, method.together, len(refs), at_once):  # pyright: ignore[reportArgumentType]
         asked = [case.questions[i] for i in group]
         cache = method.build(model, refs, asked)  # pyright: ignore[reportArgumentType]
-        rows = len(cache.reused)
-        scores.recomputed.append(cache.recomputed_tokens / rows / len(case.ids))
-        found |= zip(group, answers(model, cache, replace(case, questions=asked), shared=rows == 1), strict=True)
-    return [found[i] for i in range(len(case.questions))]
+        each = len(cache.reused)
+        recomputed += len(group) * cache.recomputed_tokens / each / len(case.ids)
+        found |= zip(group, answers(model, cache, replace(case, questions=asked), shared=each == 1), strict=True)
+    return recomputed / len(case.questions), [found[i] for i in range(len(case.questions))]
 
 
-def groups(questions: Sequence[Asked], together: str, segments: int) -> Iterator[list[int]]:
+def groups(questions: Sequence[Asked], together: str, segments: int, at_once: int) -> Iterator[list[int]]:
     """Which questions have their caches made together."""
     if together == "all":
         yield [*range(len(questions))]
         return
     by_key: dict[Any, list[int]] = {}
     for i, asked in enumerate(questions):
-        by_key.setdefault(tuple(_ranks(asked, segments)) if together == "ranked" else i // _BATCH, []).append(i)
+        by_key.setdefault(tuple(_ranks(asked, segments)) if together == "ranked" else i // at_once, []).append(i)
     yield from by_key.values()
 
 
-def score(
-    scores: Scores, index: int, questions: Sequence[Any], found: Sequence[Tensor], wanted: Sequence[Tensor]
-) -> None:
-    """Judges the answers to one context's questions."""
-    for question, mine, dense in zip(questions, found, wanted, strict=True):
-        scores.context.append(index)
-        scores.kind.append(question.kind)
-        scores.right.append(float(mine.argmax(-1).tolist() == question.answer))
-        scores.kl.append(max(0.0, float((dense.exp() * (dense - mine)).sum(-1).mean())))
-        scores.top1.append(float((mine.argmax(-1) == dense.argmax(-1)).float().mean()))
-
-
-def records(results: dict[str, Scores], kind: str) -> Iterator[dict[str, Any]]:
-    """One record a method: its figures on questions of a kind, with their intervals."""
-    for name, scores in results.items():
-        mine = [i for i, other in enumerate(scores.kind) if other == kind]
-        context, right, kl, top1 = (
-            [column[i] for i in mine] for column in (scores.context, scores.right, scores.kl, scores.top1)
-        )
-        dense = [results[DENSE].right[i] for i in mine]
-        if mine:
-            yield {
-                "kind": kind, "method": name, "questions": len(mine), "right": mean(context, right).to_json(),
-                "right_minus_dense": difference(context, right, dense).to_json(), "kl": mean(context, kl).to_json(),
-                "top1": mean(context, top1).to_json(), "recomputed": sum(scores.recomputed) / len(scores.recomputed),
-            }  # fmt: skip
-
-
-def table(found: Sequence[dict[str, Any]]) -> Table:
-    """The records of one kind, for people."""
-    made = Table("method", title=f"{found[0]['kind']}, {found[0]['questions']} questions")
-    for name in ("recomputed", "right", "minus dense, points", "KL", "as dense"):
-        made.add_column(name, justify="right")
-    for record in found:
-        value, low, high = record["right_minus_dense"]
-        ends = "" if low is None else f" ({100 * low:+.1f} to {100 * high:+.1f})"
-        made.add_row(
-            record["method"], f"{record['recomputed']:.0%}", f"{100 * record['right'][0]:.1f} %",
-            f"{100 * value:+.1f}{ends}", f"{record['kl'][0]:.4f}", f"{100 * record['top1'][0]:.1f} %",
-        )  # fmt: skip
-    return made
+def rows(
+    index: int, method: str, recomputed: float, questions: Sequence[Any], found: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+) -> Iterator[Row]:  # fmt: skip
+    """Judges the answers to one context's questions: a row a kind, of sums over its questions."""
+    tokens = [len(mine) for mine in found]
+    mine, dense = torch.cat(list(found)), torch.cat(list(wanted))
+    said = torch.tensor([token for question in questions for token in question.answer], device=mine.device)
+    columns = torch.stack([
+        (mine.argmax(-1) == said).float(), (dense.exp() * (dense - mine)).sum(-1),
+        (mine.argmax(-1) == dense.argmax(-1)).float(),
+    ], -1).cpu().split(tokens)  # fmt: skip
+    for kind in dict.fromkeys(question.kind for question in questions):
+        some = [column for column, question in zip(columns, questions, strict=True) if question.kind == kind]
+        yield {
+            "context": index, "method": method, "kind": kind, "recomputed": recomputed, "questions": len(some),
+            "right": sum(float(column[:, 0].min()) for column in some),
+            "kl": sum(max(0.0, float(column[:, 1].mean())) for column in some),
+            "top1": sum(float(column[:, 2].mean()) for column in some),
+        }  # fmt: skip
 
 
 @app.command(help=__doc__)
 def main(
     contexts: Annotated[int, typer.Option(help="how many")] = 26,
+    first: Annotated[int, typer.Option(help="number of the first: runs of other numbers add to it")] = 0,
     documents: Annotated[int, typer.Option(help="a context")] = 8,
     tokens: Annotated[int, typer.Option(help="a document")] = 500,
     kinds: Annotated[list[str], typer.Option("--kind", help=f"of {', '.join(KINDS)}")] = list(KINDS),
@@ -244,7 +214,7 @@ def main(
     device: Device = DEVICE,
     out: Out = None,
 ) -> None:
-    """Measures, prints tables, and appends the records to a file."""
+    """Measures, prints tables, and appends a row a context, method and kind to a file, as they are measured."""
     check_intervals(contexts)
     tokenizer = AutoTokenizer.from_pretrained(folder(model))
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="redknot")
@@ -252,19 +222,19 @@ def main(
     chosen = {name: method for name, method in methods().items() if not names or name in names}
     maker = Maker(tokenizer)
     made = []
-    for seed in range(contexts):
+    for seed in range(first, first + contexts):
         read, questions = maker.context(seed, documents, tokens, kinds)
         _, *others = maker.context(seed + 10_000, documents, tokens, ())[0]
-        made.append((Case("", read, questions), StandIn.of(others, STAND_IN)))  # pyright: ignore[reportArgumentType]
-    results = measure(loaded, made, chosen, seconds)
+        made.append((seed, Case("", read, questions), StandIn.of(others, STAND_IN)))  # pyright: ignore[reportArgumentType]
     about = {"documents": documents, "tokens": tokens, "stand_in": STAND_IN, "dtype": dtype}
-    about |= {
-        "contexts": len(set(results[DENSE].context)),
-        "model": folder(model).name,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    for kind in kinds:
-        found = [*records(results, kind)]
-        Console(width=130).print(table(found))
-        for record in found:
-            write_line(out, {**record, **about}, torch.device(device))
+    about |= {"model": folder(model).name, "date": time.strftime("%Y-%m-%d")}
+    about |= {"hardware": {**hardware(torch.device(device)), **versions(("torch", "transformers"))}}
+    found = []
+    for row in measure(loaded, made, chosen, seconds):
+        found.append({**row, **about})
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a") as lines:
+                lines.write(json.dumps(found[-1]) + "\n")
+    for one in table(records(found)):
+        Console(width=130).print(one)

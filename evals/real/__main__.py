@@ -7,9 +7,11 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from evals.real import model as real_model
+from evals.real import reuse_summary
 from evals.real.frontier import Job, load, measure
 from evals.real.summary import draw, summarize, table, write
 
@@ -32,11 +34,13 @@ def fetch(
 
 
 @app.command()
-def frontier(
+def frontier(  # noqa: PLR0913 - options of a command
     out: Annotated[Path, typer.Option(help="folder for the profiles and a line an item and plan")],
     model: Folder = real_model.FOLDER,
     length: Annotated[int, typer.Option(help="tokens of an item")] = 7168,
     count: Annotated[int, typer.Option(help="items; each asks 34 questions and copies 88 tokens")] = 40,
+    first: Annotated[int, typer.Option(help="number of the first: runs of other numbers add to it")] = 0,
+    profiles: Annotated[Path | None, typer.Option(help="folder of a run whose profiles are taken")] = None,
     loss: Annotated[list[float], typer.Option(help="budgets that are searched further")] = [],  # noqa: B006
     seconds: Annotated[float, typer.Option(help="after which no further item is begun")] = float("inf"),
     device: Annotated[str | None, typer.Option(help="by default a GPU if there is one")] = None,
@@ -47,21 +51,36 @@ def frontier(
     except FileNotFoundError as e:
         raise SystemExit(f"error: {e}") from e
     loaded, tokenizer = load(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    measure(Job(loaded, tokenizer, length, count, tuple(loss), seconds, out))
+    measure(Job(loaded, tokenizer, length, count, tuple(loss), seconds, out, first, profiles))
 
 
 @app.command("summarize")
 def summarize_items(
-    items: Annotated[Path, typer.Argument(help="the items.jsonl that `frontier` has written")],
+    items: Annotated[list[Path], typer.Argument(help="the items.jsonl that `frontier` has written")],
     out: Annotated[Path, typer.Option(help="file for a JSON line a method and budget")],
     figure: Annotated[Path | None, typer.Option(help="picture to draw")] = None,
 ) -> None:
     """Make figures with paired intervals of what `frontier` has written, and print the table."""
-    lines = summarize(items)
+    lines = summarize(*items)
     write(lines, out)
     if figure:
         draw(lines, figure)
     print(table(lines))
+
+
+@app.command("summarize-reuse")
+def summarize_reuse(
+    files: Annotated[list[Path], typer.Argument(help="what `python -m evals bench reuse_real` has written")],
+    out: Annotated[Path, typer.Option(help="file for a JSON line a setting, kind and method")],
+    figure: Annotated[Path | None, typer.Option(help="picture to draw")] = None,
+) -> None:
+    """Make figures with paired intervals of the rows of reuse, and print tables."""
+    found = reuse_summary.records(reuse_summary.read(files))
+    reuse_summary.write(found, out)
+    if figure:
+        reuse_summary.draw(found, figure)
+    for one in reuse_summary.table(found):
+        Console(width=130).print(one)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Job:
     Attributes:
         length: Tokens of an item, and of the prompts that are profiled.
         count: Items.
+        first: Number of the first: runs of other numbers add to it.
+        profiles: Folder of a run whose profiles are taken; without one they are measured.
         swapped: Budgets for which the plans of drift are searched further, by `loss`.
         seconds: After which no further item is begun.
     """
@@ -48,6 +51,8 @@ class Job:
     swapped: tuple[float, ...]
     seconds: float
     out: Path
+    first: int = 0
+    profiles: Path | None = None
 
 
 def load(folder: Path, device: str, dtype: str = "bfloat16") -> tuple[Any, Any]:
@@ -60,13 +65,14 @@ def measure(job: Job, say: Callable[[str], object] = print) -> None:
     """Writes the profiles, the plans' figures at the length, item by item, and what it was run on, into a folder."""
     start = time.perf_counter()
     job.out.mkdir(parents=True, exist_ok=True)
-    profiles = make_profiles(job, say)
+    profiles = make_profiles(job, say) if job.profiles is None else read_profiles(job.profiles)
     plans = list(contenders(job.model.config, job.length, profiles))
     about = {**hardware(job.model.device), **versions(("torch", "transformers"))}
     head = {"length": job.length, "seconds": {name: p.provenance["seconds"] for name, p in profiles.items()}}
     with (job.out / "items.jsonl").open("w") as lines:
         lines.write(json.dumps({**head, "hardware": about}) + "\n")
-        for index, item in enumerate(items(job.tokenizer, docstrings(), job.length, job.count)):
+        every = items(job.tokenizer, docstrings(), job.length, job.first + job.count)
+        for index, item in islice(enumerate(every), job.first, None):
             if time.perf_counter() - start > job.seconds:
                 say(f"out of time at item {index}")
                 break
@@ -92,8 +98,7 @@ def make_profiles(job: Job, say: Callable[[str], object]) -> dict[str, HeadProfi
 
     options: dict[str, Any] = {"storages": STORAGES, "held_out": held_out}
     keep("drift", profile_heads(job.model, inputs, budget=0.2, **options))
-    found["windows only"] = part(found["drift"], windows=True, storages=False)
-    found["storages only"] = part(found["drift"], windows=False, storages=True)
+    found |= parts(found["drift"])
     keep("mass", profile_heads(job.model, inputs, method="mass", budget=0.2, held_out=held_out))
     for budget in job.swapped:
         keep(
@@ -104,6 +109,20 @@ def make_profiles(job: Job, say: Callable[[str], object]) -> dict[str, HeadProfi
     if job.length > 2048:
         keep("drift at 2K", profile_heads(job.model, short, budget=0.2, **options))
     return found
+
+
+def parts(drift: HeadProfile) -> dict[str, HeadProfile]:
+    """A profile of all choices as those of windows and of storages alone."""
+    return {
+        "windows only": part(drift, windows=True, storages=False),
+        "storages only": part(drift, windows=False, storages=True),
+    }
+
+
+def read_profiles(folder: Path) -> dict[str, HeadProfile]:
+    """The profiles that an earlier run has written to its folder, by name."""
+    found = {path.stem.replace("_", " "): HeadProfile.load(path) for path in sorted(folder.glob("*.json"))}
+    return {"drift": found["drift"], **parts(found["drift"]), **found}
 
 
 def asked(model: Any, index: int, item: Item, plans: list[Contender]) -> list[dict[str, Any]]:

@@ -15,13 +15,20 @@ Line = dict[str, Any]
 _SHOWN = ("drift", "loss", "windows only", "storages only", "mass", "streaming", "random")
 
 
-def summarize(source: Path) -> list[Line]:
-    """A line for every method and budget of an items file, by rising budget.
+def summarize(*sources: Path) -> list[Line]:
+    """A line for every method and budget of the items files of one length, by rising budget; each item counts once.
 
     Of every task: `answers`, `right` (share, in points), `apart` (points to dense on the same answers: value, low,
     high), `kl` (nats a token: value, low, high), `top1` (share of tokens as dense, in points).
     """
-    head, *rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    heads, found_rows = [], {}
+    for source in sources:
+        head, *rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+        heads.append(head)
+        found_rows |= {(row["item"], row["method"], row["budget"]): row for row in rows}
+    head, rows = heads[0], list(found_rows.values())
+    if any(other["length"] != head["length"] for other in heads):
+        raise ValueError(f"the items are of lengths {sorted({other['length'] for other in heads})}: summarize each")
     dense = {row["item"]: row["tasks"] for row in rows if row["method"] == "dense"}
 
     def name(row: Line) -> tuple[float, str]:

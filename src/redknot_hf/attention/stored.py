@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from redknot_kernels.plain.quantise import dequantise_page, quantise_page
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ from redknot_hf.plan.storage import HOT, PAGE_SIZE, cold_pages
 
 CHUNK = 256  # queries that see the same pages cold
 BITS = {"int8": 8, "int4": 4}
+# Queries that are attended in one call: on a GPU calls are what takes time, on a CPU keys that some need not see.
+_AT_ONCE = {"cuda": 1024, "cpu": CHUNK}
 
 Keys = Float[Tensor, "batch heads tokens key_dim"]
 Values = Float[Tensor, "batch heads tokens value_dim"]
@@ -21,12 +25,13 @@ Values = Float[Tensor, "batch heads tokens value_dim"]
 
 def attend_stored(
     module: nn.Module,
-    query: Float[Tensor, "batch query_heads tokens key_dim"],
+    query: Float[Tensor, "batch query_heads rows key_dim"],
     key: Keys,
     value: Values,
     storage: str,
     options: dict[str, Any],
-) -> Float[Tensor, "batch tokens query_heads value_dim"]:
+    rows: Sequence[int] | None = None,
+) -> Float[Tensor, "batch rows query_heads value_dim"]:
     """Attention of global heads of one storage over a whole text.
 
     Every chunk of queries sees what the heads keep when it begins: the first page and the hot tail as the model made
@@ -36,21 +41,57 @@ def attend_stored(
         module: The attention layer.
         storage: `"int8"` or `"int4"`.
         options: `scale`, `softcap` and `s_aux` (of these query heads), as kernels take them.
+        rows: Where the queries stand, ascending, as a range or tuple; by default every token asks.
     """
-    group, tokens, device = query.shape[1] // key.shape[1], query.shape[2], query.device
+    group, device = query.shape[1] // key.shape[1], query.device
     cold = [x.repeat_interleave(group, 1) for x in through_bits(key, value, BITS[storage])]
-    held = [x.repeat_interleave(group, 1) for x in (key, value)]  # copies, in which pages grow cold
-    first, outs = PAGE_SIZE, []
-    for start in range(0, tokens, CHUNK):
-        stop, last = min(start + CHUNK, tokens), PAGE_SIZE * (1 + cold_pages(start, PAGE_SIZE, HOT))
-        for mine, stored in zip(held, cold, strict=True):
-            mine[:, :, first:last] = stored[:, :, first:last]
-        first = last
-        shown = torch.arange(stop, device=device) <= torch.arange(start, stop, device=device)[:, None]
-        keys, values = (x[:, :, :stop] for x in held)
-        part = query[:, :, start:stop]
-        outs.append(dense_attention(module, part, keys, values, shown[None, None], 0.0, {}, **options))
+    held = [x.repeat_interleave(group, 1) for x in (key, value)]
+    outs = []
+    at_once = _AT_ONCE.get(device.type, CHUNK)
+    for part in _parts(range(key.shape[2]) if rows is None else rows, CHUNK, at_once, device):
+        keys, values = (
+            torch.cat(
+                [x[:, :, : min(PAGE_SIZE, part.stop)], y[:, :, PAGE_SIZE : part.cold], x[:, :, part.hot : part.stop]],
+                2,
+            )
+            for x, y in zip(held, cold, strict=True)
+        )
+        mine = query[:, :, part.first : part.last]
+        outs.append(dense_attention(module, mine, keys, values, part.seen[None, None], 0.0, {}, **options))
     return torch.cat(outs, 1)
+
+
+class _Part(NamedTuple):
+    """Queries that are attended in one call, over the first page, cold ones, and what is hot for some of them.
+
+    Attributes:
+        first, last: Which queries.
+        cold: Where the cold pages end for the last of them.
+        hot, stop: Where what is hot begins for the first, and ends.
+        seen: Which of the keys each sees.
+    """
+
+    first: int
+    last: int
+    cold: int
+    hot: int
+    stop: int
+    seen: Bool[Tensor, "queries keys"]
+
+
+@lru_cache(maxsize=2)  # all layers ask for the same
+def _parts(rows: Sequence[int], chunk: int, at_once: int, device: torch.device) -> tuple[_Part, ...]:
+    found = []
+    for first in range(0, len(rows), at_once):
+        mine = rows[first : first + at_once]
+        ends = [PAGE_SIZE * (1 + cold_pages(row // chunk * chunk, PAGE_SIZE, HOT)) for row in mine]
+        cold, hot, stop = ends[-1], ends[0], mine[-1] + 1
+        place = torch.arange(stop, device=device)
+        row, end = (torch.tensor(x, device=device)[:, None] for x in (list(mine), ends))
+        near = (place <= row) & ((place >= end) | (place < PAGE_SIZE))
+        seen = torch.cat([near[:, :PAGE_SIZE], place[PAGE_SIZE:cold] < end, near[:, hot:]], 1)
+        found.append(_Part(first, first + len(mine), cold, hot, stop, seen))
+    return tuple(found)
 
 
 def through_bits(key: Keys, value: Values, bits: int) -> tuple[Keys, Values]:

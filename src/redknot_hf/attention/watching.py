@@ -24,6 +24,7 @@ from redknot_hf.plan.rules import head_rules
 _PAGE = 64  # rules ask for one, and without a cache nothing depends on it
 
 Attended = Float[Tensor, "batch tokens query_heads value_dim"]
+Asked = Float[Tensor, "batch asked query_heads value_dim"]
 
 
 @dataclass(frozen=True)
@@ -50,24 +51,32 @@ class Call:
         """KV heads."""
         return self.key.shape[1]
 
-    def attend(self, specs: tuple[HeadSpec, ...]) -> Attended:
+    def attend(self, specs: tuple[HeadSpec, ...], rows: tuple[int, ...] | None = None) -> Asked:
         """The outputs of all query heads, every KV head under its spec; time is linear in tokens for local heads.
 
         Heads with a storage see cold pages as a cache gives them back that reads the text in chunks.
+
+        Args:
+            specs: One a KV head.
+            rows: Queries that are asked for, ascending; by default all.
         """
         # A layer with a window of the model's own keeps its pages as they are.
         stores = [spec.storage if self.reach is None else "model" for spec in specs]
+        where = None if rows is None else torch.tensor(rows, device=self.query.device)
         if set(stores) == {"model"}:
-            return self._prefill(specs)
-        out = self.query.new_empty(*self.query.shape[::2], self.query.shape[1], self.value.shape[-1])
+            return _of(self._prefill(specs), where)
+        batch, query_heads, tokens, _ = self.query.shape
+        asked = tokens if rows is None else len(rows)
+        out = self.query.new_empty(batch, asked, query_heads, self.value.shape[-1])
         grouped = out.unflatten(2, (self.heads, -1))
         for storage in set(stores):
             heads = [head for head, mine in enumerate(stores) if mine == storage]
             part = self._take(heads)
             if storage == "model":
-                found = part._prefill(tuple(specs[head] for head in heads))
+                found = _of(part._prefill(tuple(specs[head] for head in heads)), where)
             else:
-                found = attend_stored(part.module, part.query, part.key, part.value, storage, part.options)
+                query = part.query if where is None else part.query[:, :, where]
+                found = attend_stored(part.module, query, part.key, part.value, storage, part.options, rows)
             grouped[:, :, heads] = found.unflatten(2, (len(heads), -1))
         return out
 
@@ -83,6 +92,10 @@ class Call:
         if options["s_aux"] is not None:
             options["s_aux"] = options["s_aux"].unflatten(0, (self.heads, -1))[heads].flatten()
         return replace(self, query=query, key=self.key[:, heads], value=self.value[:, heads], options=options)
+
+
+def _of(out: Attended, rows: Int[Tensor, " rows"] | None) -> Asked:
+    return out if rows is None else out[:, rows]
 
 
 Watcher = Callable[[Call], Attended]

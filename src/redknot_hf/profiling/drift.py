@@ -45,7 +45,7 @@ def measure_drift(
     """
     found = []
     for prompt in prompts:
-        meter = _Meter(choices, _queries(prompt).to(input_device(model)), len(prompt.targets))
+        meter = _Meter(choices, _queries(prompt), len(prompt.targets), input_device(model))
         with torch.no_grad(), meter.listening(model), watching(model, meter):
             read_whole(model, prompt.ids[None].to(input_device(model)))
         found.append(meter.result())
@@ -76,18 +76,25 @@ class _Meter:
     Args:
         rows: Queries to measure at.
         scored: How many of them, the first, predict scored tokens.
+        device: Where the pass begins.
     """
 
-    def __init__(self, choices: Sequence[HeadSpec], rows: Int[Tensor, " rows"], scored: int) -> None:
+    def __init__(
+        self, choices: Sequence[HeadSpec], rows: Int[Tensor, " rows"], scored: int, device: torch.device
+    ) -> None:
         self.choices = choices
-        self.rows, self.scored = rows, scored
+        self.scored = scored
+        ascending, order = rows.sort()
+        self.ascending = tuple(ascending.tolist())
+        self.rows, self.order = rows.to(device), order.argsort().to(device)
         self.errors: dict[int, Float[Tensor, "choices heads rows"]] = {}
         self.sums: dict[int, Float[Tensor, "heads choices 2 2"]] = {}
 
     def __call__(self, call: Call) -> Attended:
         whole = call.attend((HeadSpec(),) * call.heads)
+        kept = whole[0, self.rows]
         errors = [
-            _projected(whole[0, self.rows] - call.attend((spec,) * call.heads)[0, self.rows], call)
+            _projected(kept - call.attend((spec,) * call.heads, self.ascending)[0, self.order], call)
             for spec in self.choices
         ]
         self.errors[call.layer] = torch.stack(errors)

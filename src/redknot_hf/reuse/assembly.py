@@ -7,6 +7,7 @@ keys and new ones side by side; the new tokens attend over it, and then the rows
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -32,7 +33,7 @@ from redknot_hf.cache.storage import Storage
 
 from .relocation import Relocation
 from .scattered import ScatteredPass
-from .schedule import Chunk, Reused, passes
+from .schedule import Chunk, Reused, originals, passes, spot
 from .segment import Segment
 from .store import SegmentStore
 
@@ -52,7 +53,7 @@ def put(
 
     Args:
         model: The model of the store.
-        cache: Holds as many sequences as there are lists, or nothing yet.
+        cache: Holds as many sequences as there are lists, all with the same tokens, or nothing yet.
         store: Where the segments are.
         batch: What each sequence goes on by.
         relocation: How keys move; `None` if none has to.
@@ -60,8 +61,8 @@ def put(
     ends = lengths_of(cache, len(batch)) + [sum(len(part.ref) for part in parts) for parts in batch]
     check_room(cache, int(ends.max()))
     room = ends + ends // ROOM + ROOM
-    for chunks in passes(batch, store):
-        assembly = Assembly(model, cache, store, chunks, room, relocation)
+    for index, chunks in enumerate(passes(batch, store)):
+        assembly = Assembly(model, cache, store, chunks, room, relocation, alike=not index)
         with record_function("redknot: assembly"):
             assembly.run()
 
@@ -86,6 +87,7 @@ class Assembly(ScatteredPass):
         model, cache, store, relocation: As for `put`.
         batch: The chunks of the pass, of each sequence.
         room: Tokens of the sequences for which pages are reserved.
+        alike: All sequences hold the same so far: those that go on by the same segments are laid out from one copy.
     """
 
     def __init__(
@@ -96,18 +98,22 @@ class Assembly(ScatteredPass):
         batch: Sequence[Sequence[Chunk]],
         room: Int[np.ndarray, " batch"],
         relocation: Relocation | None,
+        alike: bool = False,
     ) -> None:
         super().__init__(layers=cache.layers)
         self.model, self.cache, self.batch, self.room = model, cache, batch, room
         self.places = [np.concatenate([np.arange(0), *(chunk.places for chunk in chunks)]) for chunks in batch]
-        parts = [chunk.part for chunks in batch for chunk in chunks if chunk.rest]
+        self._originals = originals(batch) if alike else list(range(len(batch)))
+        parts = {spot(chunk.part): chunk.part for chunks in batch for chunk in chunks if chunk.rest}
+        refs = {part.ref.address: part.ref for part in parts.values()}
         with record_function("redknot: fetch"):  # now, since what was lost is computed anew, by passes of its own
-            held = store.fetch([part.ref for part in parts])
+            self._held = dict(zip(refs, store.fetch([*refs.values()]), strict=True))
         with record_function("redknot: angles"):
-            turns = [turns_of(part, one.segment, relocation) for part, one in zip(parts, held, strict=True)]
-        self._held = {id(part): one for part, one in zip(parts, held, strict=True)}
-        self._turns = {id(part): turn for part, turn in zip(parts, turns, strict=True)}
-        self._here: dict[int, Segment] = {}
+            self._turns = {
+                where: turns_of(part, self._held[part.ref.address].segment, relocation)
+                for where, part in parts.items()
+            }
+        self._here: dict[str, Segment] = {}
 
     def run(self) -> None:
         """Runs the chunks' tokens through the model, and puts what is stored in its place on the way."""
@@ -146,7 +152,7 @@ class Assembly(ScatteredPass):
             )
         storage = step.storage
         if step.past is None:
-            step.past = [self._laid_out(index, step, b) for b in range(len(self.batch))]
+            step.past = self._all_laid_out(index, step)
             self._keep(index, storage, step.past)
         rules, (batch, heads, tokens, _) = storage.rows.rules, query.shape
         out = query.new_zeros(batch, tokens, heads, step.value.shape[-1])
@@ -159,8 +165,21 @@ class Assembly(ScatteredPass):
                 out[b, : len(places)] = found[0]
         return out
 
-    def _laid_out(self, index: int, step: Step, sequence: int) -> _LaidOut:
-        """The context of one sequence in order, up to the end of the pass."""
+    def _all_laid_out(self, index: int, step: Step) -> list[_LaidOut]:
+        """The contexts of all sequences; what those of the same segments share is put in place once."""
+        found: list[_LaidOut] = []
+        shared: dict[int, tuple[Tensor, Tensor]] = {}
+        left = Counter(self._originals)
+        for b, like in enumerate(self._originals):
+            if like not in shared:
+                shared[like] = self._stored(index, step, like)
+            left[like] -= 1
+            context = tuple(x.clone() for x in shared[like]) if left[like] else shared.pop(like)
+            found.append(self._laid_out(step, b, *context))
+        return found
+
+    def _stored(self, index: int, step: Step, sequence: int) -> tuple[Tensor, Tensor]:
+        """What stands in a sequence's context, in order, up to the end of the pass; zeros where the new tokens go."""
         storage, chunks = step.storage, self.batch[sequence]
         rows, device = storage.rows, storage.device
         before, heads = int(rows.lengths[sequence]), rows.rules.heads
@@ -177,9 +196,14 @@ class Assembly(ScatteredPass):
         pages = Pages(flat[0][:, None], flat[1][:, None])
         for chunk in filter(lambda chunk: chunk.rest, chunks):
             with record_function("redknot: splice"):
-                segment, turn = self._segment(chunk.part), self._turns[id(chunk.part)][index]
+                segment, turn = self._segment(chunk.part), self._turns[spot(chunk.part)][index]
                 span = segment.tokens, chunk.part.boundary, chunk.part.start
                 lay_out(storage, index, segment, pages, table, rules, span, turn)
+        return keys, values
+
+    def _laid_out(self, step: Step, sequence: int, keys: Tensor, values: Tensor) -> _LaidOut:
+        """The context of one sequence with its new tokens, which are written into what is stored of it."""
+        device = step.storage.device
         places = staged(self.places[sequence], device).to(device, non_blocking=True)
         for text, new in ((keys, step.key), (values, step.value)):
             text.index_copy_(1, places, new[sequence, :, : len(places)])
@@ -191,13 +215,17 @@ class Assembly(ScatteredPass):
         rows = storage.rows
         heads = rows.rules.heads
         everything, all_known = ((UNBOUNDED,) * heads, (0,) * heads), np.zeros(heads, np.int64)
+        spans: dict[Any, Any] = {}  # sequences of the same segments grow alike
         for b, (text, chunks) in enumerate(zip(laid, self.batch, strict=True)):
             grown = []
             for chunk in chunks:
                 grown.append((chunk.stop - chunk.first, all_known))
                 if chunk.rest:
                     part = chunk.part
-                    grown.append(known(self._segment(part), index, rows.rules, part.start, part.boundary))
+                    which = spot(part), part.boundary
+                    if which not in spans:
+                        spans[which] = known(self._segment(part), index, rows.rules, part.start, part.boundary)
+                    grown.append(spans[which])
             if chunks:
                 span = text.keys.shape[1], int(rows.lengths[b]), 0
                 storage.place(b, text.keys.flatten(0, 1), text.values.flatten(0, 1), everything, span, grown)
@@ -212,14 +240,15 @@ class Assembly(ScatteredPass):
                     initialize(layer, index, self.model, segment, len(self.batch))
                 layer.storage.reserve(self.room)
                 with record_function("redknot: splice"):
-                    splice(layer.storage, index, b, segment, self._turns[id(chunk.part)][index])
+                    splice(layer.storage, index, b, segment, self._turns[spot(chunk.part)][index])
         layer.storage.left_align()
 
     def _segment(self, part: Reused) -> Segment:
         """The stored tokens, which the current stream may use from now on."""
-        if id(part) not in self._here:
-            self._here[id(part)] = self._held[id(part)].here()
-        return self._here[id(part)]
+        address = part.ref.address
+        if address not in self._here:
+            self._here[address] = self._held[address].here()
+        return self._here[address]
 
 
 @dataclass(frozen=True, eq=False)

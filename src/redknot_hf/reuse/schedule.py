@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
@@ -24,8 +25,10 @@ Boundary = Amount | Sequence[Amount] | Policy
 Refs = Sequence[SegmentRef] | Sequence[Sequence[SegmentRef]]
 # Tokens of one forward pass, those of all sequences together.
 _PASS_TOKENS = 8192
-# Bytes of stored segments that a pass brings to the device beside the cache; a single segment may be more.
+# Bytes of stored segments that a pass brings to the device beside the cache; a single segment may be more. Where much
+# of a GPU is free it is that share of it: every pass more takes the host's time again, and reads the rows.
 _PASS_BYTES = 2**30
+_PASS_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,17 +178,25 @@ def by_rank(scores: Sequence[int | float | None], documents: int = 2, rest: Amou
 
 def passes(batch: Sequence[Sequence[Reused]], store: SegmentStore) -> Iterator[tuple[Sequence[Chunk], ...]]:
     """What every sequence goes on by, one forward pass after the other, each as large as its bounds let it be."""
-    most, nbytes = max(_PASS_TOKENS // len(batch), 1), _stored_bytes(store)
-    return zip_longest(*(_grouped(parts, most, nbytes) for parts in batch), fillvalue=())
+    most, nbytes, room = max(_PASS_TOKENS // len(batch), 1), _stored_bytes(store), _room(store.tiers.device)
+    return zip_longest(*(_grouped(parts, most, nbytes, room) for parts in batch), fillvalue=())
 
 
-def _grouped(parts: Sequence[Reused], most: int, nbytes: Callable[[Chunk], int]) -> Iterator[list[Chunk]]:
+def _room(device: torch.device) -> float:
+    """Bytes of stored segments that a pass may bring to a device."""
+    if device.type != "cuda":
+        return float(_PASS_BYTES)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(float(_PASS_BYTES), _PASS_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
+
+
+def _grouped(parts: Sequence[Reused], most: int, nbytes: Callable[[Chunk], int], room: float) -> Iterator[list[Chunk]]:
     """Chunks of one sequence in order, as many in a pass as its bounds let in, and at least one."""
     some: list[Chunk] = []
     tokens = stored = 0
     for chunk in _chunks(parts, most):
         tokens, stored = tokens + len(chunk.tokens), stored + nbytes(chunk)
-        if some and (tokens > most or stored > _PASS_BYTES):
+        if some and (tokens > most or stored > room):
             yield some
             some, tokens, stored = [], len(chunk.tokens), nbytes(chunk)
         some.append(chunk)
@@ -204,3 +215,15 @@ def _stored_bytes(store: SegmentStore) -> Callable[[Chunk], int]:
     config = store.model.config
     kept = store.plan if store.keep == "plan" else HeadPlan.uniform(config, HeadSpec())
     return lambda chunk: kept.nbytes(len(chunk.part.ref), config, store.model.dtype) if chunk.rest else 0
+
+
+def spot(part: Reused) -> tuple[str, int]:
+    """What is stored of a segment, and where it will stand."""
+    return part.ref.address, part.start
+
+
+def originals(batch: Sequence[Sequence[Chunk]]) -> list[int]:
+    """For each sequence the first of the same segments at the same places, of which as much is taken as stored."""
+    first: dict[tuple[Any, ...], int] = {}
+    alike = [tuple((*spot(chunk.part), chunk.part.boundary, chunk.end) for chunk in chunks) for chunks in batch]
+    return [first.setdefault(key, b) for b, key in enumerate(alike)]
