@@ -15,7 +15,7 @@ from evals.intervals import difference, estimate
 Row = dict[str, Any]
 DENSE = "dense"
 _ABOUT = ("documents", "tokens", "stand_in", "dtype", "model", "date", "hardware")
-_DRAWN = ("number", "word", "text")
+_DRAWN = ("number", "word", "text")  # as far as they were asked
 
 
 def read(files: Iterable[Path]) -> list[Row]:
@@ -108,10 +108,11 @@ def draw(found: Sequence[Row], path: Path) -> None:
 
     settings = sorted({_setting(record) for record in found})
     names = [name for name in dict.fromkeys(record["method"] for record in found) if name != DENSE]
-    figure = Figure((4 * len(_DRAWN), 0.26 * len(names) * len(settings) + 1), layout="constrained")
-    panels = figure.subplots(len(settings), len(_DRAWN), squeeze=False)
+    kinds = [kind for kind in _DRAWN if any(record["kind"] == kind for record in found)]
+    figure = Figure((3 + 3.5 * len(kinds), 0.26 * len(names) * len(settings) + 1), layout="constrained")
+    panels = figure.subplots(len(settings), len(kinds), squeeze=False)
     for line, setting in zip(panels, settings, strict=True):
-        for axes, kind in zip(line, _DRAWN, strict=True):
+        for axes, kind in zip(line, kinds, strict=True):
             mine = {r["method"]: r for r in found if (_setting(r), r["kind"]) == (setting, kind)}
             where = [names.index(name) for name in mine if name != DENSE]
             kl = [record["kl"] for name, record in mine.items() if name != DENSE]

@@ -114,6 +114,8 @@ class Assembly(ScatteredPass):
                 for where, part in parts.items()
             }
         self._here: dict[str, Segment] = {}
+        self._where: dict[tuple[int, torch.device], Int[Tensor, " tokens"]] = {}
+        self._grown: dict[Any, Any] = {}
 
     def run(self) -> None:
         """Runs the chunks' tokens through the model, and puts what is stored in its place on the way."""
@@ -155,11 +157,10 @@ class Assembly(ScatteredPass):
             step.past = self._all_laid_out(index, step)
             self._keep(index, storage, step.past)
         rules, (batch, heads, tokens, _) = storage.rows.rules, query.shape
-        out = query.new_zeros(batch, tokens, heads, step.value.shape[-1])
         first = step.tokens - tokens  # a layer that shares keys may want its last tokens alone
+        out = query.new_zeros(batch, tokens, heads, step.value.shape[-1])
         for b, text in enumerate(step.past):
-            places = text.places[first:]
-            if len(places):
+            if len(places := text.places[first:]):
                 mine = query[b : b + 1, :, : len(places)]
                 found = storage.kernels.attend_at(mine, text.keys[None], text.values[None], places, rules, **options)
                 out[b, : len(places)] = found[0]
@@ -167,9 +168,8 @@ class Assembly(ScatteredPass):
 
     def _all_laid_out(self, index: int, step: Step) -> list[_LaidOut]:
         """The contexts of all sequences; what those of the same segments share is put in place once."""
-        found: list[_LaidOut] = []
+        found, left = [], Counter(self._originals)
         shared: dict[int, tuple[Tensor, Tensor]] = {}
-        left = Counter(self._originals)
         for b, like in enumerate(self._originals):
             if like not in shared:
                 shared[like] = self._stored(index, step, like)
@@ -194,17 +194,18 @@ class Assembly(ScatteredPass):
                 text.index_copy_(0, where, held)
         rules, table = _of_text(rows.rules, end, device)
         pages = Pages(flat[0][:, None], flat[1][:, None])
-        for chunk in filter(lambda chunk: chunk.rest, chunks):
-            with record_function("redknot: splice"):
-                segment, turn = self._segment(chunk.part), self._turns[spot(chunk.part)][index]
-                span = segment.tokens, chunk.part.boundary, chunk.part.start
-                lay_out(storage, index, segment, pages, table, rules, span, turn)
+        with record_function("redknot: splice"):
+            for part in (chunk.part for chunk in chunks if chunk.rest):
+                segment, turn = self._segment(part), self._turns[spot(part)][index]
+                lay_out(storage, index, segment, pages, table, rules, (len(part.ref), part.boundary, part.start), turn)
         return keys, values
 
     def _laid_out(self, step: Step, sequence: int, keys: Tensor, values: Tensor) -> _LaidOut:
         """The context of one sequence with its new tokens, which are written into what is stored of it."""
-        device = step.storage.device
-        places = staged(self.places[sequence], device).to(device, non_blocking=True)
+        at = sequence, step.storage.device
+        if at not in self._where:  # all layers of a device ask for the same
+            self._where[at] = staged(self.places[sequence], at[1]).to(at[1], non_blocking=True)
+        places = self._where[at]
         for text, new in ((keys, step.key), (values, step.value)):
             text.index_copy_(1, places, new[sequence, :, : len(places)])
         return _LaidOut(keys, values, places)
@@ -212,20 +213,19 @@ class Assembly(ScatteredPass):
     def _keep(self, index: int, storage: Storage, laid: Sequence[_LaidOut]) -> None:
         """Lets the rows take what their rules keep."""
         storage.reserve(self.room)
-        rows = storage.rows
-        heads = rows.rules.heads
+        rows, heads = storage.rows, storage.rows.rules.heads
         everything, all_known = ((UNBOUNDED,) * heads, (0,) * heads), np.zeros(heads, np.int64)
-        spans: dict[Any, Any] = {}  # sequences of the same segments grow alike
         for b, (text, chunks) in enumerate(zip(laid, self.batch, strict=True)):
             grown = []
             for chunk in chunks:
                 grown.append((chunk.stop - chunk.first, all_known))
                 if chunk.rest:
-                    part = chunk.part
-                    which = spot(part), part.boundary
-                    if which not in spans:
-                        spans[which] = known(self._segment(part), index, rows.rules, part.start, part.boundary)
-                    grown.append(spans[which])
+                    part, segment = chunk.part, self._segment(chunk.part)
+                    # Sequences of the same segments grow alike, and so do layers of the same rules.
+                    which = spot(part), part.boundary, segment.layers[index], rows.rules
+                    if which not in self._grown:
+                        self._grown[which] = known(segment, index, rows.rules, part.start, part.boundary)
+                    grown.append(self._grown[which])
             if chunks:
                 span = text.keys.shape[1], int(rows.lengths[b]), 0
                 storage.place(b, text.keys.flatten(0, 1), text.values.flatten(0, 1), everything, span, grown)
