@@ -128,4 +128,5 @@ def draw(found: Sequence[Row], path: Path) -> None:
             axes.invert_yaxis()
             axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.suptitle("beside the bars: right answers, points to dense", fontsize=8)
     figure.savefig(path, dpi=90)
