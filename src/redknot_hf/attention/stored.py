@@ -80,6 +80,7 @@ class _Part(NamedTuple):
 
 
 @lru_cache(maxsize=2)  # all layers ask for the same
+@torch.inference_mode(False)  # so that what was made in inference mode can be used outside of it
 def _parts(rows: Sequence[int], chunk: int, at_once: int, device: torch.device) -> tuple[_Part, ...]:
     found = []
     for first in range(0, len(rows), at_once):
