@@ -20,12 +20,23 @@ def to_disk(model, folder):
     return accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
 
 
+def dispatched(model, folder):
+    """Embedding and head on the CPU, the first layer's weights on disk, the second's kept on the host by a hook."""
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "cpu" for i in range(1, model.config.num_hidden_layers)}
+    places["model.layers.0"] = "disk"
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+OFFLOADS = [to_cpu, to_disk, dispatched]
+
+
 def texts(*lengths):
     draw = torch.Generator().manual_seed(1)
     return [torch.randint(3, 97, (n,), generator=draw).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("offload", [to_cpu, to_disk])
+@pytest.mark.parametrize("offload", OFFLOADS)
 def test_a_store_of_a_model_whose_weights_stay_elsewhere(offload, tmp_path):
     found = []
     for place in (None, offload):
@@ -34,20 +45,21 @@ def test_a_store_of_a_model_whose_weights_stay_elsewhere(offload, tmp_path):
         store = SegmentStore(model, random_plan(model.config), identity="llama of a test")
         parts = store.add_all(texts(20, 30))
         found.append(model.generate(**prompt(assemble(model, parts[::-1]), texts(5)[0]), max_new_tokens=5))
-    assert model.model.layers[1].self_attn.q_proj.weight.is_meta
+    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
     assert (input_device(model), device_of_layer(model, 1)) == (torch.device("cpu"), torch.device("cpu"))
     assert torch.equal(*found)
-    with weight_of(model.model.layers[1].self_attn.o_proj) as weight:
+    with weight_of(model.model.layers[0].self_attn.o_proj) as weight:
         assert not weight.is_meta
 
 
-@pytest.mark.parametrize("method", ["drift", "mass"])
-def test_heads_of_a_model_whose_weights_stay_elsewhere(method, tmp_path):
-    found = []
-    for place in (None, to_cpu):
+@pytest.mark.parametrize("method", ["drift", "mass", "loss", "gates"])
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_heads_of_a_model_whose_weights_stay_elsewhere(method, offload, tmp_path):
+    found, windows = [], (8,) if method == "gates" else (8, 16)
+    for place in (None, offload):
         model = make_model("llama", tie_word_embeddings=False, num_hidden_layers=2)
         model = model if place is None else place(model, tmp_path)
-        found.append(profile_heads(model, texts(60, 60, 60), windows=(8, 16), sink=1, method=method, budget=0.5))
+        found.append(profile_heads(model, texts(60, 60, 60), windows=windows, sink=1, method=method, budget=0.5))
     np.testing.assert_allclose(found[0].errors, found[1].errors, rtol=1e-4)
 
 

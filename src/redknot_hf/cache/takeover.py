@@ -81,8 +81,8 @@ def refuse_takeover(call: Call, plan: HeadPlan, switch: int | None, slots: int) 
         raise ValueError(
             f"input_ids has {call.tokens} tokens, and the cache holds {slots}: `generate` skips what the cache holds, "
             "so nothing is left to read. Pass the whole text, what the cache holds and what follows it, or the new "
-            f"tokens with an attention_mask of all {slots + call.tokens} slots; to ask a text again, ask a fork() of it "
-            "taken before the first answer."
+            f"tokens with an attention_mask of all {slots + call.tokens} slots; to ask a text again, ask a fork "
+            "that was made before the first answer."
         )
     if switch is not None:
         _refuse_switch(call, switch, slots)
