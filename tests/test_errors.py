@@ -67,13 +67,6 @@ def test_a_plan_of_another_shape(model, other):
         RedKnotCache(model.config, plan)
 
 
-def test_a_plan_of_stored_heads(model):
-    plan = HeadPlan.uniform(model.config, HeadSpec(storage="int8")).stored("int4", heads=[(0, 0)])
-    with pytest.raises(ValueError, match=r"stores heads as int4 and int8, .* plan\.stored\(\"model\"\)"):
-        RedKnotCache(model.config, plan)
-    RedKnotCache(model.config, plan.stored("model"))
-
-
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.per_layer import text_config
 from redknot_hf.plan.plan import HeadPlan, as_plan
+from redknot_hf.plan.storage import HOT
 
 from .handle import RedKnotHandle
 from .layer import RedKnotLayer
@@ -28,6 +29,7 @@ from .storage import Storage
 from .takeover import call_of, refuse_takeover, switch_of
 
 PAGE_SIZES = (16, 32, 64, 128)
+_MOST_HOT = 1 << 20
 
 
 class RedKnotCache(Cache):
@@ -46,6 +48,8 @@ class RedKnotCache(Cache):
         max_cache_len: Slots, padding included, to reserve with the first forward pass, never to exceed; `None` grows.
             With it, and with Triton, decoding can be compiled and captured, and `generate` does so by itself.
         impl: `"torch"` (plain, any device) or `"triton"` (accelerators); `None` chooses by device.
+        hot: The last tokens that heads with a storage of fewer bits keep as the model made them, and so do their
+            first page and one that is not full. `crop` takes back as many.
 
     Raises:
         ValueError: The plan does not fit the model, the model cannot be served, or an argument is off.
@@ -60,25 +64,23 @@ class RedKnotCache(Cache):
         page_size: int = 64,
         max_cache_len: int | None = None,
         impl: str | None = None,
+        hot: int = HOT,
     ) -> None:
         text = text_config(config)
         _check_model(text)
         plan = as_plan(plan, text)
-        if other := sorted({spec.storage for layer in plan for spec in layer} - {"model"}):
-            raise ValueError(
-                f"the plan stores heads as {' and '.join(other)}, which RedKnotCache does not hold yet: pass "
-                'plan.stored("model")'
-            )
         if page_size not in PAGE_SIZES:
             raise ValueError(f"page_size={page_size}: choose one of {PAGE_SIZES}")
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"max_cache_len={max_cache_len}: give a positive number of tokens, or None to grow")
+        if type(hot) is not int or not 0 <= hot <= _MOST_HOT:
+            raise ValueError(f"hot={hot!r}: give 0 to {_MOST_HOT} tokens")
         self.config = text
         self.plan = plan
         self._switch, self._given = switch_of(text), False
         template = DynamicCache(config=text).layers
         implementation(impl)  # so that a wrong name, or no Triton, is told at once
-        layers = [_layer(plan, i, t, page_size, max_cache_len, impl) for i, t in enumerate(template)]
+        layers = [_layer(plan, i, t, page_size, max_cache_len, impl, hot) for i, t in enumerate(template)]
         super().__init__(layers=layers)
         self._first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, RedKnotLayer)), 0)
 
@@ -215,6 +217,15 @@ class RedKnotCache(Cache):
         return sum(layer.nbytes for layer in self._rows_layers())
 
     @property
+    def nbytes_by_storage(self) -> dict[str, int]:
+        """The same by what pages hold: `"model"` for the model's dtype, and the storages of fewer bits that occur."""
+        total: dict[str, int] = {"model": 0}
+        for storage in self._storages():
+            for name, nbytes in storage.nbytes_by_storage.items():
+                total[name] = total.get(name, 0) + nbytes
+        return total
+
+    @property
     def dense_nbytes(self) -> int:
         """Bytes that a cache of all tokens of all heads would hold now."""
         self._catch_up()
@@ -234,8 +245,10 @@ class RedKnotCache(Cache):
         held, dense = self.nbytes, self.dense_nbytes
         tokens = f"{self.get_seq_length():,} tokens x {max(self._batch(), 0)} sequences"
         less = f", {dense / held:.1f}x less" if held else ""
+        parts = self.nbytes_by_storage
+        told = f" ({', '.join(f'{_size(n)} {name}' for name, n in parts.items())})" if len(parts) > 1 else ""
         return (
-            f"RedKnotCache({tokens}, {full} global + {len(heads) - full} local heads, {_size(held)} resident, "
+            f"RedKnotCache({tokens}, {full} global + {len(heads) - full} local heads, {_size(held)} resident{told}, "
             f"dense {_size(dense)}{less})"
         )
 
@@ -278,13 +291,13 @@ def _update_eagerly(cache: RedKnotCache, key: Tensor, value: Tensor, layer_idx: 
 
 
 def _layer(
-    plan: HeadPlan, index: int, template: Any, page_size: int, max_cache_len: int | None, impl: str | None
+    plan: HeadPlan, index: int, template: Any, page_size: int, max_cache_len: int | None, impl: str | None, hot: int
 ) -> Any:
     """The cache layer for what `DynamicCache` would use there; layers without keys stay transformers' own."""
     if type(template) is DynamicLayer:
-        return RedKnotLayer(plan[index], None, page_size, max_cache_len, impl)
+        return RedKnotLayer(plan[index], None, page_size, max_cache_len, impl, hot)
     if type(template) is DynamicSlidingWindowLayer:
-        return RedKnotLayer(plan[index], template.sliding_window, page_size, max_cache_len, impl)
+        return RedKnotLayer(plan[index], template.sliding_window, page_size, max_cache_len, impl, hot)
     if type(template) is LinearAttentionLayer or type(template).__name__ == "DummyLayer":
         return template
     raise ValueError(

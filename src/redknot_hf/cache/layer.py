@@ -33,6 +33,7 @@ class RedKnotLayer(CacheLayerMixin):
         max_cache_len: Slots to reserve at once and never to exceed; `None` grows page by page. With it, steps may be
             captured: then the device counts ahead, and the host asks it when it needs to know.
         impl: Name of the kernels that write and attend; `None` chooses by device.
+        hot: The last tokens that stored heads keep as the model made them.
     """
 
     is_sliding = False
@@ -45,6 +46,7 @@ class RedKnotLayer(CacheLayerMixin):
         page_size: int,
         max_cache_len: int | None,
         impl: str | None,
+        hot: int,
     ) -> None:
         super().__init__()
         self.specs = specs
@@ -52,6 +54,7 @@ class RedKnotLayer(CacheLayerMixin):
         self.page_size = page_size
         self.max_cache_len = max_cache_len
         self.impl = impl
+        self.hot = hot
         self.record_past = False
         self._clear()
 
@@ -194,8 +197,9 @@ class RedKnotLayer(CacheLayerMixin):
             raise ValueError(f"crop(-{removed}) takes back more than the {slots} slots of the cache")
         if missing := self._storage.missing_after_cut(removed):
             raise ValueError(
-                f"crop(-{removed}) reaches {missing} tokens beyond what the local heads keep behind their windows. "
-                f"Call cache.activate_past_recording() first (it keeps {RECORDED} tokens more), or use larger pages."
+                f"crop(-{removed}) reaches {missing} tokens beyond what local heads keep behind windows, or what "
+                f"stored heads keep hot. Call cache.activate_past_recording() first (to keep {RECORDED} tokens), "
+                "or use larger pages, or a larger hot=."
             )
 
     def activate_past_recording(self) -> None:
@@ -248,7 +252,8 @@ class RedKnotLayer(CacheLayerMixin):
             )
 
     def _rules(self, heads: int, slack: int) -> HeadRules:
-        return head_rules(local_specs(self.specs, heads), self.page_size, self.sliding_window, slack)
+        hot = max(self.hot, slack)  # what is recorded may be taken back
+        return head_rules(local_specs(self.specs, heads), self.page_size, self.sliding_window, slack, hot)
 
     def _select(self, index: Tensor, shrink: bool = False) -> None:
         if self._storage is not None:

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from redknot_kernels import HeadRules, Kernels
 from torch import Tensor
 
+from .cold import ColdRows
 from .history import SlotHistory
 from .mirror import Mirror
 from .pool import PagePool
@@ -29,6 +30,7 @@ class Ledger:
         rows: The page table and the lengths, in real tokens.
         history: The slots, padding included, and which of them were padding.
         pool: The pages, which forks may hold too.
+        cold: What stored rows keep beside those.
         mirror: Rows as kernels read them.
         kernels: They write and attend.
         device: Where steps come from; the pages may be elsewhere in between.
@@ -51,14 +53,21 @@ class Ledger:
         self.rows, self.history, self.mirror = Rows(batch, rules), SlotHistory(), Mirror()
         self.pool = PagePool(self.page_size, dims, dtype, device, None if reserved is None else self._whole())
         self.pool.hold(self.rows)
+        self.cold = ColdRows(batch, rules, dims, device, reserved)
+        self.cold.under(self.pool.lock)
         self._settle()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pages; they may be shared with a fork."""
+        return sum(self.nbytes_by_storage.values())
+
+    @property
+    def nbytes_by_storage(self) -> dict[str, int]:
+        """Bytes of the pages in the model's dtype (`"model"`), and of the cold ones of each storage."""
         with self.pool.lock:
-            self.pool.collect()
-            return self.pool.nbytes
+            self._collect()
+            return {"model": self.pool.nbytes, **self.cold.nbytes}
 
     @property
     def compileable(self) -> bool:
@@ -97,13 +106,14 @@ class Ledger:
                 "a compiled step had padding in some sequences, and only the device knows where: pass all of a batch "
                 "real tokens in compiled steps, or call cache.reset()."
             )
-        self.rows.advance(more)
+        self._advance(self.rows.lengths + more)
         self.history.add(slots)
         self.mirror.advanced(self.rows, self.history.slots)
 
     def missing_after_cut(self, slots: int) -> int:
-        """Tokens that a next query would miss if the last slots were taken back; 0 if none."""
-        return self.rows.missing_after(self._lengths_after_cut(slots))
+        """Tokens that a next query would miss if the last slots were taken back, or that are cold; 0 if none."""
+        lengths = self._lengths_after_cut(slots)
+        return max(self.rows.missing_after(lengths), self.cold.missing_after(lengths))
 
     def cut(self, slots: int) -> None:
         """Takes the last slots back, and gives pages that nobody holds any more to the device."""
@@ -112,6 +122,7 @@ class Ledger:
             if slots:
                 self.history.drop_last(slots)
                 self.rows.cut(lengths)
+                self.cold.cut(lengths)
             self._shrink()
             self._settle()
 
@@ -119,10 +130,12 @@ class Ledger:
         """Drops all tokens; what was reserved stays, and holds zeros."""
         with self.pool.lock:
             self.rows.cut(np.zeros_like(self.rows.lengths))
+            self.cold.cut(self.rows.lengths)
             self.history = SlotHistory()
             self._settle()
             for part in self.pool.pages:
                 part.zero_()  # what was there need not stay readable
+            self.cold.clear()
 
     def select(self, index: Int[Tensor, " selected"], shrink: bool = False) -> None:
         """Makes sequence i what sequence `index[i]` was, by the page table; `shrink` gives memory of others back."""
@@ -132,6 +145,7 @@ class Ledger:
             self.history.forget_padding()
         with self.pool.lock:
             self.rows.select(index.numpy())
+            self.cold.select(index.numpy())
             self._settle()
             if shrink:
                 self._shrink()
@@ -141,6 +155,7 @@ class Ledger:
         with self.pool.lock:
             if self.pool.pages.device != device:
                 self.pool.to(device)
+            self.cold.to(device)
 
     def fork(self: Held) -> Held:
         """Another holder of the same pages, copied when either side writes to them; if reserved, with its own."""
@@ -151,6 +166,8 @@ class Ledger:
             other.rows = self.rows.fork()
             other.pool = self.pool if self.reserved is None else self.pool.clone()
             other.pool.hold(other.rows)
+            other.cold = self.cold.fork()
+            other.cold.under(other.pool.lock)
         other._settle()
         return other
 
@@ -159,29 +176,32 @@ class Ledger:
         self.catch_up()
         with self.pool.lock:
             pool, rows = self.pool.part(self.rows)
-        return {**vars(self), "pool": pool, "rows": rows}
+            cold = self.cold.part()
+        return {**vars(self), "pool": pool, "rows": rows, "cold": cold}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.pool.hold(self.rows)
+        self.cold.hold(self.pool.lock)
         self._settle()
 
     # The steps of the above; the lock is held
 
     def _make_room(self, lengths: Lengths) -> None:
-        rows, pool = self.rows, self.pool
         if self.reserved is not None:  # a captured step cannot ask for pages
-            lengths = np.full(rows.batch, self.reserved)
-        allocate = lambda count: pool.allocate(count, spare=rows.unbounded)  # noqa: E731
-        if pool.shared:
-            pool.copy(*rows.unshare(lengths, pool.references.counts, allocate))
-        if pool.alone(rows) and rows.pages_missing(lengths) > pool.free:
-            pool.lay_out(rows, lengths)  # growing copies everything in any case
-        else:
-            rows.reserve(lengths, allocate)
+            lengths = np.full(self.rows.batch, self.reserved)
+        self.pool.make_room(self.rows, lengths)
+        self.cold.make_room(lengths)
+
+    def _advance(self, lengths: Lengths) -> None:
+        """Counts what kernels have written, when sequences have come to these lengths."""
+        self.rows.lengths = lengths
+        self.cold.advance(lengths)
 
     def _mirrored(self) -> None:
-        self.mirror.refresh(self.rows, self.history.slots, self.pool.pages.device)  # another holder may have moved it
+        device = self.pool.pages.device  # another holder may have moved it
+        self.mirror.refresh(self.rows, self.history.slots, device)
+        self.cold.refresh(device)
 
     def _lengths_after_cut(self, slots: int) -> Lengths:
         return self.rows.lengths - self.history.real_among_last(slots, self.rows.batch)
@@ -190,9 +210,14 @@ class Ledger:
         """Pages of everything that is reserved."""
         return int(self.rows.pages_needed(np.full(self.rows.batch, self.reserved)).sum())
 
-    def _shrink(self) -> None:
+    def _collect(self) -> None:
         self.pool.collect()
+        self.cold.collect()
+
+    def _shrink(self) -> None:
+        self._collect()
         self.pool.shrink()
+        self.cold.shrink()
 
     def _settle(self) -> None:
         """Where slots are reserved: reserves them and brings them to the device, where captured steps will look."""
@@ -201,5 +226,5 @@ class Ledger:
         self.pool.grow(self._whole())
         self._make_room(self.rows.lengths)
         self._mirrored()
-        for part in self.pool.pages:
+        for part in (*self.pool.pages, *self.cold.pages):
             torch._dynamo.mark_static_address(part, guard=False)

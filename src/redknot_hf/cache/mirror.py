@@ -62,14 +62,14 @@ class Mirror:
         """Brings what has changed on the host to the device."""
         self.refresh_table(rows, device)
         if self.counts.device != device or rows.lengths is not self._lengths or slots != self._slots:
-            self.counts = _put(np.append(rows.lengths, slots).astype(np.int32), self.counts, device)
+            self.counts = put(np.append(rows.lengths, slots).astype(np.int32), self.counts, device)
             self.advanced(rows, slots)
 
     def refresh_table(self, rows: Rows, device: torch.device) -> None:
         """Brings the page table alone, and the rules."""
         if self.table.device != device or self._version != rows.version:
             self._version = rows.version
-            self.table = _put(np.maximum(rows.table, 0), self.table, device)
+            self.table = put(np.maximum(rows.table, 0), self.table, device)
             self.bounds = rows.rules.tensors(device)
             self.most_kept = rows.rules.most_kept(rows.table.shape[2])
 
@@ -150,7 +150,8 @@ def _stretch(column: int, table: Int[np.ndarray, "batch heads columns"]) -> Stre
     return Stretch(column, first, ((batch, sequence), (heads, head)), columns)
 
 
-def _put(values: np.ndarray, old: Tensor, device: torch.device) -> Tensor:
+def put(values: np.ndarray, old: Tensor, device: torch.device) -> Tensor:
+    """Brings numbers to a device: into the old tensor where they fit it, so that graphs keep reading them."""
     new = staged(values, device)
     if old.shape == new.shape and old.device == device:
         return old.copy_(new, non_blocking=True)

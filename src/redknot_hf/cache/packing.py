@@ -68,7 +68,7 @@ def lay_out(
 def known(segment: PackedLayers, index: int, rules: HeadRules, start: int, first: int) -> Known:
     """By how many tokens a segment at `start` continues its first ones, and from which position on rows know them."""
     tails = _kept(segment, index, rules).tails(segment.tokens)
-    return segment.tokens - first, start + np.maximum(tails, segment.tokens - np.array(rules.ring))
+    return segment.tokens - first, start + np.maximum(tails, segment.tokens - np.array(rules.as_seen.ring))
 
 
 def span_of(storages: Sequence[Storage | None], sequence: int) -> Span:
@@ -82,7 +82,7 @@ def span_of(storages: Sequence[Storage | None], sequence: int) -> Span:
         length = int(rows.lengths[sequence])
         last = (length - np.maximum(rows.oldest()[sequence], 0)).tolist()
         window = tuple(UNBOUNDED if w >= UNBOUNDED else n for w, n in zip(rows.rules.window, last, strict=True))
-        kept.append(KeptLayer(window, rows.rules.sink, pages.keys.shape[-1], pages.values.shape[-1]))
+        kept.append(KeptLayer(window, rows.rules.as_seen.sink, pages.keys.shape[-1], pages.values.shape[-1]))
         packed.append(storage.read(sequence, *kept[-1].packed(length)))
     home = packed[0][0].device
     data = torch.cat([x.flatten().to(home) for half in zip(*packed, strict=True) for x in half])
@@ -95,7 +95,7 @@ def take_over(storage: Storage, index: int, sequence: int, span: Span) -> None:
     Raises:
         ValueError: The span lacks what the next query of a row sees.
     """
-    rules, kept = storage.rows.rules, span.layers[index]
+    rules, kept = storage.rows.rules.as_seen, span.layers[index]
     if kept is None or not _suffices(kept, rules, span.tokens):
         held = kept and list(zip(kept.window, kept.sink, strict=True))
         raise ValueError(
@@ -103,7 +103,7 @@ def take_over(storage: Storage, index: int, sequence: int, span: Span) -> None:
             f"{list(zip(rules.window, rules.sink, strict=True))}: give the cache a plan that keeps no more"
         )
     keys, values = (x.to(storage.device) for x in (span.keys(index), span.values(index)))
-    known = span.tokens, np.maximum(kept.tails(span.tokens), span.tokens - np.array(rules.ring))
+    known = span.tokens, np.maximum(kept.tails(span.tokens), span.tokens - np.array(rules.as_seen.ring))
     storage.place(sequence, keys, values, (kept.window, kept.sink), (span.tokens, 0, 0), [known])
 
 

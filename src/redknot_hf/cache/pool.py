@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import deque
 from copy import copy
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 from weakref import finalize, ref
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from redknot_kernels import Pages, copy_pages
 from torch import Tensor
 
@@ -20,6 +20,8 @@ from .table import ABSENT, Ids, PageTable, References
 # A pool that several hold grows by an eighth at least, and gives back no less while they are several: each time all
 # of it is copied, so that many holders that grow or go one by one would else copy it as often as they are many.
 _SHARE = 8
+
+Pool = TypeVar("Pool", bound="PagePool")
 
 
 class PagePool:
@@ -59,7 +61,7 @@ class PagePool:
     @property
     def size(self) -> int:
         """Number of pages, free ones included."""
-        return len(self.pages.keys)
+        return len(self.pages[0])
 
     @property
     def free(self) -> int:
@@ -137,6 +139,16 @@ class PagePool:
         """Whether all pages are free or these rows', each listed once, and may be put into another order."""
         return not self.fixed and len(self._holders) == 1 and rows.page_table in self._holders and not self.shared
 
+    def make_room(self, rows: Rows, lengths: Int[np.ndarray, " batch"]) -> None:
+        """Gives rows the pages to hold sequences of these lengths, pages of their own where they will write."""
+        allocate = lambda count: self.allocate(count, spare=rows.unbounded)  # noqa: E731
+        if self.shared:
+            self.copy(*rows.unshare(lengths, self.references.counts, allocate))
+        if self.alone(rows) and rows.pages_missing(lengths) > self.free:
+            self.lay_out(rows, lengths)  # growing copies everything in any case
+        else:
+            rows.reserve(lengths, allocate)
+
     def lay_out(self, rows: Rows, lengths: Int[np.ndarray, " batch"]) -> None:
         """Gives rows that are alone here runs of pages with room for these lengths; the pool gets the size of that."""
         self._rebuild(rows.lay_out(lengths))
@@ -166,15 +178,15 @@ class PagePool:
         if len(source):
             copy_pages(self.pages, self._on_device(source), self._on_device(target))
 
-    def clone(self) -> PagePool:
+    def clone(self: Pool) -> Pool:
         """A pool of its own with the same pages, held by nobody."""
         other = copy(self)
         with torch.inference_mode(False):
-            other.pages = Pages(*(x.clone() for x in self.pages))
+            other.pages = self.pages._make(x.clone() for x in self.pages)
         other._held_by_nobody()
         return other
 
-    def part(self, rows: Rows) -> tuple[PagePool, Rows]:
+    def part(self: Pool, rows: Rows) -> tuple[Pool, Rows]:
         """Copies of some rows and of the pages that they list alone, held by nobody: what a pickle of them takes."""
         pages, mine = np.unique(rows.page_table.listed), rows.fork()
         new = np.full(self.size, ABSENT, np.int32)
@@ -182,7 +194,7 @@ class PagePool:
         mine.page_table.renumber(new)
         other, where = copy(self), self._on_device(pages)
         with torch.inference_mode(False):
-            other.pages = Pages(*(x.index_select(0, where) for x in self.pages))
+            other.pages = self.pages._make(x.index_select(0, where) for x in self.pages)
         other._held_by_nobody()
         return other, mine
 
@@ -190,7 +202,7 @@ class PagePool:
         """Moves all pages to a device."""
         waits = device.type == "cpu"  # the host may read at once what a device still writes
         with torch.inference_mode(False):
-            self.pages = Pages(*(x.to(device, non_blocking=not waits) for x in self.pages))
+            self.pages = self.pages._make(x.to(device, non_blocking=not waits) for x in self.pages)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the holders, who come forward themselves."""
@@ -204,11 +216,12 @@ class PagePool:
         """Makes page i what page `source[i]` was, or empty; keys first: only one copy is extra."""
         where, empty = self._on_device(np.maximum(source, 0)), self._on_device(np.flatnonzero(source == ABSENT))
         with torch.inference_mode(False):
-            for name in Pages._fields:
+            for name in self.pages._fields:
                 self.pages = self.pages._replace(**{name: _rebuilt(getattr(self.pages, name), where, empty)})
 
     def _on_device(self, ids: Ids) -> Int[Tensor, " ids"]:
-        return staged(ids.astype(np.int64), self.pages.device).to(self.pages.device, non_blocking=True)
+        device = self.pages[0].device
+        return staged(ids.astype(np.int64), device).to(device, non_blocking=True)
 
 
 def staged(values: np.ndarray, device: torch.device) -> Tensor:
@@ -231,8 +244,8 @@ def _rows_died(pool: ref[PagePool], table: PageTable) -> None:
 
 
 def _rebuilt(
-    pages: Float[Tensor, "pages page_size dim"], source: Int[Tensor, " new"], empty: Int[Tensor, " empty"]
-) -> Float[Tensor, "new page_size dim"]:
+    pages: Shaped[Tensor, "pages ..."], source: Int[Tensor, " new"], empty: Int[Tensor, " empty"]
+) -> Shaped[Tensor, "new ..."]:
     if not len(pages):
         return pages.new_zeros(len(source), *pages.shape[1:])
     return pages.index_select(0, source).index_fill_(0, empty, 0)

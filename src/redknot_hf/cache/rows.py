@@ -168,12 +168,12 @@ class Rows:
         self.lengths[sequence] += count
 
     def oldest(self) -> Int[np.ndarray, "batch heads"]:
-        """First position, behind the sinks, that each row still holds."""
-        return np.maximum(self._floor, self.lengths[:, None] - np.array(self.rules.ring))
+        """First position, behind the sinks, that each row still holds, in cold pages too."""
+        return np.maximum(self._floor, self.lengths[:, None] - np.array(self.rules.as_seen.ring))
 
     def missing_after(self, lengths: Int[np.ndarray, " batch"]) -> int:
         """Tokens that a next query would miss if the sequences were cut back to `lengths`; 0 if none."""
-        sink = np.array(self.rules.sink)
+        sink = np.array(self.rules.as_seen.sink)
         wanted = np.maximum(lengths[:, None] - np.array(self.rules.window) + 1, sink)
         lost = np.minimum(self.oldest(), lengths[:, None]) - wanted
         return int(lost.max(initial=0))
@@ -207,7 +207,7 @@ class Rows:
 
     def positions_held(self, sequence: int, head: int) -> Int[np.ndarray, " tokens"]:
         """Positions whose tokens a row still holds, in order."""
-        sink, length = self.rules.sink[head], int(self.lengths[sequence])
+        sink, length = self.rules.as_seen.sink[head], int(self.lengths[sequence])
         first = max(int(self.oldest()[sequence, head]), sink)
         return np.concatenate([np.arange(min(sink, length)), np.arange(first, max(first, length))])
 
@@ -246,7 +246,8 @@ class Rows:
 
     def kinds(self) -> list[list[int]]:
         """The heads that grow for ever, and the others by equal rules."""
-        parts = (self.rules.global_heads, *(heads for _, heads in self.rules.local_groups))
+        groups = (*self.rules.stored_groups, *self.rules.local_groups)
+        parts = (self.rules.global_heads, *(heads for _, heads in groups))
         return [list(heads) for heads in parts if heads]
 
     def _places(self, chosen: Bool[np.ndarray, "batch heads columns"], heads: list[int]) -> Ids:

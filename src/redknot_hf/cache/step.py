@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
-from redknot_kernels import Context, HeadRules
+from redknot_kernels import Cold, Context, HeadRules
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -31,11 +31,13 @@ class Group:
         sequences: Which sequences.
         real: Indices of the tokens that are no padding; `None` if all.
         context: The past as it was before the step, if the step is too long to be read back from the pages.
+        cold: The cold pages as they were before the step, if it is not too long.
     """
 
     sequences: slice
     real: Int[Tensor, " tokens"] | None
     context: Context | None = None
+    cold: Cold | None = None
 
     def take(self, tensor: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "group heads group_tokens dim"]:
         """The group's part of a tensor over the whole step."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from redknot_kernels import HeadRules, Rotation, gather, gather_tokens, read_context, scatter_tokens
+from redknot_kernels import Context, HeadRules, Rotation, gather, read_context, scatter_tokens
 from torch import Tensor
 
 from .ledger import Ledger, Lengths
@@ -48,8 +48,11 @@ class Storage(Ledger):
                 table, counts = self._part(group)
                 past = int(self.rows.lengths[group.sequences][0])
                 if key.shape[2] > self.page_size and past:
-                    group.context = read_context(self.pool.pages, table, past, rules)
-                self.kernels.append(self.pool.pages, key, value, table, counts, rules)
+                    group.context = self._context(group.sequences, past)
+                cold = self.cold.tensors(group.sequences)
+                if cold is not None and key.shape[2] <= self.page_size:  # what grows cold now, the step sees as it was
+                    group.cold = cold._replace(counts=cold.counts.clone())
+                self.kernels.append(self.pool.pages, key, value, table, counts, rules, cold)
                 step.groups.append(group)
             self._count(step, lengths, real)
             self._mirrored()  # a captured step may be next
@@ -89,11 +92,15 @@ class Storage(Ledger):
         run, mirror = self.kernels.captured, self.mirror
         assert run is not None
         new = (None, None) if step.written else (step.key, step.value)
+        cold, stored = self.cold.tensors(), {}
+        if cold is not None:
+            pools = (*(cold.int8 or (None, None)), *(cold.int4 or (None, None)))
+            stored = {"stored": (*pools, cold.table, cold.counts, [*self.rows.rules.storage], self.rows.rules.hot)}
         real = None if mask is None else mask[:, 0, 0]
         step.written = True
         return run(
             query, *self.pool.pages, *new, mirror.table, mirror.counts, real, mirror.bounds, mirror.most_kept,
-            self.rows.rules.reach, options["scale"], options["softcap"], options["s_aux"],
+            self.rows.rules.reach, options["scale"], options["softcap"], options["s_aux"], **stored,
         )  # fmt: skip
 
     def groups(self, step: Step, real: Real | None) -> list[Group]:
@@ -115,7 +122,13 @@ class Storage(Ledger):
                 whole = table[:, list(rules.global_heads), : -(-length // self.page_size)]
                 keys, values = (x[:, :, :length] for x in gather(pages, whole))
                 found.append(Kept(rules.take(rules.global_heads), rules.global_heads, span(length), keys, values))
-            bands = read_context(pages, table, length, rules).bands
+            context = self._context(sequences, length)
+            for _, heads in rules.stored_groups:
+                assert context.laid is not None
+                laid, rows = context.laid
+                keys, values = (x[:, :, :length] for x in gather(laid, rows[:, list(heads)]))
+                found.append(Kept(rules.as_seen.take(heads), heads, span(length), keys, values))
+            bands = context.bands
         for (part, heads), (keys, values) in zip(rules.local_groups, bands, strict=True):
             held = min(part.sink[0], length)
             first = max(length - part.window[0] + 1, 0)
@@ -151,22 +164,19 @@ class Storage(Ledger):
             self._ready(lengths)
             self.mirror.refresh_table(self.rows, self.pool.pages.device)
             table = self.mirror.table[sequence]
-            self.kernels.place(self.pool.pages, keys, values, table, self.rows.rules, kept, span, rotation)
+            self.cold.refresh(self.pool.pages.device)
+            cold = self.cold.tensors(slice(sequence, sequence + 1))
+            self.kernels.place(self.pool.pages, keys, values, table, self.rows.rules, kept, span, rotation, cold)
             for count, since in known:
                 self.rows.count_span(sequence, count, since)
+            self.cold.advance(self.rows.lengths)
 
     def read(
         self, sequence: int, heads: Places, positions: Places
     ) -> tuple[Float[Tensor, "kept key_dim"], Float[Tensor, "kept value_dim"]]:
         """Keys and values of tokens that the rows of one sequence hold."""
-        rules, size = self.rows.rules, self.page_size
-        sink, ring = (np.array(x)[heads] for x in (rules.sink, rules.ring))
-        slots = np.where(positions < sink, positions, sink + (positions - sink) % ring)
         with self.pool.lock:
-            pages, device = self.rows.table[sequence, heads, slots // size].astype(np.int64), self.pool.pages.device
-            where = staged(pages * size + slots % size, device).to(device, non_blocking=True)
-            keys, values = (x.view(-1, x.shape[-1]).index_select(0, where) for x in self.pool.pages)
-        return keys, values
+            return self._read(sequence, heads, positions)
 
     def change_rules(self, rules: HeadRules) -> None:
         """Lets every head keep what other rules say, of what it holds: wider ones lose no more from now on.
@@ -176,20 +186,30 @@ class Storage(Ledger):
         """
         self.catch_up()
         with self.pool.lock:
-            self.pool.collect()
-            old, moved = self.rows.rules, []
-            changed = [h for h in range(rules.heads) if old.take((h,)) != rules.take((h,))]
+            self._collect()
+            self._ready(self.rows.lengths)
+            old, lengths, moved = self.rows.rules, self.rows.lengths, []
+            changed = [h for h in range(rules.heads) if _rule(old, h) != _rule(rules, h)]
             for b, h in ((b, h) for b in range(self.rows.batch) for h in changed):
                 held = self.rows.positions_held(b, h)
-                kept = held[(held < rules.sink[h]) | (held >= self.rows.lengths[b] - rules.ring[h])]
-                at = torch.from_numpy(kept).to(self.pool.pages.device)[None, None]
-                moved.append((b, h, at, *gather_tokens(self.pool.pages, self._row(b, h), old.take((h,)).slots(at))))
+                if not (bits := _rule(rules, h)[3]):
+                    held = held[(held < rules.sink[h]) | (held >= lengths[b] - rules.ring[h])]
+                elif _rule(old, h)[3] == bits:  # what is cold stays where it is
+                    held = held[(held < self.page_size) | (held >= (self.cold.counts[b] + 1) * self.page_size)]
+                moved.append((b, h, held, *self._read(b, np.full(len(held), h), held)))
             self.rows.change_rules(rules, changed)
+            self.cold.change_rules(rules, lengths, self.device)
+            self.cold.under(self.pool.lock)
             if self.reserved is not None:  # longer rings than were reserved
                 self.pool.grow(self._whole())
-            self._ready(self.rows.lengths)
-            for b, h, at, keys, values in moved:
-                scatter_tokens(self.pool.pages, self._row(b, h), rules.take((h,)).slots(at), keys, values)
+            self._ready(lengths)
+            for b, h, held, keys, values in moved:
+                if _rule(rules, h)[3] not in (0, _rule(old, h)[3]):
+                    self.cold.write(b, h, keys, values)
+                hot = np.flatnonzero((held < rules.sink[h]) | (held >= lengths[b] - rules.ring[h]))
+                at, hot = (torch.from_numpy(x).to(self.device) for x in (held[hot], hot))
+                slots = rules.take((h,)).slots(at[None, None])
+                scatter_tokens(self.pool.pages, self._row(b, h), slots, keys[hot], values[hot])
             self._shrink()
             self._settle()
 
@@ -204,12 +224,32 @@ class Storage(Ledger):
 
     def _ready(self, lengths: Lengths) -> None:
         """Brings the pages here, with room for sequences of these lengths that nobody else holds."""
-        if self.pool.gone:
-            self.pool.collect()
+        self._collect()
         if self.pool.pages.keys.device != self.device:
             self.pool.to(self.device)
-        if not self.rows.has_room(lengths):
+        self.cold.to(self.device)
+        if not (self.rows.has_room(lengths) and self.cold.has_room(lengths)):
             self._make_room(lengths)
+
+    def _read(
+        self, sequence: int, heads: Places, positions: Places
+    ) -> tuple[Float[Tensor, "kept key_dim"], Float[Tensor, "kept value_dim"]]:
+        rules, size, device = self.rows.rules, self.page_size, self.pool.pages.device
+        sink, ring = (np.array(x)[heads] for x in (rules.sink, rules.ring))
+        slots = np.where(positions < sink, positions, sink + (positions - sink) % ring)
+        pages = self.rows.table[sequence, heads, slots // size].astype(np.int64)
+        where = staged(pages * size + slots % size, device).to(device, non_blocking=True)
+        keys, values = (x.view(-1, x.shape[-1]).index_select(0, where) for x in self.pool.pages)
+        for which, *found in self.cold.read(sequence, heads, positions):
+            at = staged(np.flatnonzero(which), device).to(device)
+            for held, cold in zip((keys, values), found, strict=True):
+                held.index_copy_(0, at, cold.to(held))
+        return keys, values
+
+    def _context(self, sequences: slice, length: int) -> Context:
+        """The past of sequences of a length as a long step reads it."""
+        table, cold = self.mirror.table[sequences], self.cold.tensors(sequences)
+        return read_context(self.pool.pages, table, length, self.rows.rules, cold, self.kernels.lay_out)
 
     def _write_and_attend(self, step: Step, query: Query, real: Real | None, options: dict[str, Any]) -> Output:
         """Writes a step of at most a page and attends it, by one call of the kernels."""
@@ -217,7 +257,7 @@ class Storage(Ledger):
         with pool.lock:
             lengths = self._open(step, real)
             views = None
-            if kernels.step_in_views is not None and real is None and step.tokens == 1:
+            if kernels.step_in_views is not None and real is None and step.tokens == 1 and not self.cold.parts:
                 views = mirror.views(rows, pool)
             if views is not None:
                 past = int(rows.lengths[0])
@@ -226,8 +266,9 @@ class Storage(Ledger):
                 return out
             self._mirrored()
             out = kernels.step(
-                query, pool.pages, step.key, step.value, mirror.table, mirror.counts, real, rows.rules, **options
-            )
+                query, pool.pages, step.key, step.value, mirror.table, mirror.counts, real, rows.rules,
+                cold=self.cold.tensors(), **options,
+            )  # fmt: skip
             self._count(step, lengths, real)
             mirror.advanced(rows, self.history.slots)
         return out
@@ -241,10 +282,11 @@ class Storage(Ledger):
             return self.kernels.prefill(whole, key, value, group.context, rules, **options)[:, -tokens:]
         with self.pool.lock:
             self._mirrored()
-            return self.kernels.decode(query, self.pool.pages, *self._part(group), rules, **options)
+            cold = group.cold or self.cold.tensors(group.sequences)
+            return self.kernels.decode(query, self.pool.pages, *self._part(group), rules, cold=cold, **options)
 
     def _count(self, step: Step, lengths: Lengths, real: Real | None) -> None:
-        self.rows.lengths = lengths
+        self._advance(lengths)
         self.history.add(step.tokens if real is None else real)
         step.real, step.written = real, True
 
@@ -254,3 +296,8 @@ class Storage(Ledger):
     def _row(self, sequence: int, head: int) -> Int[Tensor, "1 1 columns"]:
         table = np.maximum(self.rows.table[sequence : sequence + 1, head : head + 1], 0)
         return torch.from_numpy(table).to(self.pool.pages.device)
+
+
+def _rule(rules: HeadRules, head: int) -> tuple[int, int, int, int]:
+    """What one head keeps, and how."""
+    return rules.window[head], rules.sink[head], rules.ring[head], rules.storage[head] if rules.storage else 0

@@ -7,13 +7,23 @@ from redknot_kernels import UNBOUNDED, HeadRules
 
 from .spec import HeadSpec
 
+_BITS = {"model": 0, "int8": 8, "int4": 4}
 
-def head_rules(specs: tuple[HeadSpec, ...], page_size: int, sliding_window: int | None, slack: int) -> HeadRules:
-    """The plan's rules, cut to the model's own window: a head that sees further than the model keeps that window."""
+
+def head_rules(
+    specs: tuple[HeadSpec, ...], page_size: int, sliding_window: int | None, slack: int, hot: int | None = None
+) -> HeadRules:
+    """The plan's rules, cut to the model's own window: a head that sees further than the model keeps that window.
+
+    `hot` tokens stay as the model made them; with `None` storages do not count, and such heads are plain global ones.
+    """
     reach = UNBOUNDED if sliding_window is None else sliding_window
     windows = [min(reach, UNBOUNDED if spec.window is None else spec.window) for spec in specs]
     sinks = [spec.sink if window < reach else 0 for spec, window in zip(specs, windows, strict=True)]
-    return HeadRules.make(windows, sinks, page_size, reach, slack)
+    if hot is None:
+        return HeadRules.make(windows, sinks, page_size, reach, slack)
+    bits = [_BITS[spec.storage] if window >= UNBOUNDED else 0 for spec, window in zip(specs, windows, strict=True)]
+    return HeadRules.make(windows, sinks, page_size, reach, slack, bits, hot if any(bits) else 0)
 
 
 def local_specs(specs: tuple[HeadSpec, ...], heads: int) -> tuple[HeadSpec, ...]:

@@ -156,7 +156,7 @@ class Assembly(ScatteredPass):
         if step.past is None:
             step.past = self._all_laid_out(index, step)
             self._keep(index, storage, step.past)
-        rules, (batch, heads, tokens, _) = storage.rows.rules, query.shape
+        rules, (batch, heads, tokens, _) = storage.rows.rules.as_seen, query.shape
         first = step.tokens - tokens  # a layer that shares keys may want its last tokens alone
         out = query.new_zeros(batch, tokens, heads, step.value.shape[-1])
         for b, text in enumerate(step.past):

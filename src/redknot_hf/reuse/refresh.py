@@ -177,7 +177,7 @@ class _Context(ScatteredPass):
         if query.shape[2] == len(self.ids) > storage.page_size:
             return storage.kernels.prefill(query, keys, values, None, storage.rows.rules, **options)
         asked = where[-query.shape[2] :]  # a layer that shares keys may want its last tokens alone
-        return storage.kernels.attend_at(query, keys, values, asked, storage.rows.rules, **options)
+        return storage.kernels.attend_at(query, keys, values, asked, storage.rows.rules.as_seen, **options)
 
     def put(self, cache: AssembledCache) -> None:
         """Lets the cache take what its heads keep."""
