@@ -135,7 +135,9 @@ def test_the_allocator_reports_what_the_cache_says(impl):
         before = requested()
         cache = RedKnotCache(model.config, plan, impl=impl)
         model(ids, **cache_argument(model, cache), logits_to_keep=1)
-    small = sum(layer.on_device().table.nbytes for layer in cache.layers) + 4096  # tables, and what kernels look up
+    small = (
+        sum(storage.mirror.table.nbytes for storage in cache._storages()) + 4096
+    )  # tables, and what kernels look up
     assert cache.nbytes <= requested() - before <= cache.nbytes + small
     cache.offload()
     assert requested() - before <= small
@@ -161,3 +163,34 @@ def test_a_model_over_two_devices_decodes_the_tokens_of_one(family, reserved, tm
     assert torch.equal(split.generate(ids, past_key_values=cache, **options), expected)
     pools = [layer.storage.pool.pages.device.index for layer in cache.layers if layer.is_initialized]
     assert set(pools) == {0, 1}
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_stored_heads_decode_as_their_twins(storage):
+    model = make_model("llama").cuda()
+    plan = HeadPlan.uniform(model.config, HeadSpec()).stored(storage)
+    ids = torch.randint(3, VOCABULARY, (2, 600), device="cuda")
+    asked = {"do_sample": False, "max_new_tokens": 40, "attention_mask": torch.ones_like(ids)}
+    twin = model.generate(ids, past_key_values=RedKnotCache(model.config, plan, impl="torch"), **asked)
+    assert torch.equal(model.generate(ids, past_key_values=RedKnotCache(model.config, plan), **asked), twin)
+    reserved = RedKnotCache(model.config, plan, max_cache_len=700)
+    captured = model.generate(ids, past_key_values=reserved, custom_generate=captured_decoding, **asked)
+    assert torch.equal(captured, twin)
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_the_allocator_reports_what_stored_heads_hold(storage):
+    model = make_model("llama").cuda().half()
+    plans = [p := HeadPlan.uniform(model.config, HeadSpec()), p.stored(storage)]
+    ids, found = torch.randint(3, VOCABULARY, (4, 8192), device="cuda"), []
+    for plan in plans:
+        with torch.no_grad():
+            model(ids[:, :256], **cache_argument(model, RedKnotCache(model.config, plan)), logits_to_keep=1)
+            before = requested()
+            cache = RedKnotCache(model.config, plan)
+            for part in ids.split(2048, 1):  # cold pages leave as they fill
+                model(part, **cache_argument(model, cache), logits_to_keep=1)
+        found.append(requested() - before)
+        assert cache.nbytes <= found[-1]
+        del cache
+    assert found[1] < {"int8": 0.8, "int4": 0.6}[storage] * found[0]  # of heads of 16 dims, whose scales weigh much
