@@ -1,0 +1,71 @@
+"""What is refused at once: arguments that mean nothing, and requests that could never be served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from redknot_hf.cache.takeover import switch_of
+
+from .request import Sampling
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+PREEMPT = ("swap", "recompute", None)
+
+
+def check_request(ids: Sequence[int], sampling: Sampling, n: int, engine: Engine) -> None:
+    """Checks a request.
+
+    Raises:
+        ValueError: The engine can never serve it; says what it needs and what there is.
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: ask for one answer at least")
+    if not ids:
+        raise ValueError("the prompt is empty: give one token at least")
+    if not 0 <= min(ids) <= max(ids) < engine.words:
+        raise ValueError(f"the prompt has ids from {min(ids)} to {max(ids)}: the model knows 0 to {engine.words - 1}")
+    if other := [i for i in sampling.logit_bias if not 0 <= i < engine.words]:
+        raise ValueError(f"logit_bias of token {other[0]}: the model knows 0 to {engine.words - 1}")
+    if sampling.stop and engine.tokenizer is None:
+        raise ValueError("stop strings need a tokenizer: make the engine with one, or give stop_ids")
+    longest = len(ids) + sampling.max_new_tokens - 1
+    if longest > engine.max_len:
+        raise ValueError(
+            f"{len(ids)} tokens of prompt and {sampling.max_new_tokens} new ones are more than max_len="
+            f"{engine.max_len}: shorten the prompt, or lower max_new_tokens"
+        )
+    if not engine.memory.ever_fits(longest):
+        raise ValueError(
+            f"{len(ids)} tokens of prompt and {sampling.max_new_tokens} new ones need "
+            f"{engine.memory.needs(longest):,} bytes of pages, and the engine has "
+            f"{engine.memory.used()['total']:,} in all: shorten the prompt, lower "
+            "max_new_tokens, or give the engine more memory"
+        )
+
+
+def check_arguments(
+    config: Any, longest: int, counts: tuple[int, ...], preempt: str | None, parked: float | int
+) -> None:
+    """Checks the arguments of an engine.
+
+    Raises:
+        ValueError: One is off, or the model cannot be served with it.
+    """
+    if longest < 1:
+        raise ValueError(f"max_len={longest}: say how many tokens a prompt and its answer may have")
+    for name, value in zip(("max_batch", "chunk", "park_every", "queue"), counts, strict=True):
+        if value < 1:
+            raise ValueError(f"{name}={value}: give a number from 1 on")
+    if preempt not in PREEMPT:
+        raise ValueError(f"preempt={preempt!r}: choose one of {PREEMPT}")
+    if not 0 <= parked <= 1:
+        raise ValueError(f"parked={parked}: give a share of the pages, 0 to 1")
+    switch = switch_of(config)
+    if switch is not None and longest > switch:
+        raise ValueError(
+            f"{config.model_type} turns keys by other frequencies in texts of more than {switch} tokens, so sequences "
+            f"of different length cannot share a batch: pass max_len={switch} or less"
+        )

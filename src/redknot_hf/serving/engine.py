@@ -1,0 +1,320 @@
+"""The engine: `Engine(model, plan)` serves many requests at once, over one budget of pages."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from threading import Condition, Thread, current_thread
+from typing import Any
+
+import torch
+
+from redknot_hf.plan.formats import AnyPath
+from redknot_hf.plan.per_layer import text_config
+from redknot_hf.plan.plan import HeadPlan, as_plan
+
+from . import scheduler as scheduling
+from .admission import check_arguments, check_request
+from .batch import Seats
+from .memory import SeatMemory
+from .reading import Reader
+from .request import Request, Sampling, State
+
+
+class QueueFullError(RuntimeError):
+    """Too many requests wait."""
+
+
+class Engine:
+    """Serves requests that come and go, with the tokens that `generate` gives under the same plan.
+
+    Every step gives a token to each sequence that decodes, and reads chunks of prompts beside them. Requests are
+    admitted by exact pages: what a plan's heads need of a length is known beforehand.
+
+    Args:
+        model: Any decoder of transformers with `attn_implementation="redknot"`; used, never changed.
+        plan: Rule of every KV head, or the file of a plan.
+        memory: Pages for all sequences: bytes, `"8GiB"`, or a share of what is free on the device.
+        max_batch: Sequences that hold pages at once, at most.
+        max_len: Tokens of a prompt and its answer, at most; the model's own limit by default.
+        chunk: Tokens of prompts that are read in a step, at most.
+        preempt: What happens to the sequences that came last when pages run out: `"swap"` moves them to the host (up
+            to `host` bytes) and back, `"recompute"` reads them again, `None` lets none run out: a request begins when
+            all that it may need is free.
+        parked: Share of the pages that prefixes kept for later requests may hold; 0 keeps none.
+        park_every: Chunks of a prompt after which its beginning is parked; its end always is.
+        queue: Requests that wait at most.
+        tokenizer: For prompts that are text, and for stop strings.
+        page_size, impl: Of the cache.
+        host: Bytes on the host for sequences that are swapped out.
+        capture: Whether steps of decoding are CUDA graphs, where they can be.
+
+    Raises:
+        ValueError: The plan does not fit the model, the model cannot be served, or an argument is off.
+    """
+
+    def __init__(  # noqa: PLR0913 - all but two have defaults
+        self,
+        model: Any,
+        plan: HeadPlan | AnyPath,
+        *,
+        memory: float | int | str = 0.9,
+        max_batch: int = 32,
+        max_len: int | None = None,
+        chunk: int = 2048,
+        preempt: str | None = "swap",
+        parked: float | int = 0.5,
+        park_every: int = 4,
+        queue: int = 4096,
+        tokenizer: Any = None,
+        page_size: int = 64,
+        impl: str | None = None,
+        host: int = 8 << 30,
+        capture: bool = True,
+    ) -> None:
+        config = text_config(model)
+        limit = getattr(config, "max_position_embeddings", None)
+        self.max_len = max_len or limit or 0
+        check_arguments(config, self.max_len, (max_batch, chunk, park_every, queue), preempt, parked)
+        self.model, self.plan, self.tokenizer, self.queue = model, as_plan(plan, config), tokenizer, queue
+        self.words, self.max_batch = config.vocab_size, max_batch
+        self.memory = SeatMemory(
+            model, self.plan, memory, max_batch, self.max_len,
+            page_size=page_size, impl=impl, host=host, parked=parked,
+        )  # fmt: skip
+        self.scheduler = scheduling.Scheduler(self.memory, max_batch, chunk, preempt, lambda: self.reader.settle())
+        seats = Seats(self.memory, max_batch, self.max_len, capture)
+        self.reader = Reader(self.memory, seats, self._finish, park_every * chunk)
+        self.observe: Callable[[str, float], None] = lambda name, value: None
+        self.reader.observe = lambda name, value: self.observe(name, value)
+        self.steps = 0
+        self.error: BaseException | None = None
+        self._ends = _ends_of(model)
+        self._inbox: deque[list[scheduling.Sequence]] = deque()
+        self._wake = Condition()
+        self._thread: Thread | None = None
+        self._draining = self._stopping = False
+
+    # Requests
+
+    def submit(
+        self,
+        prompt: Sequence[int] | str,
+        sampling: Sampling | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | int | None = None,
+        callback: Callable[[Request, Any], Any] | None = None,
+        source: Callable[[], Any] | None = None,
+    ) -> Request:
+        """Hands a request in, from any thread; it is served by `start`ed engines, and by calls of `step`.
+
+        Args:
+            prompt: Ids, or text where the engine has a tokenizer.
+            sampling: How tokens are chosen; greedy by default.
+            priority: Larger ones come first.
+            timeout: Seconds after which it is given up, wherever it stands.
+            callback: Called with the request and each `Token` as it comes, and `None` at the end, by the engine's
+                thread; what it raises ends the request.
+            source: Makes the `Span` that the prompt begins with, of stored segments say.
+
+        Raises:
+            ValueError: The request can never be served; says what it needs and what there is.
+            QueueFullError: Too many wait.
+            RuntimeError: The engine has ended, or is being drained.
+        """
+        return self.submit_many(prompt, 1, sampling, priority=priority, timeout=timeout, callback=callback,
+                                source=source)[0]  # fmt: skip
+
+    def submit_many(
+        self,
+        prompt: Sequence[int] | str,
+        n: int,
+        sampling: Sampling | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | int | None = None,
+        callback: Callable[[Request, Any], Any] | None = None,
+        source: Callable[[], Any] | None = None,
+    ) -> list[Request]:
+        """`n` answers to one prompt, which is read once: the others are forks. Seeds are the first one's and on."""
+        sampling = sampling or Sampling()
+        ids = self._ids(prompt)
+        check_request(ids, sampling, n, self)
+        made: list[scheduling.Sequence] = []
+        for i in range(n):
+            mine = sampling if sampling.seed is None or not i else replace(sampling, seed=sampling.seed + i)
+            request = Request(ids, mine, priority, timeout, callback)
+            request.source = source
+            made.append(scheduling.Sequence(request, list(ids), after=made[0] if made else None))
+        with self._wake:
+            if self._stopping or self._draining or self.error:
+                raise RuntimeError(f"the engine takes no requests any more: {self.error or 'it is being shut down'}")
+            if self.waiting + n > self.queue:
+                raise QueueFullError(f"{self.waiting} requests wait, and at most {self.queue} may: try again later")
+            self._inbox.append(made)
+            self._wake.notify_all()
+        return [sequence.request for sequence in made]
+
+    def generate(
+        self, prompts: Iterable[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None,
+        *, progress: bool = False,
+    ) -> list[Request]:  # fmt: skip
+        """Answers to all prompts, in their order; each is a request that has ended (`.ids`, `.reason`, `.error`).
+
+        Args:
+            prompts: Ids or texts.
+            sampling: One for all, or one for each.
+            progress: Shows a bar.
+        """
+        texts = list(prompts)
+        each = [sampling] * len(texts) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
+        if len(each) != len(texts):
+            raise ValueError(f"{len(each)} samplings for {len(texts)} prompts: give one, or one for each")
+        requests = [self.submit(text, how) for text, how in zip(texts, each, strict=True)]
+        with _bar(len(requests)) if progress else nullcontext() as bar:
+            for done, request in enumerate(requests):
+                while not request.state.ended:
+                    if self._thread is None:
+                        self.step()
+                    else:
+                        time.sleep(0.001)
+                if bar is not None:
+                    bar.update(done + 1 - bar.n)
+        return requests
+
+    @property
+    def waiting(self) -> int:
+        """Requests that hold no pages yet, or none any more."""
+        return len(self.scheduler.waiting) + sum(map(len, self._inbox))
+
+    @property
+    def running(self) -> int:
+        """Requests that hold pages."""
+        return len(self.scheduler.running)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._inbox or self.scheduler.waiting or self.scheduler.running or self.reader.pending)
+
+    # Steps
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Does one step: a token for each that decodes, chunks for those that read; whether there was work."""
+        self._arrive()
+        self._give_up()
+        work = self.scheduler.plan()
+        if work:
+            self.steps += 1
+        self.reader.run(work)
+        return bool(work) or bool(self.reader.pending)
+
+    def start(self) -> Engine:
+        """Serves on a thread of its own, until `shutdown`."""
+        if self._thread is None:
+            self._thread = Thread(target=self._loop, name="redknot engine", daemon=True)
+            self._thread.start()
+        return self
+
+    def drain(self, timeout: float | int | None = None) -> bool:
+        """Takes no more requests and waits until all have ended; whether they have."""
+        self._draining = True
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.idle and not self.error and (end is None or time.monotonic() < end):
+            if self._thread is None:
+                self.step()
+            else:
+                time.sleep(0.005)
+        return self.idle
+
+    def shutdown(self, timeout: float | int | None = 0) -> None:
+        """Ends the engine: waits `timeout` seconds for requests to end, then gives them up."""
+        if timeout != 0:
+            self.drain(timeout)
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        if self._thread is not None and self._thread is not current_thread():
+            self._thread.join()
+        self._end_all(State.CANCELLED, "shutdown", None)
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are served."""
+        return self.error is None and not self._stopping and (self._thread is None or self._thread.is_alive())
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            try:
+                busy = self.step()
+            except Exception as e:  # not one request's own: nothing can be trusted any more
+                self.error = e
+                self._end_all(State.FAILED, "error", e)
+                return
+            if not busy:
+                with self._wake:
+                    if not self._inbox and not self._stopping:
+                        self._wake.wait(0.02 if self.scheduler.waiting else 0.2)
+
+    def _arrive(self) -> None:
+        while self._inbox:
+            for sequence in self._inbox.popleft():
+                request = sequence.request
+                try:
+                    self.reader.begin(sequence, self._ends, self.tokenizer)
+                except Exception as e:  # what makes a prompt's beginning may fail
+                    request.end(State.FAILED, "error", e)
+                else:
+                    self.scheduler.add(sequence)
+
+    def _give_up(self) -> None:
+        now = time.monotonic()
+        for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
+            request = sequence.request
+            if request.cancelling:
+                self._finish(sequence, State.CANCELLED, "cancelled", None)
+            elif request.deadline is not None and now > request.deadline:
+                self._finish(sequence, State.CANCELLED, "deadline", None)
+
+    def _finish(self, sequence: Any, state: State, reason: str, error: BaseException | None) -> None:
+        if sequence.seat is not None:
+            self.reader.seats.forget(sequence.seat)
+        self.scheduler.remove(sequence)
+        self.observe(reason, 1)
+        sequence.request.end(state, reason, error)
+
+    def _end_all(self, state: State, reason: str, error: BaseException | None) -> None:
+        while self._inbox:
+            for sequence in self._inbox.popleft():
+                sequence.request.end(state, reason, error)
+        for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
+            self._finish(sequence, state, reason, error)
+
+    def _ids(self, prompt: Sequence[int] | str) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("the prompt is text: give ids, or make the engine with a tokenizer")
+            return list(self.tokenizer(prompt)["input_ids"])
+        return [int(i) for i in prompt]
+
+
+def _ends_of(model: Any) -> tuple[int, ...]:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)
+
+
+def _bar(total: int) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="request")

@@ -1,0 +1,193 @@
+"""What a step does with the model: chunks of prompts, a token for all that decode, and what was chosen."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .batch import Seats
+from .memory import SeatMemory
+from .request import State, Token
+from .sampling import Chooser, Refusals, choose, log_probabilities
+from .scheduler import Sequence as Served
+from .scheduler import Work
+from .stops import Stopper
+
+Finish = Callable[[Served, State, str, BaseException | None], None]
+
+
+class Chosen(NamedTuple):
+    """Tokens that the device has chosen, or will have.
+
+    Attributes:
+        sequences: Whose.
+        tokens: On the host, when `ready`.
+        ready: What to wait for; `None` where nothing is.
+        likely: Log-probabilities, values and ids of the likeliest, by index of the sequences that asked.
+    """
+
+    sequences: list[Served]
+    tokens: Int[Tensor, " sequences"]
+    ready: Any
+    likely: dict[int, tuple[Tensor, Tensor, Tensor]]
+
+
+class Reader:
+    """Runs the model for a scheduler.
+
+    On an accelerator the host is a step behind: it hears of a token when the next step has been launched, so that the
+    device need not wait. A sequence that has ended meanwhile has decoded one token for nothing.
+
+    Attributes:
+        pending: What the host has not heard of yet.
+        read, decoded: Tokens of prompts and of answers.
+
+    Args:
+        memory: Pages.
+        seats: Of the sequences that decode.
+        finish: Called when a sequence has ended.
+        park_every: Tokens of a prompt after which its beginning is parked.
+    """
+
+    def __init__(self, memory: SeatMemory, seats: Seats, finish: Finish, park_every: int) -> None:
+        self.memory, self.seats, self.finish, self.park_every = memory, seats, finish, park_every
+        self.behind = 1 if seats.device.type == "cuda" else 0
+        self.pending: deque[Chosen] = deque()
+        self.read = self.decoded = 0
+        self.observe: Callable[[str, float], None] = lambda name, value: None
+
+    def begin(self, sequence: Served, ends: Sequence[int], tokenizer: Any) -> None:
+        """Gives a sequence what it needs to choose and to end."""
+        request = sequence.request
+        sequence.chooser = Chooser(request.sampling, request.prompt, self.seats.device)
+        sequence.stopper = Stopper(request.sampling, ends, tokenizer)
+        if callable(request.source):
+            request.source = request.source()
+
+    def run(self, work: Work) -> None:
+        """Does what was planned; a request in which something goes wrong ends alone."""
+        if work.decode:
+            self._decode(work.decode)
+        for sequence, count in work.chunks:
+            if not sequence.request.state.ended and sequence.seat is not None:
+                try:
+                    self._read(sequence, count)
+                except Exception as e:
+                    self.finish(sequence, State.FAILED, "error", e)
+        while len(self.pending) > (self.behind if work.decode else 0):
+            self._hear(self.pending.popleft())
+
+    def settle(self) -> None:
+        """Waits for all that was launched."""
+        while self.pending:
+            self._hear(self.pending.popleft())
+
+    def _decode(self, sequences: list[Served]) -> None:
+        for sequence in sequences:
+            self.seats.place(sequence, None)
+        try:
+            logits = self.seats.decode(sequences)
+        except Exception as e:  # of whom it came is not known
+            for sequence in sequences:
+                self.finish(sequence, State.FAILED, "error", e)
+            return
+        self.decoded += len(sequences)
+        kept, chosen = self._choose(sequences, logits)
+        if kept:
+            self.seats.choose(kept, chosen)
+
+    def _read(self, sequence: Served, count: int) -> None:
+        first, last = sequence.done, sequence.done + count
+        device = self.seats.device
+        ids = torch.tensor([sequence.tokens[first:last]], device=device)
+        positions = torch.arange(first, last, device=device)[None]
+        logits = self.memory.model(
+            input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1,
+            **{self.memory.name: sequence.held},
+        ).logits[:, -1]  # fmt: skip
+        sequence.done = last
+        self.read += count
+        ends = sequence.unread == 0
+        if not sequence.sampled and (ends or last // self.park_every > first // self.park_every):
+            self.memory.park(sequence)
+        if ends:
+            kept, chosen = self._choose([sequence], logits)
+            if kept:
+                sequence.request.state = State.DECODING
+                self.seats.place(sequence, chosen)
+
+    def _choose(
+        self, sequences: list[Served], logits: Float[Tensor, "sequences words"]
+    ) -> tuple[list[Served], Int[Tensor, " kept"]]:
+        """Chooses, and lets the host hear of it; gives those who could, and their tokens."""
+        while True:
+            try:
+                chosen = choose(logits, [x.chooser for x in sequences])
+                break
+            except Refusals as refused:
+                for i, error in refused.errors.items():
+                    self.finish(sequences[i], State.FAILED, "error", error)
+                kept = [i for i in range(len(sequences)) if i not in refused.errors]
+                sequences = [sequences[i] for i in kept]
+                if not sequences:
+                    return [], torch.zeros(0, dtype=torch.long)
+                logits = logits[torch.tensor(kept, device=logits.device)]
+        likely = {}
+        for i, sequence in enumerate(sequences):
+            sequence.sampled += 1
+            most = sequence.request.sampling.logprobs
+            if most is not None:
+                likely[i] = log_probabilities(logits[i : i + 1], chosen[i : i + 1], most)
+        self.pending.append(_on_its_way(sequences, chosen, likely))
+        return sequences, chosen
+
+    def _hear(self, chosen: Chosen) -> None:
+        if chosen.ready is not None:
+            chosen.ready.synchronize()
+        for i, (sequence, token) in enumerate(zip(chosen.sequences, chosen.tokens.tolist(), strict=True)):
+            if not sequence.request.state.ended:
+                try:
+                    self._take(sequence, _told(token, chosen.likely.get(i)))
+                except Exception as e:  # a callback's
+                    self.finish(sequence, State.FAILED, "error", e)
+
+    def _take(self, sequence: Served, token: Token) -> None:
+        request = sequence.request
+        sequence.tokens.append(token.id)
+        before = request.last_token
+        request.emit(token)
+        since = request.arrived if before is None else before
+        self.observe("first" if before is None else "next", (request.last_token or since) - since)
+        if sequence.stopper.ends(request.ids):
+            self._end(sequence, "stop")
+        elif len(request.tokens) >= request.sampling.max_new_tokens:
+            self._end(sequence, "length")
+
+    def _end(self, sequence: Served, reason: str) -> None:
+        if sequence.seat is not None and sequence.done <= len(sequence.tokens) and not sequence.swapped:
+            self.memory.park(sequence)  # a conversation goes on from here
+        self.finish(sequence, State.DONE, reason, None)
+
+
+def _on_its_way(
+    sequences: list[Served], chosen: Int[Tensor, " sequences"], likely: dict[int, tuple[Tensor, Tensor, Tensor]]
+) -> Chosen:
+    if chosen.device.type != "cuda":
+        return Chosen(sequences, chosen, None, likely)
+    host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+    host.copy_(chosen, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return Chosen(sequences, host, ready, likely)
+
+
+def _told(token: int, likely: tuple[Tensor, Tensor, Tensor] | None) -> Token:
+    if likely is None:
+        return Token(token)
+    own, values, ids = likely
+    return Token(token, float(own[0]), tuple(zip(ids[0].tolist(), values[0].tolist(), strict=True)))
