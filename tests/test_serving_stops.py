@@ -12,7 +12,7 @@ def test_texts_up_to_a_stop():
     assert before("one", []) == "one"
 
 
-@pytest.mark.parametrize(("text", "held"), [("abc", 0), ("abcE", 1), ("abcEN", 2), ("abcEND", 1), ("E", 1), ("", 0)])
+@pytest.mark.parametrize(("text", "held"), [("abc", 0), ("abcE", 1), ("abcEN", 2), ("abcEND", 3), ("E", 1), ("", 0)])
 def test_what_may_begin_a_stop_is_held_back(text, held):
     assert held_back(text, ["ENDE", "DX"]) == held
 

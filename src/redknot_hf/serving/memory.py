@@ -100,7 +100,7 @@ class SeatMemory:
             self._settle_pool(storage)
         # Layers of equal rules hold the same pages of every sequence, so that one of them speaks for all.
         self.kinds = list({storage.rows.rules: i for i, storage in self.layers.items()}.values())
-        self.prefixes = Prefixes(int(self.sizes.nbytes * parked), page_size)
+        self.prefixes = Prefixes(int(self.sizes.nbytes * parked), page_size, _reaches)
 
     # What the scheduler asks
 
@@ -283,6 +283,12 @@ def _missing(storage: Storage, tokens: int) -> int:
     return missing + int((references.counts[table[written]] > 1).sum())
 
 
+def _reaches(cache: RedKnotCache, cut: int) -> bool:
+    """Whether all rows of a sequence can be cut back by so many tokens."""
+    layers = (layer for _, layer in row_layers(cache) if layer.is_initialized)
+    return cut == 0 or all(layer.storage.missing_after_cut(cut) == 0 for layer in layers)
+
+
 def _local_pages(storage: Storage) -> int:
     rules = storage.rows.rules
     return sum(rules.max_pages[h] for h in range(rules.heads) if h not in rules.global_heads)
@@ -329,6 +335,8 @@ def _bytes_of(memory: float | int | str, device: torch.device) -> int:
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
+    try:
+        import psutil
+    except ImportError as e:
+        raise ValueError("a share of the host's memory is asked of psutil: give bytes, or pip install psutil") from e
     return psutil.virtual_memory().available

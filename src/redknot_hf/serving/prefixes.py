@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-
-from redknot_hf.cache.cache import row_layers
 
 Ids = Int[np.ndarray, " ids"]
 
@@ -44,10 +42,11 @@ class Prefixes:
     Args:
         most: Bytes of all; 0 keeps none.
         block: Tokens of a block; shorter prefixes are not kept.
+        reaches: Whether a cache can be cut back by so many tokens.
     """
 
-    def __init__(self, most: int, block: int) -> None:
-        self.most, self.block = most, block
+    def __init__(self, most: int, block: int, reaches: Callable[[Any, int], bool]) -> None:
+        self.most, self.block, self.reaches = most, block, reaches
         self.nbytes = 0
         self.hit_tokens = self.asked_tokens = 0
         self._entries: OrderedDict[bytes, Parked] = OrderedDict()
@@ -65,7 +64,7 @@ class Prefixes:
             for key in self._blocks.get(ids[: self.block].tobytes(), ()):
                 entry = self._entries[key]
                 common = _common(entry.ids, ids)
-                if common > (best[1] if best else 0) and _reaches(entry, common):
+                if common > (best[1] if best else 0) and self.reaches(entry.cache, entry.tokens - common):
                     best = entry, common
         if best is not None:
             self._entries.move_to_end(best[0].ids.tobytes())
@@ -109,10 +108,3 @@ def _common(held: Int[np.ndarray, " held"], asked: Int[np.ndarray, " asked"]) ->
     count = min(len(held), len(asked))
     differ = np.flatnonzero(held[:count] != asked[:count])
     return int(differ[0]) if len(differ) else count
-
-
-def _reaches(entry: Parked, tokens: int) -> bool:
-    """Whether all rows can be cut back to so many tokens."""
-    cut = entry.tokens - tokens
-    layers = (layer for _, layer in row_layers(entry.cache) if layer.is_initialized)
-    return cut == 0 or all(layer.storage.missing_after_cut(cut) == 0 for layer in layers)

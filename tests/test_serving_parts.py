@@ -1,0 +1,191 @@
+"""Parts of the engine by themselves: what memory buys, which prefixes stay, how tokens are chosen together."""
+
+import numpy as np
+import pytest
+import torch
+from families import make_model
+
+from redknot_hf import HeadPlan, HeadSpec
+from redknot_hf.serving.admission import check_arguments
+from redknot_hf.serving.batch import Seats
+from redknot_hf.serving.engine import Engine
+from redknot_hf.serving.memory import SeatMemory
+from redknot_hf.serving.prefixes import Prefixes
+from redknot_hf.serving.reading import Reader
+from redknot_hf.serving.request import Request, Sampling
+from redknot_hf.serving.sampling import Chooser, Refusals, choose, warp
+from redknot_hf.serving.scheduler import Sequence, Work
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("gemma4")  # layers of other widths, and some that share keys
+
+
+@pytest.mark.parametrize("memory", [400_000, "1MiB", "0.5GiB"])
+def test_a_budget_is_kept_and_spent(model, memory):
+    plan = HeadPlan.with_global(model.config, [(1, 1), (1, 0)], HeadSpec(20, 2))
+    held = SeatMemory(model, plan, memory, 3, 512, page_size=16)
+    asked = {"1MiB": 1 << 20, "0.5GiB": 1 << 29}.get(memory, memory)
+    total = held.used()["total"]
+    assert total == held.sizes.nbytes <= asked
+    assert held.used()["used"] == 0
+    most = held.sizes.needs(512) * 3 * 2
+    assert total + held.sizes.column + held.sizes.ring > min(asked, most)
+    assert held.needs(512) <= held.sizes.needs(512)
+
+
+def test_shares_are_of_what_is_free(model):
+    plan = HeadPlan.uniform(model.config, HeadSpec())
+    assert SeatMemory(model, plan, 0.5, 2, 64, page_size=16).used()["total"] > 0
+    with pytest.raises(ValueError, match="memory=0"):
+        SeatMemory(model, plan, 0, 2, 64)
+
+
+def test_parking_needs_room_for_whoever_goes_on(model):
+    """A sequence that could not go on beside its own prefix keeps its pages to itself."""
+    plan = HeadPlan.uniform(model.config, HeadSpec(20, 2))
+    held = SeatMemory(model, plan, 1 << 22, 2, 128, page_size=16, parked=0.9)
+    sequence = Sequence(Request([5] * 40, Sampling()), [5] * 40)
+    sequence.done = held.begin(sequence)
+    held.grow(sequence, 40)
+    with torch.no_grad():
+        model(torch.tensor([[5] * 40]), use_cache=True, **{held.name: sequence.held})
+    sequence.done = 40
+    held.park(sequence)
+    assert len(held.prefixes) == 1
+    held.park(sequence)
+    assert len(held.prefixes) == 1
+    assert held.fits(sequence, 48)
+    others = []
+    while True:
+        other = Sequence(Request([6], Sampling()), [6])
+        held.begin(other)
+        if not held.fits(other, 64):
+            break
+        held.grow(other, 64)
+        others.append(other)
+    sequence.tokens, sequence.done = [5] * 40, 39
+    held.park(sequence)
+    assert len(held.prefixes) == 1
+    held.release(sequence)
+    for other in others:
+        held.release(other)
+    assert held.evict()
+    assert not held.evict()
+    assert held.used()["used"] == 0
+
+
+def test_prefixes_go_least_recently_used_first():
+    prefixes = Prefixes(most=100, block=4, reaches=lambda cache, cut: True)
+    texts = [[i] * 4 + list(range(10)) for i in range(4)]
+    for text in texts[:3]:
+        assert prefixes.wants(text)
+        assert prefixes.add(text, None, 30) == []
+    assert not prefixes.wants(texts[0])
+    assert not prefixes.wants([1, 2, 3])
+    entry, common = prefixes.find([*texts[0], 77])
+    assert (entry.ids.tolist(), common) == (texts[0], 14)
+    assert prefixes.find(texts[0])[1] == 13
+    assert prefixes.find([9, 9, 9, 9, 9]) is None
+    gone = prefixes.add(texts[3], None, 30)
+    assert [x.ids.tolist() for x in gone] == [texts[1]]
+    assert prefixes.nbytes == 90
+    assert [x.ids.tolist() for x in prefixes.add([1] * 9, None, 101)] == [[1] * 9]
+    assert [prefixes.pop().ids.tolist() for _ in range(3)] == [texts[2], texts[0], texts[3]]
+    assert prefixes.pop() is None
+    assert prefixes.nbytes == 0
+
+
+def test_the_longest_prefix_is_found():
+    prefixes = Prefixes(most=100, block=4, reaches=lambda cache, cut: True)
+    for length in (5, 20, 10):
+        prefixes.add(list(range(length)), None, 1)
+    assert prefixes.find(list(range(30)))[1] == 20
+    assert prefixes.find(list(range(12)))[1] == 11  # the last token is read: its logits are wanted
+    assert prefixes.hit_tokens == 31
+
+
+def test_rows_of_logits_are_warped_each_in_its_own_way():
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
+    asked = [
+        Sampling(temperature=0.5),
+        Sampling(temperature=1.0, top_k=7),
+        Sampling(temperature=2.0, top_p=0.5),
+        Sampling(temperature=1.0, min_p=0.3),
+        Sampling(temperature=0.7, top_k=20, top_p=0.8, min_p=0.05),
+    ]
+    found = warp(logits, asked)
+    for i, how in enumerate(asked):
+        row = TemperatureLogitsWarper(how.temperature)(None, logits[i : i + 1])
+        if how.top_k:
+            row = TopKLogitsWarper(how.top_k)(None, row)
+        if how.top_p < 1:
+            row = TopPLogitsWarper(how.top_p)(None, row)
+        if how.min_p:
+            row = MinPLogitsWarper(how.min_p)(None, row)
+        assert torch.equal(row[0].isneginf(), found[i].isneginf())
+        torch.testing.assert_close(row[0], found[i])
+
+
+def test_a_seed_draws_the_same_in_any_company():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    cpu = torch.device("cpu")
+    make = lambda seed: Chooser(Sampling(temperature=1.0, seed=seed), [1], cpu)  # noqa: E731
+    alone, among = make(5), make(5)
+    other = Chooser(Sampling(temperature=1.0), [1], cpu)
+    greedy = Chooser(Sampling(), [1], cpu)
+    for _ in range(10):
+        one = choose(logits[1:2], [alone])
+        three = choose(logits, [other, among, greedy])
+        assert int(one[0]) == int(three[1])
+        assert int(three[2]) == int(logits[2].argmax())
+
+
+def test_who_cannot_choose_is_named():
+    def broken(ids, scores):
+        raise KeyError
+
+    cpu = torch.device("cpu")
+    choosers = [Chooser(Sampling(processors=p), [1], cpu) for p in ((), (broken,), (lambda i, s: s * torch.nan,))]
+    with pytest.raises(Refusals) as told:
+        choose(torch.zeros(3, 9), choosers)
+    assert sorted(told.value.errors) == [1, 2]
+
+
+def test_seats_take_tables_only_where_they_changed(model):
+    held = SeatMemory(model, HeadPlan.uniform(model.config, HeadSpec()), 1 << 20, 2, 128, page_size=16)
+    seats = Seats(held, 2, 128, capture=True)
+    assert not seats.captures
+    sequence = Sequence(Request([5] * 10, Sampling()), [5] * 11, done=10, seat=1)
+    held.begin(sequence)
+    held.grow(sequence, 11)
+    seats.place(sequence, None)
+    assert seats.lengths.tolist() == [0, 10]
+    assert seats.last.tolist() == [0, 5]
+    copied = seats._flat.clone()
+    seats._flat.zero_()
+    seats.place(sequence, None)
+    assert not seats._flat.any()
+    held.grow(sequence, 30)
+    seats.place(sequence, torch.tensor([7]))
+    assert (seats._flat >= copied).all()
+    assert seats.last.tolist() == [0, 7]
+    reader = Reader(held, seats, lambda *_: None, 64)
+    reader.run(Work())
+    assert not reader.pending
+
+
+def test_arguments_mean_something(model):
+    config = model.config
+    check_arguments(config, 10, (1, 1, 1, 1), None, 0)
+    with pytest.raises(ValueError, match="max_len=0"):
+        check_arguments(config, 0, (1, 1, 1, 1), None, 0)
+
+
+def test_an_engine_takes_the_file_of_a_plan(model, tmp_path):
+    HeadPlan.uniform(model.config, HeadSpec()).save(tmp_path / "plan.json")
+    engine = Engine(model, tmp_path / "plan.json", memory=1 << 21, max_len=64, page_size=16)
+    assert np.array(engine.generate([[5, 6]], Sampling(3))[0].ids).shape == (3,)
