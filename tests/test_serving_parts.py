@@ -189,3 +189,11 @@ def test_an_engine_takes_the_file_of_a_plan(model, tmp_path):
     HeadPlan.uniform(model.config, HeadSpec()).save(tmp_path / "plan.json")
     engine = Engine(model, tmp_path / "plan.json", memory=1 << 21, max_len=64, page_size=16)
     assert np.array(engine.generate([[5, 6]], Sampling(3))[0].ids).shape == (3,)
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_stored_heads_are_refused(storage):
+    model = make_model("llama")
+    plan = HeadPlan.with_global(model.config, [(1, 1)], HeadSpec(20, 2)).stored(storage)
+    with pytest.raises(ValueError, match=f"layer 1, head 1 is stored in {storage}, .* do not hold yet"):
+        Engine(model, plan, memory="1MiB")

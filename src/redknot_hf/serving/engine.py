@@ -17,7 +17,7 @@ from redknot_hf.plan.per_layer import text_config
 from redknot_hf.plan.plan import HeadPlan, as_plan
 
 from . import scheduler as scheduling
-from .admission import check_arguments, check_request
+from .admission import check_arguments, check_request, refuse_stored
 from .batch import Seats
 from .memory import SeatMemory
 from .reading import Reader
@@ -80,6 +80,7 @@ class Engine:
         self.max_len = max_len or limit or 0
         check_arguments(config, self.max_len, (max_batch, chunk, park_every, queue), preempt, parked)
         self.model, self.plan, self.tokenizer, self.queue = model, as_plan(plan, config), tokenizer, queue
+        refuse_stored(self.plan)
         self.words, self.max_batch = config.vocab_size, max_batch
         self.memory = SeatMemory(
             model, self.plan, memory, max_batch, self.max_len,
