@@ -12,7 +12,17 @@ from typer.core import TyperGroup
 from evals.fidelity import AuditError
 
 # Modules of `evals.benchmarks`; each is imported when it is asked for.
-BENCHMARKS = ("speed", "speed_gpu", "new_lengths", "profiling", "profile_cost", "reuse", "reuse_gpu", "reuse_real")
+BENCHMARKS = (
+    "speed",
+    "speed_gpu",
+    "new_lengths",
+    "profiling",
+    "profile_cost",
+    "reuse",
+    "reuse_gpu",
+    "reuse_real",
+    "serving",
+)
 
 
 class Commands(TyperGroup):
