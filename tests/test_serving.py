@@ -179,7 +179,7 @@ class Favour(LogitsProcessor):
             {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "top_k": 30, "repetition_penalty": 1.2},
         ),
     ],
-    ids=str,
+    ids=["top_k", "top_p", "min_p", "penalty", "processor", "bias", "all"],
 )
 def test_every_request_chooses_in_its_own_way(model, asked, options):
     plan = plan_of(model)

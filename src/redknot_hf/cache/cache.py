@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from redknot_hf.plan.formats import AnyPath
+from redknot_hf.plan.growth import refuse_growth
 from redknot_hf.plan.per_layer import text_config
 from redknot_hf.plan.plan import HeadPlan, as_plan
 from redknot_hf.plan.storage import HOT
@@ -184,6 +185,28 @@ class RedKnotCache(Cache):
     def batch_select_indices(self, indices: Int[Tensor, " selected"] | Bool[Tensor, " batch"]) -> None:
         """Keeps some sequences and gives the memory of the others back."""
         super().batch_select_indices(self._indices(indices))
+
+    def compress(self, plan: HeadPlan | AnyPath) -> None:
+        """Makes the cache obey a narrower plan, in place: pages of what heads keep no more are given back.
+
+        Windows become shorter, storages coarser; later steps see what is kept, as if it had been read so. Forks keep
+        what they hold, and the pages that both list. `cache.plan` is the new plan afterwards.
+
+        Raises:
+            ValueError: A head would see more than it keeps now, or finer, or the cache reserves its slots
+                (`max_cache_len`); nothing has changed then.
+        """
+        plan = as_plan(plan, self.config)
+        refuse_growth(self.plan, plan)
+        layers = list(row_layers(self))
+        if any(layer.max_cache_len is not None for _, layer in layers):
+            raise ValueError(
+                "a cache with max_cache_len holds its pages for good, so compressing it would free nothing: make it "
+                "without max_cache_len"
+            )
+        for i, layer in layers:
+            layer.compress(plan[i])
+        self.plan = plan
 
     def offload(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
         """Moves the pages of one layer, or of all, to the host. The next step brings them back."""

@@ -208,6 +208,13 @@ class RedKnotLayer(CacheLayerMixin):
             self._storage.change_rules(self._rules(self._storage.rows.rules.heads, RECORDED))
         self.record_past = True
 
+    def compress(self, specs: tuple[HeadSpec, ...]) -> None:
+        """Lets every head keep what narrower rules say of what it holds, and gives the rest of the pages back."""
+        self.specs = specs
+        if self._storage is not None:
+            rules = self._rules(self._storage.rows.rules.heads, RECORDED if self.record_past else 0)
+            self._storage.change_rules(rules)
+
     def offload(self) -> None:
         """Moves the pages to the host; the next step, or `prefetch`, brings them back."""
         if self._storage is not None:

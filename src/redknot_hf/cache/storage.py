@@ -182,7 +182,7 @@ class Storage(Ledger):
         """Lets every head keep what other rules say, of what it holds: wider ones lose no more from now on.
 
         Rows whose rule changes move to new pages, so that forks keep theirs. A sink must not grow unless the rows
-        still hold those tokens.
+        still hold those tokens, or the model's own window hides them: zeros take their slots.
         """
         self.catch_up()
         with self.pool.lock:
@@ -196,7 +196,10 @@ class Storage(Ledger):
                     held = held[(held < rules.sink[h]) | (held >= lengths[b] - rules.ring[h])]
                 elif _rule(old, h)[3] == bits:  # what is cold stays where it is
                     held = held[(held < self.page_size) | (held >= (self.cold.counts[b] + 1) * self.page_size)]
-                moved.append((b, h, held, *self._read(b, np.full(len(held), h), held)))
+                kept = self._read(b, np.full(len(held), h), held)
+                lost = np.setdiff1d(np.arange(min(rules.sink[h], lengths[b])), held)  # the model's window hides them
+                pad = (0, 0, len(lost), 0)
+                moved.append((b, h, np.concatenate([lost, held]), *(torch.nn.functional.pad(x, pad) for x in kept)))
             self.rows.change_rules(rules, changed)
             self.cold.change_rules(rules, lengths, self.device)
             self.cold.under(self.pool.lock)
