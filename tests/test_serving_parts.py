@@ -15,6 +15,7 @@ from redknot_hf.serving.reading import Reader
 from redknot_hf.serving.request import Request, Sampling
 from redknot_hf.serving.sampling import Chooser, Refusals, choose, warp
 from redknot_hf.serving.scheduler import Sequence, Work
+from redknot_hf.serving.sizes import bytes_of
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def test_a_budget_is_kept_and_spent(model, memory):
 def test_shares_are_of_what_is_free(model):
     plan = HeadPlan.uniform(model.config, HeadSpec())
     assert SeatMemory(model, plan, 0.5, 2, 64, page_size=16).used()["total"] > 0
+    assert bytes_of("2KiB", torch.device("cpu")) == 2048
     with pytest.raises(ValueError, match="memory=0"):
         SeatMemory(model, plan, 0, 2, 64)
 

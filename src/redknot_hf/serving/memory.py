@@ -9,7 +9,6 @@ counted by the pools, so what fits is exact, shared pages included.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,33 +24,7 @@ from redknot_hf.plan.plan import HeadPlan
 
 from .prefixes import Prefixes
 from .scheduler import Sequence
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a budget buys.
-
-    Attributes:
-        ring: Bytes of the local rows of one sequence.
-        column: Bytes of one page of every row that keeps everything.
-        rings, columns: How many of them there are.
-        page_size: Tokens of a column.
-    """
-
-    ring: int
-    column: int
-    rings: int
-    columns: int
-    page_size: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all."""
-        return self.rings * self.ring + self.columns * self.column
-
-    def needs(self, tokens: int) -> int:
-        """Bytes that a sequence of so many tokens needs at most."""
-        return self.ring + -(-tokens // self.page_size) * self.column
+from .sizes import Sizes, bytes_of
 
 
 class SeatMemory:
@@ -95,7 +68,7 @@ class SeatMemory:
         self.layers = {i: layer.storage for i, layer in row_layers(self.root) if layer.is_initialized}
         self.page_size, self.host, self.host_used = page_size, host, 0
         self.freed = 0
-        self.sizes = self._sizes(_bytes_of(memory, device), seats, longest, 2 if parked else 1)
+        self.sizes = self._sizes(bytes_of(memory, device), seats, longest, 2 if parked else 1)
         for storage in self.layers.values():
             self._settle_pool(storage)
         # Layers of equal rules hold the same pages of every sequence, so that one of them speaks for all.
@@ -311,32 +284,3 @@ def _check_layers(cache: RedKnotCache) -> None:
             f"the model keeps a {other[0]} beside keys and values, which cannot be shared out in pages: serve it with "
             "model.generate"
         )
-
-
-def _bytes_of(memory: float | int | str, device: torch.device) -> int:
-    """Bytes that `memory` says: a number of them, `"8GiB"`, or a share (0 to 1) of what is free."""
-    units = {"KiB": 10, "MiB": 20, "GiB": 30}
-    try:
-        if isinstance(memory, str) and memory[-3:] in units:
-            value: float = float(memory[:-3]) * (1 << units[memory[-3:]])
-        else:
-            value = float(memory)
-    except ValueError:
-        value = -1
-    if value <= 0:
-        raise ValueError(
-            f"memory={memory!r}: give bytes, such as 8 * 2**30 or '8GiB', or a share of what is free, 0.9"
-        )
-    if value > 1:
-        return int(value)
-    return int(value * _free(device))
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        import psutil
-    except ImportError as e:
-        raise ValueError("a share of the host's memory is asked of psutil: give bytes, or pip install psutil") from e
-    return psutil.virtual_memory().available
