@@ -3,10 +3,13 @@
 import gc
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from cold_storage import HEADS, HOT, PAGE, Held
 from redknot_kernels import UNBOUNDED
+
+from redknot_hf.cache.cold import ColdRows
 
 IMPLS = ["torch", "triton"]
 
@@ -115,3 +118,16 @@ def test_what_is_cleared_begins_anew():
     held.keys, held.values = ([x[:, :0] for x in part] for part in (held.keys, held.values))
     held.step(80)
     held.check()
+
+
+def test_how_many_pages_are_cold_and_how_far_a_cut_may_reach():
+    held = Held("torch")
+    held.step(70)
+    held.step(60)
+    cold, pages = held.storage.cold, held.storage.rows.rules.cold_pages(130)
+    assert isinstance(cold, ColdRows)
+    assert pages > 0
+    assert cold.lengths(np.array([130, 130])).tolist() == [pages * PAGE] * 2
+    lowest = (pages + 1) * PAGE  # the first page is hot
+    assert [cold.missing_after(np.array([lowest - n, 130])) for n in (0, 3)] == [0, 3]
+    assert cold.missing_after(np.array([PAGE, 130])) == 0  # cut back to the first page, nothing is cold any more
