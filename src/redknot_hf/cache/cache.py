@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from redknot_kernels import implementation
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
 
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.growth import refuse_growth
@@ -21,16 +20,15 @@ from redknot_hf.plan.per_layer import text_config
 from redknot_hf.plan.plan import HeadPlan, as_plan
 from redknot_hf.plan.storage import HOT
 
+from .counterparts import check_model, layers_of
 from .handle import RedKnotHandle
 from .layer import RedKnotLayer
 from .packing import span_of, take_over
+from .picture import picture
 from .span import Span
 from .step import BROKEN_OFF
 from .storage import Storage
 from .takeover import call_of, refuse_takeover, switch_of
-
-PAGE_SIZES = (16, 32, 64, 128)
-_MOST_HOT = 1 << 20
 
 
 class RedKnotCache(Cache):
@@ -67,22 +65,11 @@ class RedKnotCache(Cache):
         impl: str | None = None,
         hot: int = HOT,
     ) -> None:
-        text = text_config(config)
-        _check_model(text)
-        plan = as_plan(plan, text)
-        if page_size not in PAGE_SIZES:
-            raise ValueError(f"page_size={page_size}: choose one of {PAGE_SIZES}")
-        if max_cache_len is not None and max_cache_len < 1:
-            raise ValueError(f"max_cache_len={max_cache_len}: give a positive number of tokens, or None to grow")
-        if type(hot) is not int or not 0 <= hot <= _MOST_HOT:
-            raise ValueError(f"hot={hot!r}: give 0 to {_MOST_HOT} tokens")
-        self.config = text
-        self.plan = plan
-        self._switch, self._given = switch_of(text), False
-        template = DynamicCache(config=text).layers
-        implementation(impl)  # so that a wrong name, or no Triton, is told at once
-        layers = [_layer(plan, i, t, page_size, max_cache_len, impl, hot) for i, t in enumerate(template)]
-        super().__init__(layers=layers)
+        self.config = text_config(config)
+        check_model(self.config)
+        self.plan = as_plan(plan, self.config)
+        self._switch, self._given = switch_of(self.config), False
+        super().__init__(layers=layers_of(self.config, self.plan, page_size, max_cache_len, impl, hot))
         self._first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, RedKnotLayer)), 0)
 
     def update(
@@ -172,7 +159,7 @@ class RedKnotCache(Cache):
         Raises:
             ValueError: The number is positive, or reaches beyond what the rows keep; then nothing has changed.
         """
-        for layer in self._rows_layers():
+        for _, layer in row_layers(self):
             layer.check_crop(tokens_to_remove)
         super().crop(int(tokens_to_remove))
 
@@ -237,7 +224,7 @@ class RedKnotCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values that are resident, free pages included; forks share pages, and each counts them."""
-        return sum(layer.nbytes for layer in self._rows_layers())
+        return sum(layer.nbytes for _, layer in row_layers(self))
 
     @property
     def nbytes_by_storage(self) -> dict[str, int]:
@@ -263,17 +250,8 @@ class RedKnotCache(Cache):
         return other
 
     def __repr__(self) -> str:
-        heads = [spec for layer in self._rows_layers() for spec in layer.specs]
-        full = sum(spec.is_global for spec in heads)
-        held, dense = self.nbytes, self.dense_nbytes
-        tokens = f"{self.get_seq_length():,} tokens x {max(self._batch(), 0)} sequences"
-        less = f", {dense / held:.1f}x less" if held else ""
-        parts = self.nbytes_by_storage
-        told = f" ({', '.join(f'{_size(n)} {name}' for name, n in parts.items())})" if len(parts) > 1 else ""
-        return (
-            f"RedKnotCache({tokens}, {full} global + {len(heads) - full} local heads, {_size(held)} resident{told}, "
-            f"dense {_size(dense)}{less})"
-        )
+        heads = [spec for _, layer in row_layers(self) for spec in layer.specs]
+        return picture(heads, self.get_seq_length(), self._batch(), self.nbytes_by_storage, self.dense_nbytes)
 
     def _catch_up(self) -> None:
         """Lets the host know of captured steps; waits once for the device where there were none."""
@@ -288,10 +266,7 @@ class RedKnotCache(Cache):
             raise ValueError(f"a {type(other).__name__} keeps more than keys and values, which spans do not hold")
 
     def _storages(self) -> list[Storage]:
-        return [layer.storage for layer in self._rows_layers() if layer.is_initialized]
-
-    def _rows_layers(self) -> list[RedKnotLayer]:
-        return [layer for layer in self.layers if isinstance(layer, RedKnotLayer)]
+        return [layer.storage for _, layer in row_layers(self) if layer.is_initialized]
 
     def _indices(self, chosen: Tensor) -> Tensor:
         """Sequences as numbers from 0, whatever may index a batch: from the end, or as flags."""
@@ -311,43 +286,6 @@ class RedKnotCache(Cache):
 )
 def _update_eagerly(cache: RedKnotCache, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
     return cache.update(key, value, layer_idx)
-
-
-def _layer(
-    plan: HeadPlan, index: int, template: Any, page_size: int, max_cache_len: int | None, impl: str | None, hot: int
-) -> Any:
-    """The cache layer for what `DynamicCache` would use there; layers without keys stay transformers' own."""
-    if type(template) is DynamicLayer:
-        return RedKnotLayer(plan[index], None, page_size, max_cache_len, impl, hot)
-    if type(template) is DynamicSlidingWindowLayer:
-        return RedKnotLayer(plan[index], template.sliding_window, page_size, max_cache_len, impl, hot)
-    if type(template) is LinearAttentionLayer or type(template).__name__ == "DummyLayer":
-        return template
-    raise ValueError(
-        f"layer {index} keeps its tokens in a {type(template).__name__}, which RedKnotCache has no counterpart for; "
-        "use DynamicCache with this model"
-    )
-
-
-def _check_model(config: PreTrainedConfig) -> None:
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise ValueError(
-            f"{config.model_type} caches latents (MLA, kv_lora_rank={config.kv_lora_rank}) in place of the keys and "
-            "values of its heads, so no head can keep less than another. Use DynamicCache with this model."
-        )
-    if getattr(config, "attention_chunk_size", None) is not None:
-        raise ValueError(
-            f"{config.model_type} attends in chunks of {config.attention_chunk_size} tokens, which RedKnotCache does "
-            "not know. Use DynamicCache with this model."
-        )
-
-
-def _size(nbytes: int) -> str:
-    amount, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB"))
-    unit = next(units)
-    while amount >= 1024 and unit != "GiB":
-        amount, unit = amount / 1024, next(units)
-    return f"{amount:.1f} {unit}" if unit != "B" else f"{nbytes} B"
 
 
 def row_layers(cache: RedKnotCache) -> Iterator[tuple[int, RedKnotLayer]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from redknot_kernels import Cold, Context, HeadRules
 from torch import Tensor
@@ -60,6 +62,24 @@ class Kept(NamedTuple):
     positions: Int[Tensor, " positions"]
     keys: Float[Tensor, "batch heads positions key_dim"]
     values: Float[Tensor, "batch heads positions value_dim"]
+
+    @classmethod
+    def of_band(
+        cls,
+        rules: HeadRules,
+        heads: tuple[int, ...],
+        length: int,
+        keys: Float[Tensor, "batch heads held key_dim"],
+        values: Float[Tensor, "batch heads held value_dim"],
+    ) -> Kept:
+        """What local heads of one rule hold of sequences of a length: their band of a `Context`, each token once."""
+        held = min(rules.sink[0], length)
+        first = max(length - rules.window[0] + 1, 0)
+        again = max(held - first, 0)  # sinks that the band repeats
+        span = partial(torch.arange, device=keys.device)
+        positions = torch.cat([span(held), span(first + again, length)])
+        keys, values = (torch.cat([x[:, :, :held], x[:, :, held + again :]], 2) for x in (keys, values))
+        return cls(rules, heads, positions, keys, values)
 
 
 @dataclass

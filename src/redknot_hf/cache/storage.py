@@ -128,14 +128,8 @@ class Storage(Ledger):
                 laid, rows = context.laid
                 keys, values = (x[:, :, :length] for x in gather(laid, rows[:, list(heads)]))
                 found.append(Kept(rules.as_seen.take(heads), heads, span(length), keys, values))
-            bands = context.bands
-        for (part, heads), (keys, values) in zip(rules.local_groups, bands, strict=True):
-            held = min(part.sink[0], length)
-            first = max(length - part.window[0] + 1, 0)
-            again = max(held - first, 0)  # sinks that the band repeats
-            positions = torch.cat([span(held), span(first + again, length)])
-            keys, values = (torch.cat([x[:, :, :held], x[:, :, held + again :]], 2) for x in (keys, values))
-            found.append(Kept(part, heads, positions, keys, values))
+        for (part, heads), band in zip(rules.local_groups, context.bands, strict=True):
+            found.append(Kept.of_band(part, heads, length, *band))
         return found
 
     def place(
@@ -199,7 +193,7 @@ class Storage(Ledger):
                 kept = self._read(b, np.full(len(held), h), held)
                 lost = np.setdiff1d(np.arange(min(rules.sink[h], lengths[b])), held)  # the model's window hides them
                 pad = (0, 0, len(lost), 0)
-                moved.append((b, h, np.concatenate([lost, held]), *(torch.nn.functional.pad(x, pad) for x in kept)))
+                moved.append((b, h, np.concatenate([lost, held]), *(F.pad(x, pad) for x in kept)))
             self.rows.change_rules(rules, changed)
             self.cold.change_rules(rules, lengths, self.device)
             self.cold.under(self.pool.lock)
