@@ -26,12 +26,10 @@ def held(cache):
     return found
 
 
+# The interpreter is slow, and rules are the same in every family.
 @pytest.mark.parametrize("narrower", NARROWER)
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "impl"), [*((f, "torch") for f in FAMILIES), ("llama", "triton")])
 def test_later_steps_see_what_was_there_under_the_new_plan(family, impl, narrower, monkeypatch):
-    if impl == "triton" and family != "llama":
-        pytest.skip("the interpreter is slow, and rules are the same in every family")
     seen = watch(monkeypatch)
     model = make_model(family)
     plan = NARROWER[narrower](model.config)
@@ -46,7 +44,7 @@ def test_later_steps_see_what_was_there_under_the_new_plan(family, impl, narrowe
         return model(ids[:, start:stop], **cache_argument(model, cache), **step).logits
 
     read(cache, 0, 80)
-    fork, before, nbytes = cache.fork(), held(cache), cache.nbytes
+    fork, before = cache.fork(), held(cache)
     cache.compress(plan)
     after = held(cache)
     for row, (at, *tensors) in after.items():
@@ -57,8 +55,8 @@ def test_later_steps_see_what_was_there_under_the_new_plan(family, impl, narrowe
         at, tensors = at[known], [x[known] for x in tensors]
         where = np.searchsorted(positions_before, at)
         for ours, theirs in zip(tensors, old, strict=True):
-            error = (ours - theirs[where]).abs().max() if len(at) else 0
-            assert error <= (0 if narrower == "windows" else 1.0)
+            error = (ours - theirs[where]).norm()
+            assert error <= (0 if narrower == "windows" else 0.2) * theirs[where].norm()
     assert cache.plan == plan
     seen.clear()
     for start, stop in [(80, 87), (87, 88), (88, 90)]:
@@ -69,7 +67,6 @@ def test_later_steps_see_what_was_there_under_the_new_plan(family, impl, narrowe
         assert (again[row][0] == at).all()
         assert all(map(torch.equal, again[row][1:], tensors))
     assert fork.plan == whole
-    assert nbytes > 0
 
 
 @pytest.mark.parametrize("plan", ["windows", "int8", "int4"])
@@ -101,7 +98,7 @@ def test_in_turn_from_full_pages_to_int8_to_int4_to_windows(monkeypatch):
     feed(model, cache, some_ids(2, 150))
     for plan in (whole.stored("int8"), whole.stored("int4"), HeadPlan.uniform(model.config, HeadSpec(40, 4))):
         cache.compress(plan)
-        feed(model, cache, some_ids(2, 30, seed=3)) if plan is None else feed(model, cache, some_ids(2, 30))
+        feed(model, cache, some_ids(2, 30))
         cache.crop(-5)
         feed(model, cache, some_ids(2, 1))
 

@@ -9,6 +9,7 @@ from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.serving.admission import check_arguments
 from redknot_hf.serving.batch import Seats
 from redknot_hf.serving.engine import Engine
+from redknot_hf.serving.inbox import Inbox, QueueFullError
 from redknot_hf.serving.memory import SeatMemory
 from redknot_hf.serving.prefixes import Prefixes
 from redknot_hf.serving.reading import Reader
@@ -199,3 +200,19 @@ def test_stored_heads_are_refused(storage):
     plan = HeadPlan.with_global(model.config, [(1, 1)], HeadSpec(20, 2)).stored(storage)
     with pytest.raises(ValueError, match=f"layer 1, head 1 is stored in {storage}, .* do not hold yet"):
         Engine(model, plan, memory="1MiB")
+
+
+def test_an_inbox_keeps_groups_together_and_has_an_end():
+    inbox = Inbox(4)
+    made = [Sequence(Request([3], Sampling()), [3]) for _ in range(4)]
+    inbox.put(made[:2], 0)
+    with pytest.raises(QueueFullError, match="4 requests wait, and at most 4 may"):
+        inbox.put(made[2:3], 2)
+    inbox.put(made[2:], 0)
+    assert len(inbox) == 4
+    inbox.wait(60)  # something lies there
+    assert [*inbox.take()] == made
+    assert len(inbox) == 0
+    inbox.close("it is being shut down")
+    with pytest.raises(RuntimeError, match="takes no requests any more: it is being shut down"):
+        inbox.put(made, 0)

@@ -1,20 +1,16 @@
-"""Where answers end, and what may be shown of them."""
+"""Where answers end."""
+
+from types import SimpleNamespace
 
 import pytest
 
 from redknot_hf.serving.request import Sampling
-from redknot_hf.serving.stops import Stopper, before, held_back
+from redknot_hf.serving.stops import Stopper, ends_of
 
 
-def test_texts_up_to_a_stop():
-    assert before("one two three", ["three", "two"]) == "one "
-    assert before("one two three", ["four"]) == "one two three"
-    assert before("one", []) == "one"
-
-
-@pytest.mark.parametrize(("text", "held"), [("abc", 0), ("abcE", 1), ("abcEN", 2), ("abcEND", 3), ("E", 1), ("", 0)])
-def test_what_may_begin_a_stop_is_held_back(text, held):
-    assert held_back(text, ["ENDE", "DX"]) == held
+@pytest.mark.parametrize(("told", "ends"), [(None, ()), (2, (2,)), ([2, 7], (2, 7))])
+def test_the_models_own_ends(told, ends):
+    assert ends_of(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=told))) == ends
 
 
 def test_strings_that_span_tokens(byte_tokenizer):

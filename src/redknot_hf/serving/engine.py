@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from threading import Condition, Thread, current_thread
+from threading import Thread, current_thread
 from typing import Any
 
 import torch
@@ -19,13 +18,11 @@ from redknot_hf.plan.plan import HeadPlan, as_plan
 from . import scheduler as scheduling
 from .admission import check_arguments, check_request, refuse_stored
 from .batch import Seats
+from .inbox import Inbox
 from .memory import SeatMemory
 from .reading import Reader
 from .request import Request, Sampling, State
-
-
-class QueueFullError(RuntimeError):
-    """Too many requests wait."""
+from .stops import ends_of
 
 
 class Engine:
@@ -79,7 +76,7 @@ class Engine:
         limit = getattr(config, "max_position_embeddings", None)
         self.max_len = max_len or limit or 0
         check_arguments(config, self.max_len, (max_batch, chunk, park_every, queue), preempt, parked)
-        self.model, self.plan, self.tokenizer, self.queue = model, as_plan(plan, config), tokenizer, queue
+        self.model, self.plan, self.tokenizer = model, as_plan(plan, config), tokenizer
         refuse_stored(self.plan)
         self.words, self.max_batch = config.vocab_size, max_batch
         self.memory = SeatMemory(
@@ -93,11 +90,10 @@ class Engine:
         self.reader.observe = lambda name, value: self.observe(name, value)
         self.steps = 0
         self.error: BaseException | None = None
-        self._ends = _ends_of(model)
-        self._inbox: deque[list[scheduling.Sequence]] = deque()
-        self._wake = Condition()
+        self._ends = ends_of(model)
+        self._inbox = Inbox(queue)
         self._thread: Thread | None = None
-        self._draining = self._stopping = False
+        self._stopping = False
 
     # Requests
 
@@ -127,8 +123,8 @@ class Engine:
             QueueFullError: Too many wait.
             RuntimeError: The engine has ended, or is being drained.
         """
-        return self.submit_many(prompt, 1, sampling, priority=priority, timeout=timeout, callback=callback,
-                                source=source)[0]  # fmt: skip
+        more: Any = {"priority": priority, "timeout": timeout, "callback": callback, "source": source}
+        return self.submit_many(prompt, 1, sampling, **more)[0]
 
     def submit_many(
         self,
@@ -151,13 +147,7 @@ class Engine:
             request = Request(ids, mine, priority, timeout, callback)
             request.source = source
             made.append(scheduling.Sequence(request, list(ids), after=made[0] if made else None))
-        with self._wake:
-            if self._stopping or self._draining or self.error:
-                raise RuntimeError(f"the engine takes no requests any more: {self.error or 'it is being shut down'}")
-            if self.waiting + n > self.queue:
-                raise QueueFullError(f"{self.waiting} requests wait, and at most {self.queue} may: try again later")
-            self._inbox.append(made)
-            self._wake.notify_all()
+        self._inbox.put(made, len(self.scheduler.waiting))
         return [sequence.request for sequence in made]
 
     def generate(
@@ -190,7 +180,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that hold no pages yet, or none any more."""
-        return len(self.scheduler.waiting) + sum(map(len, self._inbox))
+        return len(self.scheduler.waiting) + len(self._inbox)
 
     @property
     def running(self) -> int:
@@ -210,8 +200,7 @@ class Engine:
         self._arrive()
         self._give_up()
         work = self.scheduler.plan()
-        if work:
-            self.steps += 1
+        self.steps += bool(work)
         self.reader.run(work)
         return bool(work) or bool(self.reader.pending)
 
@@ -224,7 +213,7 @@ class Engine:
 
     def drain(self, timeout: float | int | None = None) -> bool:
         """Takes no more requests and waits until all have ended; whether they have."""
-        self._draining = True
+        self._inbox.close("it is being shut down")
         end = None if timeout is None else time.monotonic() + timeout
         while not self.idle and not self.error and (end is None or time.monotonic() < end):
             if self._thread is None:
@@ -237,9 +226,8 @@ class Engine:
         """Ends the engine: waits `timeout` seconds for requests to end, then gives them up."""
         if timeout != 0:
             self.drain(timeout)
-        with self._wake:
-            self._stopping = True
-            self._wake.notify_all()
+        self._stopping = True
+        self._inbox.close("it is being shut down")
         if self._thread is not None and self._thread is not current_thread():
             self._thread.join()
         self._end_all(State.CANCELLED, "shutdown", None)
@@ -261,23 +249,20 @@ class Engine:
                 busy = self.step()
             except Exception as e:  # not one request's own: nothing can be trusted any more
                 self.error = e
+                self._inbox.close(e)
                 self._end_all(State.FAILED, "error", e)
                 return
-            if not busy:
-                with self._wake:
-                    if not self._inbox and not self._stopping:
-                        self._wake.wait(0.02 if self.scheduler.waiting else 0.2)
+            if not busy and not self._stopping:
+                self._inbox.wait(0.02 if self.scheduler.waiting else 0.2)
 
     def _arrive(self) -> None:
-        while self._inbox:
-            for sequence in self._inbox.popleft():
-                request = sequence.request
-                try:
-                    self.reader.begin(sequence, self._ends, self.tokenizer)
-                except Exception as e:  # what makes a prompt's beginning may fail
-                    request.end(State.FAILED, "error", e)
-                else:
-                    self.scheduler.add(sequence)
+        for sequence in self._inbox.take():
+            try:
+                self.reader.begin(sequence, self._ends, self.tokenizer)
+            except Exception as e:  # what makes a prompt's beginning may fail
+                sequence.request.end(State.FAILED, "error", e)
+            else:
+                self.scheduler.add(sequence)
 
     def _give_up(self) -> None:
         now = time.monotonic()
@@ -296,9 +281,8 @@ class Engine:
         sequence.request.end(state, reason, error)
 
     def _end_all(self, state: State, reason: str, error: BaseException | None) -> None:
-        while self._inbox:
-            for sequence in self._inbox.popleft():
-                sequence.request.end(state, reason, error)
+        for sequence in self._inbox.take():
+            sequence.request.end(state, reason, error)
         for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
             self._finish(sequence, state, reason, error)
 
@@ -308,11 +292,6 @@ class Engine:
                 raise ValueError("the prompt is text: give ids, or make the engine with a tokenizer")
             return list(self.tokenizer(prompt)["input_ids"])
         return [int(i) for i in prompt]
-
-
-def _ends_of(model: Any) -> tuple[int, ...]:
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    return () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)
 
 
 def _bar(total: int) -> Any:

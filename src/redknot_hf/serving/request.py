@@ -128,7 +128,7 @@ class Request:
         tokens: The answer so far, `Token`s.
         reason: Why it ended: `"stop"`, `"length"`, `"cancelled"`, `"deadline"`, `"shutdown"` or `"error"`.
         error: What went wrong, if it failed.
-        times: Seconds by `time.monotonic`: arrived, first token, last token.
+        arrived, first_token, last_token: When, by `time.monotonic`; `None` before it has come.
         cached: Tokens of the prompt that a parked prefix or stored segments held.
         preempted: How often its pages were taken.
     """
@@ -149,7 +149,6 @@ class Request:
         self.state, self.reason, self.error = State.WAITING, None, None
         self.tokens: list[Token] = []
         self.cached = self.preempted = 0
-        self.stop_text: str | None = None
         # What the prompt begins with, made elsewhere: a span, or what makes it when the engine comes to the request.
         self.source: Any = None
         self.cancelling = False

@@ -63,5 +63,7 @@ def _free(device: torch.device) -> int:
     try:
         import psutil
     except ImportError as e:
-        raise ValueError("a share of the host's memory is asked of psutil: give bytes, or pip install psutil") from e
+        raise ValueError(
+            "a share of the host's memory is asked of psutil: give bytes, or pip install redknot-hf[serve]"
+        ) from e
     return psutil.virtual_memory().available

@@ -33,13 +33,7 @@ class Stopper:
         return any(string in text for string in self.strings)
 
 
-def before(text: str, strings: Sequence[str]) -> str:
-    """A text up to the first of the strings."""
-    return text[: min((at for at in map(text.find, strings) if at >= 0), default=len(text))]
-
-
-def held_back(text: str, strings: Sequence[str]) -> int:
-    """How many of the last characters may be the beginning of one of the strings."""
-    longest = max(map(len, strings), default=1) - 1
-    ends = (text[-n:] for n in range(min(longest, len(text)), 0, -1))
-    return next((len(end) for end in ends if any(string.startswith(end) for string in strings)), 0)
+def ends_of(model: Any) -> tuple[int, ...]:
+    """The tokens that end a model's answers, by its generation config."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)

@@ -1,0 +1,39 @@
+"""Engines of small models, prompts for them, and what `generate` makes of the same."""
+
+import random
+
+import torch
+from families import VOCABULARY
+
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+
+SIZES = {"max_batch": 4, "max_len": 256, "chunk": 24, "page_size": 16, "memory": 1 << 22}
+
+
+def plan_of(model, local=True):
+    rule = HeadSpec(window=20, sink=2)
+    return HeadPlan.with_global(model.config, [(1, 1)], rule) if local else HeadPlan.uniform(model.config, HeadSpec())
+
+
+def prompts_of(seed, count, longest=90):
+    """Random prompts, and two that begin like the first."""
+    draw = random.Random(seed)
+    made = [[draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, longest))] for _ in range(max(count, 2))]
+    return [*made, made[0] + made[1], made[0] + made[-1]], draw
+
+
+def alone(model, plan, prompt, new, seed=None, **options):
+    """What `generate` gives for one prompt."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    cache = RedKnotCache(model.config, plan, page_size=16)
+    options = {"do_sample": False, **options}
+    out = model.generate(torch.tensor([prompt]), past_key_values=cache, max_new_tokens=new, **options)
+    return out[0, len(prompt) :].tolist()
+
+
+def all_free(engine):
+    """Whether all pages are back when prefixes are let go."""
+    while engine.memory.evict():
+        pass
+    return engine.memory.used()["used"] == 0 and engine.memory.host_used == 0

@@ -1,0 +1,214 @@
+"""What goes wrong in an engine's requests, what is refused, and how requests and engines end."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+import torch
+from families import make_model
+from served import SIZES, all_free, alone, plan_of, prompts_of
+from transformers import LogitsProcessor
+
+from redknot_hf import HeadPlan, HeadSpec
+from redknot_hf.serving import Engine, QueueFullError, Sampling, State
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("llama")
+
+
+class Broken(LogitsProcessor):
+    """Breaks at the third token."""
+
+    def __init__(self, how):
+        self.how, self.left = how, 3
+
+    def __call__(self, input_ids, scores):
+        self.left -= 1
+        if self.left:
+            return scores
+        if self.how == "raises":
+            raise KeyError("of my own")
+        return scores[0] if self.how == "shape" else torch.full_like(scores, -torch.inf)
+
+
+@pytest.mark.parametrize("how", ["raises", "shape", "nothing", "callback", "source"])
+def test_what_goes_wrong_in_one_request_ends_that_one_alone(model, how):
+    plan = plan_of(model)
+    prompts, _ = prompts_of(11, 2)
+    expected = [alone(model, plan, p, 12) for p in prompts]
+    engine = Engine(model, plan, **SIZES)
+    before = engine.submit(prompts[0], Sampling(12))
+
+    def breaks(*_):
+        raise KeyError("of my own")
+
+    if how == "callback":
+        bad = engine.submit(prompts[1], Sampling(12), callback=breaks)
+    elif how == "source":
+        bad = engine.submit(prompts[1], Sampling(12), source=breaks)
+    else:
+        bad = engine.submit(prompts[1], Sampling(12, processors=[Broken(how)]))
+    after = engine.submit(prompts[2], Sampling(12))
+    assert engine.drain()
+    assert bad.state is State.FAILED
+    with pytest.raises(RuntimeError, match=f"request {bad.number} failed"):
+        bad.result()
+    assert [before.result(), after.result()] == [expected[0], expected[2]]
+    assert all_free(engine)
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 5, 12])
+def test_cancelled_requests_leave_within_a_step(model, when):
+    plan = plan_of(model)
+    prompts, _ = prompts_of(12, 6)
+    engine = Engine(model, plan, **SIZES | {"max_batch": 2, "chunk": 16})
+    others = [engine.submit(p, Sampling(20)) for p in prompts[1:4]]
+    gone = engine.submit(prompts[0], Sampling(200 - len(prompts[0])), priority=when % 2)
+    for _ in range(when):
+        engine.step()
+    gone.cancel()
+    engine.step()
+    assert gone.state is State.CANCELLED
+    assert gone.reason == "cancelled"
+    engine.drain()
+    assert [x.result() for x in others] == [alone(model, plan, p, 20) for p in prompts[1:4]]
+    assert all_free(engine)
+
+
+def test_deadlines(model):
+    engine = Engine(model, plan_of(model), **SIZES)
+    late = engine.submit([5] * 20, Sampling(100), timeout=0.0)
+    fine = engine.submit([6] * 20, Sampling(5), timeout=600.0)
+    engine.drain()
+    assert (late.state, late.reason) == (State.CANCELLED, "deadline")
+    assert len(fine.result()) == 5
+
+
+def test_requests_that_can_never_fit_are_refused_with_their_bytes(model):
+    engine = Engine(model, plan_of(model), **SIZES | {"memory": 150_000, "max_len": 500})
+    with pytest.raises(ValueError, match=r"400 tokens of prompt and 50 new ones need [\d,]+ bytes .* has [\d,]+ in"):
+        engine.submit([5] * 400, Sampling(50))
+    with pytest.raises(ValueError, match="more than max_len=500"):
+        engine.submit([5] * 480, Sampling(50))
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        engine.submit([])
+    with pytest.raises(ValueError, match="ids from 5 to 97"):
+        engine.submit([5, 97])
+    with pytest.raises(ValueError, match="stop strings need a tokenizer"):
+        engine.submit([5], Sampling(stop=["x"]))
+    with pytest.raises(ValueError, match="the prompt is text"):
+        engine.submit("text")
+    assert engine.idle
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"memory": 100}, "the local heads of one sequence need"),
+        ({"memory": "much"}, "memory='much': give bytes"),
+        ({"preempt": "drop"}, "preempt='drop'"),
+        ({"max_batch": 0}, "max_batch=0"),
+        ({"parked": 2}, "parked=2"),
+        ({"chunk": 0}, "chunk=0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(model, options, told):
+    with pytest.raises(ValueError, match=told):
+        Engine(model, plan_of(model), **SIZES | options)
+
+
+@pytest.mark.parametrize("asked", [{"temperature": -1}, {"top_p": 0}, {"repetition_penalty": 0}, {"stop": "text"}])
+def test_bad_samplings(asked):
+    with pytest.raises(ValueError, match=next(iter(asked))):
+        Sampling(**asked)
+
+
+def test_models_that_keep_more_than_keys_are_refused():
+    from transformers import AutoModelForCausalLM, Qwen3NextConfig
+
+    config = Qwen3NextConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, vocab_size=50, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="redknot").eval()
+    with pytest.raises(ValueError, match="beside keys and values"):
+        Engine(model, HeadPlan.uniform(config, HeadSpec()), memory=1 << 22, max_len=64)
+
+
+def test_phi3_beyond_its_switch_is_refused():
+    model = make_model("phi3")
+    model.config.original_max_position_embeddings = 128
+    with pytest.raises(ValueError, match="max_len=128 or less"):
+        Engine(model, plan_of(model), **SIZES)
+
+
+def test_threads_hand_requests_in_and_take_tokens_out(model):
+    plan = plan_of(model)
+    prompts, _ = prompts_of(13, 6)
+    expected = [alone(model, plan, p, 15) for p in prompts]
+    found, called = [None] * len(prompts), []
+    with Engine(model, plan, **SIZES) as engine:
+
+        def ask(i):
+            request = engine.submit(prompts[i], Sampling(15), callback=lambda r, t: called.append((r.number, t)))
+            found[i] = [token.id for token in request]
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+        async def stream():
+            requests = [engine.submit(p, Sampling(15)) for p in prompts]
+            return [[token.id async for token in r] for r in requests[:3]] + [await r for r in requests[3:]]
+
+        assert asyncio.run(stream()) == expected
+        assert engine.generate(prompts[:2], Sampling(15), progress=True)[1].ids == expected[1]
+    assert found == expected
+    assert sum(token is None for _, token in called) == len(prompts)
+    assert sum(token is not None for _, token in called) == 15 * len(prompts)
+    with pytest.raises(RuntimeError, match="takes no requests any more"):
+        engine.submit(prompts[0])
+
+
+def test_drain_waits_and_shutdown_does_not(model):
+    engine = Engine(model, plan_of(model), **SIZES).start()
+    first = engine.submit([5] * 30, Sampling(30))
+    assert engine.drain(timeout=60)
+    assert len(first.result()) == 30
+    engine.shutdown()
+    engine = Engine(model, plan_of(model), **SIZES).start()
+    long = engine.submit([5] * 30, Sampling(200))
+    while not long.tokens:
+        time.sleep(0.001)
+    engine.shutdown()
+    assert (long.state, long.reason) == (State.CANCELLED, "shutdown")
+    assert not engine.alive
+    assert all_free(engine)
+
+
+def test_the_queue_has_an_end(model):
+    engine = Engine(model, plan_of(model), **SIZES | {"queue": 2})
+    for _ in range(2):
+        engine.submit([5])
+    with pytest.raises(QueueFullError, match="2 requests wait"):
+        engine.submit([5])
+
+
+def test_a_broken_engine_tells_everyone(model, monkeypatch):
+    engine = Engine(model, plan_of(model), **SIZES)
+    request = engine.submit([5] * 30, Sampling(100))
+    monkeypatch.setattr(engine.scheduler, "plan", lambda: 1 / 0)
+    engine.start()
+    with pytest.raises(RuntimeError, match="failed: division by zero"):
+        request.result(timeout=30)
+    assert not engine.alive
+    with pytest.raises(RuntimeError, match="division by zero"):
+        engine.submit([5])
