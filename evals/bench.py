@@ -43,7 +43,7 @@ def load_bench(name: str, dtype: str = "auto", device: str | None = None, chat: 
         chat: Ask in the words of the model's chat template.
 
     Raises:
-        FileNotFoundError: It is "smollm2", which has not been fetched.
+        FileNotFoundError: It is "smollm2", which has not been fetched, or "bundled" where no checkout is.
         ValueError: The model has no chat template, and is to be asked in it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,6 +59,10 @@ def load_bench(name: str, dtype: str = "auto", device: str | None = None, chat: 
 def _known(name: str) -> Path | None:
     if name == "smollm2":
         return real_model.folder()
+    if name == "bundled" and not (BUNDLED / "config.json").exists():
+        raise FileNotFoundError(
+            "the bundled model is part of a checkout, and too large for the wheel: give --model a folder or a Hub id"
+        )
     return BUNDLED if name == "bundled" else None
 
 

@@ -8,13 +8,14 @@ import platform
 import sys
 from collections.abc import Iterable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 SAMPLED = 64  # values of each parameter that go into a model's fingerprint
-_SOURCES = ("src/redknot_hf/**/*.py", "kernels/torch-ext/**/*.py")
+_PACKAGES = ("redknot_hf", "redknot_kernels")
 
 
 def digest(value: Any) -> str:
@@ -50,11 +51,15 @@ def versions(packages: Iterable[str] = ("torch", "transformers", "redknot-hf")) 
 
 
 def source_hash() -> str:
-    """Return a hash of the library's sources in this checkout."""
-    root = Path(__file__).resolve().parents[1]
+    """Return a hash of the library's sources, wherever they are installed."""
     found = hashlib.sha256()
-    for path in sorted(path for pattern in _SOURCES for path in root.glob(pattern)):
-        found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    for name in _PACKAGES:
+        spec = find_spec(name)
+        assert spec is not None, name
+        assert spec.origin is not None, name
+        root = Path(spec.origin).parent
+        for path in sorted(root.rglob("*.py")):
+            found.update(f"{name}/{path.relative_to(root).as_posix()}".encode() + path.read_bytes())
     return found.hexdigest()[:8]
 
 

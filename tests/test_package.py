@@ -3,21 +3,88 @@
 import ast
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+
+import redknot_hf
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ("src", "kernels/torch-ext", "evals", "examples")
+# What torch and transformers bring.
+COME_ALONG = {"triton", "tokenizers", "huggingface_hub", "packaging", "tqdm"}
 
 
-def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):
-    wheel = next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"redknot_hf", "redknot_kernels"}
-    sources = [ROOT / "src" / "redknot_hf", ROOT / "kernels" / "torch-ext" / "redknot_kernels"]
-    expected = {f"{source.name}/{path.name}" for source in sources for path in source.glob("*.py")}
-    assert expected <= set(names)
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The wheel and the sdist, and the names of the files in each."""
+    folder = tmp_path_factory.mktemp("shipped")
+    wheel = Path(next(WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])))
+    sdist = Path(next(SdistBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])))
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    return {"wheel": (wheel, set(zipfile.ZipFile(wheel).namelist())), "sdist": (sdist, inside)}
+
+
+def test_the_wheel_holds_the_library_its_kernels_and_the_harness(shipped):
+    wheel, names = shipped["wheel"]
+    sources = [ROOT / "src" / "redknot_hf", ROOT / "kernels" / "torch-ext" / "redknot_kernels", ROOT / "evals"]
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {source.name for source in sources}
+    expected = {str(path.relative_to(source.parent)) for source in sources for path in source.rglob("*.py")}
+    assert expected <= names
+    assert {"redknot_hf/py.typed", "redknot_kernels/py.typed", "evals/page.html.jinja"} <= names
+    assert not [name for name in names if name.startswith(("evals/results", "evals/tiny/")) and name[-3:] != ".py"]
+    assert wheel.stat().st_size < 1e6
+
+
+def test_the_sdist_holds_what_a_wheel_is_built_of_and_no_weights(shipped):
+    sdist, names = shipped["sdist"]
+    assert sdist.stat().st_size < 2e6
+    assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "PKG-INFO"} <= names
+    assert {name for name in shipped["wheel"][1] if name.startswith("evals/")} <= names
+    assert not [name for name in names if name.endswith(".safetensors")]
+
+
+def test_the_metadata_names_the_version_of_the_package(shipped):
+    archive = zipfile.ZipFile(shipped["wheel"][0])
+    (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+    metadata = archive.read(name).decode()
+    assert f"\nVersion: {redknot_hf.__version__}\n" in metadata
+    for line in ("License-Expression: Apache-2.0", "Classifier: Typing :: Typed", "Project-URL: Paper, https://arxiv"):
+        assert line in metadata
+    assert f"version: {redknot_hf.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {redknot_hf.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def plain(name):
+    return name.lower().replace("_", "-")
+
+
+def test_what_is_imported_is_declared():
+    """By the dependencies or an extra; so that whoever installs the extra has what its code imports."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    declared = {plain(Requirement(line).name) for line in wanted}
+    of_import = packages_distributions()
+    files = [path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    roots = {name.split(".")[0] for name in names}
+    own = {"redknot_hf", "redknot_kernels", "evals", "kvpress"}  # kvpress has an environment of its own
+    foreign = sorted(roots - set(sys.stdlib_module_names) - own - COME_ALONG)
+    missing = [name for name in foreign if not declared & set(map(plain, of_import.get(name, [name])))]
+    assert missing == []
 
 
 def test_kernels_folder_does_not_shadow_the_package_of_that_name():

@@ -16,6 +16,8 @@ from .reuse.schedule import by_rank
 from .reuse.stand_in import StandIn
 from .reuse.store import SegmentRef, SegmentStore
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AssembledCache",
     "HeadPlan",
