@@ -28,6 +28,16 @@ def planned(batch=1, length=0, seed=0, **kwargs):
     return model, cache, ids
 
 
+def held(cache):
+    """What every row of every layer holds: positions, keys and values."""
+    found = {}
+    for i, storage in enumerate(cache._storages()):
+        for b, h in np.ndindex(storage.rows.batch, storage.rows.rules.heads):
+            at = storage.rows.positions_held(b, h)
+            found[i, b, h] = at, *(x.clone() for x in storage.read(b, np.full(len(at), h), at))
+    return found
+
+
 class Shelf:
     """Hands out new page ids."""
 

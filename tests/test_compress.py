@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_model
-from layers import feed
+from layers import feed, held
 from oracle import random_plan
 from texts import prompts, some_ids
 from watched import HOT, PAGE, stored_plan, watch
@@ -14,16 +14,6 @@ from redknot_hf.plan.growth import refuse_growth
 
 FAMILIES = ["llama", "gemma3", "gemma3n", "gemma4", "gpt_oss", "mistral_sliding"]
 NARROWER = {"windows": random_plan, "storages": stored_plan}
-
-
-def held(cache):
-    """What every row of every layer holds: positions, keys and values."""
-    found = {}
-    for i, storage in enumerate(cache._storages()):
-        for b, h in np.ndindex(storage.rows.batch, storage.rows.rules.heads):
-            at = storage.rows.positions_held(b, h)
-            found[i, b, h] = at, *(x.clone() for x in storage.read(b, np.full(len(at), h), at))
-    return found
 
 
 # The interpreter is slow, and rules are the same in every family.

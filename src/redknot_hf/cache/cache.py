@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy, deepcopy
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import LinearAttentionLayer
 
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.growth import refuse_growth
@@ -20,10 +19,10 @@ from redknot_hf.plan.per_layer import text_config
 from redknot_hf.plan.plan import HeadPlan, as_plan
 from redknot_hf.plan.storage import HOT
 
+from .adoption import adopt, extend, spans_of
 from .counterparts import check_model, layers_of
 from .handle import RedKnotHandle
 from .layer import RedKnotLayer
-from .packing import span_of, take_over
 from .picture import picture
 from .span import Span
 from .step import BROKEN_OFF
@@ -71,6 +70,39 @@ class RedKnotCache(Cache):
         self._switch, self._given = switch_of(self.config), False
         super().__init__(layers=layers_of(self.config, self.plan, page_size, max_cache_len, impl, hot))
         self._first = next((i for i, layer in enumerate(self.layers) if isinstance(layer, RedKnotLayer)), 0)
+
+    @classmethod
+    def from_cache(
+        cls,
+        cache: Cache,
+        plan: HeadPlan | AnyPath,
+        config: PreTrainedConfig | PreTrainedModel,
+        *,
+        attention_mask: Shaped[Tensor, "batch slots"] | None = None,
+        **options: Any,
+    ) -> RedKnotCache:
+        """Takes over what a `DynamicCache` holds, as far as a plan keeps it: a text is read with everything, then cut.
+
+        Heads hold, element for element, what those of an all-global RedKnotCache would that had been given the same
+        keys and values and then `compress(plan)`; steps go on from there. That is not what a cache of `plan` holds
+        that read the text itself: its local heads saw their windows only, so behind the first layer keys and values
+        differ, from the first token on that lies further into the text than some head sees back.
+
+        Args:
+            cache: Filled by the model, however it attended. It stays as it is: `del` it to have its memory back.
+                Sliding layers may lack what the model's own window hides.
+            plan, config: As for the class; from now on the model runs with `attn_implementation="redknot"`.
+            attention_mask: Of the slots that `cache` holds, 0 for padding; without one every slot is a token.
+            options: `page_size`, `max_cache_len`, `impl` and `hot`.
+
+        Raises:
+            TypeError: `cache` is no `DynamicCache`.
+            ValueError: It is another model's, longer than `max_cache_len`, or has lost tokens that the plan needs; the
+                mask is of other slots; or as the class raises.
+        """
+        filled = cls(config, plan, **options)
+        adopt(filled.layers, cache, attention_mask)
+        return filled
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -120,10 +152,7 @@ class RedKnotCache(Cache):
         self._catch_up()
         if not self._batch():
             raise ValueError("the cache holds nothing yet: spans are of what a model has read")
-        self._check_spans()
-        held = {i: layer.storage for i, layer in row_layers(self) if layer.is_initialized}
-        storages = [held.get(i) for i in range(len(self.layers))]
-        return [span_of(storages, b) for b in range(self._batch())]
+        return spans_of(self.layers, self._batch())
 
     def extend(self, spans: Sequence[Span]) -> None:
         """Goes on with what other caches held, one span a sequence; the cache is filled, and must have been empty.
@@ -134,24 +163,7 @@ class RedKnotCache(Cache):
         Raises:
             ValueError: The cache holds tokens; the spans are another model's, too long, or lack what the plan needs.
         """
-        self._check_spans()
-        longest, most = max((span.tokens for span in spans), default=0), self.get_max_length()
-        if self.get_seq_length() or not longest:
-            raise ValueError("spans begin with the first token: extend an empty cache, by one span or more")
-        if any(len(span.layers) != len(self.layers) for span in spans) or 0 <= most < longest:
-            raise ValueError(
-                f"the spans are of {sorted({len(span.layers) for span in spans})} layers and up to {longest} tokens, "
-                f"the cache has {len(self.layers)} layers and max_cache_len={most}"
-            )
-        for i, layer in row_layers(self):
-            kept = spans[0].layers[i]
-            if kept is not None and (not layer.is_initialized or layer.batch_size != len(spans)):
-                shape = (len(spans), len(kept.window), 0)
-                layer.begin(*(spans[0].data.new_empty(*shape, dim) for dim in (kept.key_dim, kept.value_dim)))
-            for b, span in enumerate(spans if kept is not None or layer.is_initialized else ()):
-                take_over(layer.storage, i, b, span)
-            if layer.is_initialized:
-                layer.storage.left_align()
+        extend(self.layers, spans)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last slots of every sequence: a negative number; 0 gives spare memory back.
@@ -229,11 +241,10 @@ class RedKnotCache(Cache):
     @property
     def nbytes_by_storage(self) -> dict[str, int]:
         """The same by what pages hold: `"model"` for the model's dtype, and the storages of fewer bits that occur."""
-        total: dict[str, int] = {"model": 0}
+        total = Counter(model=0)
         for storage in self._storages():
-            for name, nbytes in storage.nbytes_by_storage.items():
-                total[name] = total.get(name, 0) + nbytes
-        return total
+            total.update(storage.nbytes_by_storage)
+        return dict(total)
 
     @property
     def dense_nbytes(self) -> int:
@@ -259,11 +270,6 @@ class RedKnotCache(Cache):
         for storage in held:
             if storage is held[0] or storage.history.slots != held[0].history.slots:
                 storage.catch_up()
-
-    def _check_spans(self) -> None:
-        other = next((layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)), None)
-        if other is not None:
-            raise ValueError(f"a {type(other).__name__} keeps more than keys and values, which spans do not hold")
 
     def _storages(self) -> list[Storage]:
         return [layer.storage for _, layer in row_layers(self) if layer.is_initialized]
@@ -291,9 +297,3 @@ def _update_eagerly(cache: RedKnotCache, key: Tensor, value: Tensor, layer_idx: 
 def row_layers(cache: RedKnotCache) -> Iterator[tuple[int, RedKnotLayer]]:
     """The layers that hold keys, with their index."""
     return ((i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, RedKnotLayer))
-
-
-def lengths_of(cache: RedKnotCache, batch: int) -> Int[np.ndarray, " batch"]:
-    """Real tokens of each sequence; zeros for a batch that is yet to come."""
-    held = next((layer.storage.rows.lengths for _, layer in row_layers(cache) if layer.is_initialized), None)
-    return np.zeros(batch, np.int64) if held is None else held

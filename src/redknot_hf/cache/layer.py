@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from redknot_kernels import HeadRules, implementation
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from redknot_hf.plan.rules import head_rules, local_specs
 from redknot_hf.plan.spec import HeadSpec
@@ -266,3 +268,10 @@ class RedKnotLayer(CacheLayerMixin):
         if self._storage is not None:
             self._storage.select(index.cpu(), shrink)
             self.batch_size = self._storage.rows.batch
+
+
+def lengths_of(cache: Cache, batch: int) -> Int[np.ndarray, " batch"]:
+    """Real tokens of each sequence of a RedKnotCache; zeros for a batch that is yet to come."""
+    layers = (layer for layer in cache.layers if isinstance(layer, RedKnotLayer) and layer.is_initialized)
+    held = next((layer.storage.rows.lengths for layer in layers), None)
+    return np.zeros(batch, np.int64) if held is None else held

@@ -11,7 +11,7 @@ from redknot_kernels import HeadRules, Kernels
 from torch import Tensor
 
 from .cold import ColdRows
-from .history import SlotHistory
+from .history import SlotHistory, Slots
 from .mirror import Mirror
 from .pool import PagePool
 from .rows import Rows
@@ -80,12 +80,17 @@ class Ledger:
 
     def left_align(self) -> None:
         """Lets slots be the real tokens, padded on the left where sequences differ in length, as prompts are."""
-        lengths, self.history = self.rows.lengths, SlotHistory()
+        lengths = self.rows.lengths
         longest = int(lengths.max(initial=0))
         level = bool((lengths == longest).all())
-        self.history.add(
+        self.align(
             longest if level else torch.from_numpy(np.arange(longest) >= longest - lengths[:, None]).to(self.device)
         )
+
+    def align(self, slots: Slots) -> None:
+        """Lets these be the slots: a number of them, or flags of which are real, as many as the rows have tokens."""
+        self.history = SlotHistory()
+        self.history.add(slots)
         with self.pool.lock:
             self._mirrored()  # a captured step may be next
 

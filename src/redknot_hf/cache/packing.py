@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from redknot_kernels import UNBOUNDED, HeadRules, Pages, Rotation
 from torch import Tensor
 
@@ -95,16 +95,43 @@ def take_over(storage: Storage, index: int, sequence: int, span: Span) -> None:
     Raises:
         ValueError: The span lacks what the next query of a row sees.
     """
-    rules, kept = storage.rows.rules.as_seen, span.layers[index]
-    if kept is None or not _suffices(kept, rules, span.tokens):
-        held = kept and list(zip(kept.window, kept.sink, strict=True))
-        raise ValueError(
-            f"layer {index}: of each head (window, sink) the span holds {held}, and the plan of the cache needs "
-            f"{list(zip(rules.window, rules.sink, strict=True))}: give the cache a plan that keeps no more"
-        )
+    kept = span.layers[index]
+    if kept is None:
+        raise ValueError(f"layer {index} of the cache holds keys, and the span has none of it")
     keys, values = (x.to(storage.device) for x in (span.keys(index), span.values(index)))
-    known = span.tokens, np.maximum(kept.tails(span.tokens), span.tokens - np.array(rules.as_seen.ring))
-    storage.place(sequence, keys, values, (kept.window, kept.sink), (span.tokens, 0, 0), [known])
+    hold(storage, index, sequence, kept, span.tokens, keys, values)
+
+
+def hold(
+    storage: Storage,
+    index: int,
+    sequence: int,
+    kept: KeptLayer,
+    tokens: int,
+    keys: Float[Tensor, "kept key_dim"],
+    values: Float[Tensor, "kept value_dim"],
+    since: Int[np.ndarray, " heads"] | None = None,
+) -> None:
+    """Lets the rows of an empty sequence hold packed tokens, as far as their rules keep them; mutates the pages.
+
+    Args:
+        storage, index, sequence: Where to; which layer that is, and which sequence.
+        kept: What there is of a text of `tokens`, in the order of `keys` and `values`.
+        since: Positions from which on each row counts as holding all, where that is later than `kept` says.
+
+    Raises:
+        ValueError: The next query of a row sees more.
+    """
+    rules = storage.rows.rules.as_seen
+    if not _suffices(kept, rules, tokens):
+        raise ValueError(
+            f"layer {index}: of each head (window, sink) there is {list(zip(kept.window, kept.sink, strict=True))}, "
+            f"and the plan of the cache needs {list(zip(rules.window, rules.sink, strict=True))}: give the cache a "
+            "plan that keeps no more"
+        )
+    first = np.maximum(kept.tails(tokens), tokens - np.array(rules.ring))
+    known = tokens, first if since is None else np.maximum(first, since)
+    storage.place(sequence, keys, values, (kept.window, kept.sink), (tokens, 0, 0), [known])
 
 
 def _suffices(kept: KeptLayer, rules: HeadRules, tokens: int) -> bool:

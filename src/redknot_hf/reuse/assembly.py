@@ -23,9 +23,9 @@ from torch.profiler import record_function
 from redknot_hf.attention.devices import device_of_layer, input_device
 from redknot_hf.attention.mask import PaddingMask
 from redknot_hf.cache.argument import cache_argument
-from redknot_hf.cache.cache import RedKnotCache, lengths_of, row_layers
+from redknot_hf.cache.cache import RedKnotCache, row_layers
 from redknot_hf.cache.handle import RedKnotHandle
-from redknot_hf.cache.layer import RedKnotLayer
+from redknot_hf.cache.layer import RedKnotLayer, lengths_of
 from redknot_hf.cache.packing import known, lay_out, splice
 from redknot_hf.cache.pool import staged
 from redknot_hf.cache.step import Step

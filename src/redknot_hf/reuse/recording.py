@@ -13,8 +13,8 @@ from torch import Tensor
 
 from redknot_hf.attention.devices import input_device
 from redknot_hf.cache.argument import cache_argument
-from redknot_hf.cache.cache import RedKnotCache, lengths_of, row_layers
-from redknot_hf.cache.layer import RECORDED
+from redknot_hf.cache.cache import RedKnotCache, row_layers
+from redknot_hf.cache.layer import RECORDED, lengths_of
 from redknot_hf.cache.span import KeptLayer
 from redknot_hf.plan.plan import HeadPlan
 
