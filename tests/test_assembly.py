@@ -47,6 +47,20 @@ def test_one_pass_does_what_many_do(family, boundary, monkeypatch):
         torch.testing.assert_close(next_logits(model, other), want, atol=1e-4, rtol=1e-4)
 
 
+def test_the_model_is_walked_as_often_however_many_layers_it_has(monkeypatch):
+    """A walk for each layer would take time by the square of their number."""
+    walks = []
+    for layers in (2, 6):
+        model = make_model("llama", num_hidden_layers=layers)
+        refs = SegmentStore(model, random_plan(model.config, seed=2)).add_all(texts())
+        with monkeypatch.context() as patch:
+            walk, seen = type(model).modules, []
+            patch.setattr(type(model), "modules", lambda self: (seen.append(1), walk(self))[1])  # noqa: B023
+            assemble(model, refs, boundary=0)
+        walks.append(len(seen))
+    assert walks[0] == walks[1]
+
+
 @pytest.mark.parametrize("boundary", [0, 0.5])
 def test_a_question_finds_room_behind_the_segments(boundary):
     model = make_model("llama", **LONG)

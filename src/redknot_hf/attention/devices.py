@@ -25,18 +25,26 @@ def input_device(model: Any) -> torch.device:
     raise ValueError("the model's weights are on the meta device, and no hook brings them: load the model")
 
 
-def device_of_layer(model: Any, index: int) -> torch.device:
-    """Where a layer's attention runs: the device of its weights, or that of the hook that brings them."""
+def devices_of_layers(model: Any, count: int) -> list[torch.device]:
+    """Where each layer's attention runs: the device of its weights, or that of the hook that brings them.
+
+    Args:
+        model: Its modules are walked once, whatever `count`; none is changed.
+        count: Its layers.
+    """
     if not any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return model.device
+        return [model.device] * count
+    found: dict[int, torch.device] = {}
     for module in model.modules():
-        if getattr(module, "layer_idx", None) != index:
+        index = getattr(module, "layer_idx", None)
+        if index is None or index in found:
             continue
         for part in module.modules():
             weights = next(part.parameters(recurse=False), None)
             if weights is not None:
-                return weights.device if (runs := _runs_on(part)) is None else runs
-    return input_device(model)
+                found[index] = weights.device if (runs := _runs_on(part)) is None else runs
+                break
+    return [found[index] if index in found else input_device(model) for index in range(count)]
 
 
 @contextmanager

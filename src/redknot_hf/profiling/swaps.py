@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedModel
 
 from redknot_hf.attention.dense import dense_attention
-from redknot_hf.attention.devices import device_of_layer
+from redknot_hf.attention.devices import devices_of_layers
 from redknot_hf.attention.watching import Attended, Call, watching
 from redknot_hf.plan.per_layer import kv_heads
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
@@ -147,8 +147,8 @@ class _Mixture:
     def __init__(self, model: PreTrainedModel, plan: HeadPlan, choices: Sequence[HeadSpec]) -> None:
         self.plan, self.choices = plan, choices
         self.shares = [
-            torch.zeros(len(layer), len(choices), device=device_of_layer(model, i), requires_grad=True)
-            for i, layer in enumerate(plan)
+            torch.zeros(len(layer), len(choices), device=device, requires_grad=True)
+            for layer, device in zip(plan, devices_of_layers(model, len(plan)), strict=True)
         ]
 
     def __call__(self, call: Call) -> Attended:

@@ -20,7 +20,7 @@ from redknot_kernels import UNBOUNDED, HeadRules, Pages, Rotation
 from torch import Tensor
 from torch.profiler import record_function
 
-from redknot_hf.attention.devices import device_of_layer, input_device
+from redknot_hf.attention.devices import input_device
 from redknot_hf.attention.mask import PaddingMask
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache, row_layers
@@ -32,7 +32,7 @@ from redknot_hf.cache.step import Step
 from redknot_hf.cache.storage import Storage
 
 from .relocation import Relocation
-from .scattered import ScatteredPass
+from .scattered import ScatteredPass, initialize
 from .schedule import Chunk, Reused, originals, passes, spot
 from .segment import Segment
 from .store import SegmentStore
@@ -121,6 +121,8 @@ class Assembly(ScatteredPass):
         """Runs the chunks' tokens through the model, and puts what is stored in its place on the way."""
         longest = max(map(len, self.places))
         if not longest:
+            if (first := next((chunk.part for chunks in self.batch for chunk in chunks), None)) is not None:
+                initialize(self.cache, self.model, self._segment(first), len(self.batch))
             for index, layer in row_layers(self.cache):
                 self._splice(index, layer)
             return
@@ -235,12 +237,9 @@ class Assembly(ScatteredPass):
         """Puts segments of which nothing is recomputed into the rows."""
         for b, chunks in enumerate(self.batch):
             for chunk in chunks:
-                segment = self._segment(chunk.part)
-                if not layer.is_initialized:
-                    initialize(layer, index, self.model, segment, len(self.batch))
                 layer.storage.reserve(self.room)
                 with record_function("redknot: splice"):
-                    splice(layer.storage, index, b, segment, self._turns[spot(chunk.part)][index])
+                    splice(layer.storage, index, b, self._segment(chunk.part), self._turns[spot(chunk.part)][index])
         layer.storage.left_align()
 
     def _segment(self, part: Reused) -> Segment:
@@ -289,12 +288,3 @@ def turns_of(part: Reused, segment: Segment, relocation: Relocation | None) -> S
         raise ValueError(f"{kind}: its keys cannot be moved, and {part.ref} must be")
     there = torch.arange(len(part.ref)) + len(part.ref.prefix)
     return relocation.rotations(there, there - there[0] + part.start, segment.data.device)
-
-
-def initialize(layer: RedKnotLayer, index: int, model: Any, segment: Segment, batch: int) -> None:
-    """Gives a layer its shape before any forward pass has."""
-    kept = segment.layers[index]
-    assert kept is not None
-    heads, like = len(kept.window), segment.data.new_empty(0).to(device_of_layer(model, index))
-    shapes = ((batch, heads, 0, dim) for dim in (kept.key_dim, kept.value_dim))
-    layer.lazy_initialization(*(like.new_empty(shape) for shape in shapes))

@@ -21,8 +21,8 @@ from redknot_hf.cache.span import KeptLayer, Span
 from redknot_hf.cache.step import Step
 
 from .assemble import AssembledCache, assemble, relocation_of
-from .assembly import check_room, initialize, turns_of
-from .scattered import ScatteredPass
+from .assembly import check_room, turns_of
+from .scattered import ScatteredPass, initialize
 from .schedule import Refs, Reused, as_batch, schedule, store_of
 from .segment import Segment
 
@@ -125,9 +125,8 @@ class _Context(ScatteredPass):
 
     def add(self, segment: Segment, turns: Sequence[Rotation | None]) -> None:
         """Continues the context by a segment."""
+        initialize(self.cache, self.model, segment, 1)
         for i, layer in row_layers(self.cache):
-            if not layer.is_initialized:
-                initialize(layer, i, self.model, segment, 1)
             heads = layer.storage.rows.rules.heads
             keys, values = (x.view(1, heads, segment.tokens, -1) for x in (segment.keys(i), segment.values(i)))
             turn = turns[i]

@@ -1,6 +1,13 @@
 """What a model takes for its cache in a pass whose tokens stand apart, at positions of their own."""
 
+from typing import Any
+
 from transformers import Cache
+
+from redknot_hf.attention.devices import devices_of_layers
+from redknot_hf.cache.cache import RedKnotCache, row_layers
+
+from .segment import Segment
 
 
 class ScatteredPass(Cache):
@@ -20,3 +27,15 @@ class ScatteredPass(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """The step's tokens alone; their positions say what they see."""
         return query_length, 0
+
+
+def initialize(cache: RedKnotCache, model: Any, segment: Segment, batch: int) -> None:
+    """Gives the layers of a cache their shapes where no forward pass has yet; they hold no tokens afterwards."""
+    bare = [(index, layer) for index, layer in row_layers(cache) if not layer.is_initialized]
+    devices = devices_of_layers(model, len(cache.layers)) if bare else []  # all at once: it walks the model
+    for index, layer in bare:
+        kept = segment.layers[index]
+        assert kept is not None
+        heads, like = len(kept.window), segment.data.new_empty(0).to(devices[index])
+        shapes = ((batch, heads, 0, dim) for dim in (kept.key_dim, kept.value_dim))
+        layer.lazy_initialization(*(like.new_empty(shape) for shape in shapes))
