@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -65,10 +66,17 @@ def bench(
     program(ctx.args, prog_name=f"python -m evals bench {name}")
 
 
-def main() -> None:
-    """The command; what is wrong with what it was given is said in a line, without a traceback."""
+def main(words: Sequence[str] | None = None, name: str = "python -m evals") -> None:
+    """The command; what is wrong with what it was given is said in a line, without a traceback.
+
+    Args:
+        words: Behind the command's name; by default those of this process.
+        name: Of the command, as its help says it.
+    """
     try:
-        app()
+        app(words, prog_name=name)
+    except ModuleNotFoundError as e:
+        raise SystemExit(f"error: the harness needs {e.name}: pip install 'redknot-hf[evals]'") from e
     except (AuditError, ValueError, ImportError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
 

@@ -1,12 +1,23 @@
 import json
+import re
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from redknot_cli import app, options
+from redknot_cli.gate import gate
+from redknot_cli.harness import bench, evaluate
+from redknot_cli.loading import Source
+from redknot_cli.plans import plans
+from redknot_cli.profile import profile
 from redknot_hf import HeadPlan, HeadSpec
-from redknot_hf.cli import app
 from redknot_hf.profiling import HeadProfile
+from redknot_hf.profiling.fidelity import MAX_KL
 
 SHORT = ("--kinds", "repeats", "--length", "100")
 TINY = str(Path(__file__).parents[1] / "evals" / "tiny")
@@ -73,10 +84,10 @@ def test_without_a_budget_the_smallest_plan_that_holds_is_found(tmp_path):
     assert row["holds"]
     assert row["kl"] <= 0.02
     assert plan.provenance["budget"] < 1
-    gate = ("gate", TINY, "--plan", tmp_path / "plan.json", "--length", 256, "--kinds", "repeats", "--prompts", 2)
-    passed = run(*gate, "--max-kl", 0.1)
+    gated = ("gate", TINY, "--plan", tmp_path / "plan.json", "--length", 256, "--kinds", "repeats", "--prompts", 2)
+    passed = run(*gated, "--max-kl", 0.1)
     assert (passed.exit_code, ": holds" in passed.output) == (0, True), passed.output
-    failed = run(*gate, "--max-kl", 1e-9)
+    failed = run(*gated, "--max-kl", 1e-9)
     assert (failed.exit_code, "does not hold" in failed.output) == (1, True), failed.output
 
 
@@ -184,3 +195,68 @@ def test_files_that_hold_no_plan_are_named(command, text, message, tmp_path):
     assert (result.exit_code, type(result.exception)) == (2, SystemExit)
     assert message in result.output
     assert str(path) in result.output
+
+
+def test_help_imports_no_library_of_models():
+    """Each takes a second or more, and help has half of one."""
+    program = """
+import sys
+from redknot_cli import app
+for words in ([], ["profile"], ["gate"], ["plan"], ["plan", "diff"]):
+    try:
+        app([*words, "--help"])
+    except SystemExit as left:
+        assert left.code == 0, words
+heavy = {"torch", "transformers", "datasets", "numpy", "matplotlib", "redknot_hf", "evals"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert "Compare two plans" in told.stdout
+
+
+def test_the_words_of_the_command():
+    found = {info.callback for info in app.registered_commands}
+    assert {profile, evaluate, gate, bench} <= found
+    assert [group.typer_instance for group in app.registered_groups] == [plans]
+
+
+def test_the_version_is_the_packages():
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"redknot-hf {version('redknot-hf')}\n")
+
+
+def test_a_bound_of_the_command_is_the_librarys():
+    assert options.MAX_KL == MAX_KL
+
+
+def test_the_harness_is_two_of_its_words():
+    assert run("eval", "run", "--help").exit_code == 0
+    assert "tokens of a prompt, at most" in run("eval", "run", "--help").output
+    assert "speed_gpu" in run("bench", "--help").output
+    assert "none of speed" in run("bench", "spede").output.replace("\n", "")
+
+
+def test_another_package_of_the_harness_name_is_told(monkeypatch, tmp_path):
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "evals"]:
+        monkeypatch.delitem(sys.modules, name)
+    result = run("eval", "tasks")
+    assert result.exit_code == 2
+    assert f"{tmp_path}/evals/__init__.py is another package" in result.output.replace("\n", "")
+
+
+def test_a_gguf_file_is_named_to_tokenizer_and_model(monkeypatch):
+    asked = []
+    for kind in ("AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(
+            f"redknot_cli.loading.{kind}.from_pretrained",
+            lambda name, **options: asked.append((name, options["gguf_file"])) or torch.nn.Linear(1, 1),
+        )
+    source = Source("org/model", gguf="model-q8.gguf", device="cpu")
+    source.tokenizer(), source.model()
+    assert asked == [("org/model", "model-q8.gguf")] * 2
+    monkeypatch.setattr("redknot_cli.loading.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'redknot-hf[gguf]'")):
+        Source("org/model", gguf="model-q8.gguf", device="cpu")

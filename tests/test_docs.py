@@ -9,8 +9,8 @@ from families import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import redknot_cli
 import redknot_hf
-import redknot_hf.cli
 import redknot_hf.profiling
 from redknot_hf import HeadPlan, HeadSpec
 
@@ -63,7 +63,7 @@ def test_python_of_the_pages_runs(page, given, monkeypatch):
 ])  # fmt: skip
 def test_options_of_the_pages_are_there(line):
     words = line.split("#")[0].split()
-    program = redknot_hf.cli.app
+    program = redknot_cli.app
     command = words[1:2]
     if words[0] == "python":
         from evals.__main__ import app as program

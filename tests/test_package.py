@@ -35,7 +35,12 @@ def shipped(tmp_path_factory):
 
 def test_the_wheel_holds_the_library_its_kernels_and_the_harness(shipped):
     wheel, names = shipped["wheel"]
-    sources = [ROOT / "src" / "redknot_hf", ROOT / "kernels" / "torch-ext" / "redknot_kernels", ROOT / "evals"]
+    sources = [
+        ROOT / "src" / "redknot_hf",
+        ROOT / "src" / "redknot_cli",
+        ROOT / "kernels" / "torch-ext" / "redknot_kernels",
+        ROOT / "evals",
+    ]
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {source.name for source in sources}
     expected = {str(path.relative_to(source.parent)) for source in sources for path in source.rglob("*.py")}
     assert expected <= names
@@ -81,7 +86,7 @@ def test_what_is_imported_is_declared():
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
     roots = {name.split(".")[0] for name in names}
-    own = {"redknot_hf", "redknot_kernels", "evals", "kvpress"}  # kvpress has an environment of its own
+    own = {"redknot_hf", "redknot_cli", "redknot_kernels", "evals", "kvpress"}  # kvpress has an environment of its own
     foreign = sorted(roots - set(sys.stdlib_module_names) - own - COME_ALONG)
     missing = [name for name in foreign if not declared & set(map(plain, of_import.get(name, [name])))]
     assert missing == []

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import typer
 
-from redknot_hf.terminal import progress, told
+from redknot_cli.terminal import progress, told
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, ImportError])

@@ -1,0 +1,98 @@
+"""What commands load: the model and its tokenizer, and the prompts that it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import redknot_hf  # noqa: F401 - registers "redknot"
+from redknot_hf.profiling import Prompt, calibration_kinds, calibration_prompts
+from redknot_hf.profiling.texts import read_texts
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is, and how it is wanted; checked when made, before anything is loaded.
+
+    Attributes:
+        name: Id on the Hub, or a folder.
+        revision: Of the repository.
+        gguf: Name of a GGUF file in it.
+        dtype, device: As the command line has them.
+
+    Raises:
+        ValueError: There is no such dtype or device.
+        ImportError: Reading GGUF needs a package that is not installed.
+    """
+
+    name: str
+    revision: str | None = None
+    gguf: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self._dtype, str | torch.dtype):
+            raise ValueError(f"--dtype {self.dtype}: give auto, float32, bfloat16 or float16")
+        try:
+            torch.empty(0, device=self._device)
+        except (RuntimeError, AssertionError) as e:
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"--device {self._device}: {reason}; give cpu, or leave it out") from e
+        if self.gguf and not find_spec("gguf"):
+            raise ImportError("reading GGUF needs the package gguf: pip install 'redknot-hf[gguf]'")
+
+    @property
+    def _dtype(self) -> Any:
+        return self.dtype if self.dtype == "auto" else getattr(torch, self.dtype, None)
+
+    @property
+    def _device(self) -> str:
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def _where(self) -> dict[str, str]:
+        found = {"revision": self.revision, "gguf_file": self.gguf}
+        return {word: value for word, value in found.items() if value is not None}
+
+    def tokenizer(self) -> Any:
+        """Loads the tokenizer."""
+        return AutoTokenizer.from_pretrained(self.name, **self._where)
+
+    def model(self) -> Any:
+        """Loads the model, with attention "redknot"."""
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            self.name, dtype=self._dtype, attn_implementation="redknot", **self._where
+        )
+        return loaded.to(self._device)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What prompts are made of."""
+
+    tokenizer: Any
+    named: Sequence[str] | None
+    texts: Sequence[str]
+
+    @classmethod
+    def of(cls, tokenizer: Any, kinds: str | None, texts: str | None) -> Asked:
+        """As the command line has them."""
+        return cls(tokenizer, kinds.split(",") if kinds else None, read_texts(texts) if texts else ())
+
+    @cached_property
+    def kinds(self) -> Sequence[str]:
+        """Of which they are."""
+        return self.named or calibration_kinds(self.texts, self.tokenizer)
+
+    def prompts(self, length: int, count: int, seed: int) -> list[Prompt]:
+        """So many of them."""
+        return calibration_prompts(
+            self.tokenizer, length=length, count=count, kinds=self.kinds, texts=self.texts, seed=seed
+        )
