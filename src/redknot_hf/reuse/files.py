@@ -29,6 +29,9 @@ from .segment import Segment, empty
 
 _FORMAT = "redknot segment 1"
 _ENDING = ".safetensors"
+_ADDRESS = re.compile(r"[0-9a-f]{64}")
+# Bytes of a header that is read without knowing what it should say: of some million tokens.
+_LONGEST = 1 << 25
 # What names a file that is being written.
 _UNFINISHED = re.compile(r".+\.[0-9a-f]{32}\.tmp")
 # Age in seconds at which a file that somebody was writing counts as left behind.
@@ -71,6 +74,21 @@ class SegmentFolder:
 
     def __contains__(self, address: str) -> bool:
         return self._files.exists(self.path(address))
+
+    def text_of(self, address: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Tokens and prefix that the file of an address speaks of; `None` where there is none that can be read.
+
+        They hash to the address, or the file lies: that is for the caller to see.
+        """
+        if not _ADDRESS.fullmatch(address):
+            return None
+        try:
+            with self._files.open(self.path(address), "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                said = json.loads(file.read(size))["__metadata__"] if size <= _LONGEST else {}
+            return tuple(json.loads(said["ids"])), tuple(json.loads(said["prefix"]))
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            return None
 
     def nbytes(self, address: str) -> int:
         """Size of a file."""

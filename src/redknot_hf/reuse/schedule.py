@@ -176,9 +176,18 @@ def by_rank(scores: Sequence[int | float | None], documents: int = 2, rest: Amou
     return ["all" if i in best else rest for i in range(len(scores))]
 
 
-def passes(batch: Sequence[Sequence[Reused]], store: SegmentStore) -> Iterator[tuple[Sequence[Chunk], ...]]:
-    """What every sequence goes on by, one forward pass after the other, each as large as its bounds let it be."""
-    most, nbytes, room = max(_PASS_TOKENS // len(batch), 1), _stored_bytes(store), _room(store.tiers.device)
+def passes(
+    batch: Sequence[Sequence[Reused]], store: SegmentStore, tokens: int | None = None
+) -> Iterator[tuple[Sequence[Chunk], ...]]:
+    """What every sequence goes on by, one forward pass after the other, each as large as its bounds let it be.
+
+    Args:
+        batch: The segments of each sequence.
+        store: Where they are.
+        tokens: That a pass may recompute, those of all sequences together; 8192 unless said otherwise.
+    """
+    most = max((tokens or _PASS_TOKENS) // len(batch), 1)
+    nbytes, room = _stored_bytes(store), _room(store.tiers.device)
     return zip_longest(*(_grouped(parts, most, nbytes, room) for parts in batch), fillvalue=())
 
 

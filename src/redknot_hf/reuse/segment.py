@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from redknot_hf.cache.span import KeptLayer, PackedLayers, places
+
+if TYPE_CHECKING:
+    from .store import SegmentStore
+
+
+@dataclass(frozen=True)
+class SegmentRef:
+    """A text in a store. It stays good when the segment leaves the store's memory: the store computes it anew.
+
+    Attributes:
+        address: Hash over model, plan, tokens and prefix.
+        ids, prefix: The tokens, and those that they were read behind, the stand-in included.
+        store: Where the segment is; `None` in another process, where `store.ref(ids, prefix)` names it again.
+    """
+
+    address: str
+    ids: tuple[int, ...] = field(compare=False)
+    prefix: tuple[int, ...] = field(compare=False)
+    store: SegmentStore | None = field(compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SegmentRef, (self.address, self.ids, self.prefix, None)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        behind = f" behind {len(self.prefix)}" if self.prefix else ""
+        return f"SegmentRef({self.address[:8]}, {len(self):,} tokens{behind})"
 
 
 @dataclass(frozen=True, eq=False)

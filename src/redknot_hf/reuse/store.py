@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from redknot_hf.attention.devices import input_device
@@ -19,39 +18,13 @@ from .gate import Verdict, gate
 from .identity import model_identity, segment_address, weights_state
 from .ids import Ids, as_ids
 from .recording import Keep, record
-from .segment import Segment
+from .segment import Segment, SegmentRef
 from .stand_in import StandIn
 from .tiers import Counts, Held, Tiers
 
 GIB = 2**30
 # Tokens, padding included, that are prefilled in one batch.
 _BATCH_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class SegmentRef:
-    """A text in a store. It stays good when the segment leaves the store's memory: the store computes it anew.
-
-    Attributes:
-        address: Hash over model, plan, tokens and prefix.
-        ids, prefix: The tokens, and those that they were read behind, the stand-in included.
-        store: Where the segment is; `None` in another process, where `store.ref(ids, prefix)` names it again.
-    """
-
-    address: str
-    ids: tuple[int, ...] = field(compare=False)
-    prefix: tuple[int, ...] = field(compare=False)
-    store: SegmentStore | None = field(compare=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SegmentRef, (self.address, self.ids, self.prefix, None)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __repr__(self) -> str:
-        behind = f" behind {len(self.prefix)}" if self.prefix else ""
-        return f"SegmentRef({self.address[:8]}, {len(self):,} tokens{behind})"
 
 
 class SegmentStore:
@@ -103,6 +76,7 @@ class SegmentStore:
         self.identity, self._weights = self._identity(), weights_state(model)
         self.folder = None if path is None else SegmentFolder(path, self.identity)
         self._on_disk: set[str] = set()
+        self._named: dict[str, SegmentRef] = {}
         self.tiers = Tiers(input_device(model), device_bytes, host_bytes, self._on_disk.__contains__)
         self._computing = threading.Lock()
         self._verdict: Verdict | None = None
@@ -131,6 +105,7 @@ class SegmentStore:
         """Adds several texts behind one prefix, in batches of texts of like length; as `add`."""
         refs = [self.ref(text, prefix, stand_in=stand_in) for text in texts]
         self.check_weights()
+        self._named.update({ref.address: ref for ref in refs})
         with self._computing:
             absent = {ref.address: ref for ref in refs if not self._has(ref.address)}
             for batch in _batches(sorted(absent.values(), key=lambda ref: (ref.prefix, len(ref)))):
@@ -148,6 +123,19 @@ class SegmentStore:
         if behind and stand_in:
             behind += self.stand_in.before(tokens)
         return SegmentRef(segment_address(self.identity, self.plan, self.keep, tokens, behind), tokens, behind, self)
+
+    def named(self, address: str) -> SegmentRef:
+        """The text of this address: one that was added here, or that lies among the files.
+
+        Raises:
+            ValueError: There is none.
+        """
+        found = self._named.get(address)
+        if found is None and self.folder is not None and (said := self.folder.text_of(address)) is not None:
+            found = self.ref(*said, stand_in=False)
+        if found is None or found.address != address:
+            raise ValueError(f"there is no segment {address!r:.80}: add its text to the store, which says its address")
+        return found
 
     def get(self, ref: SegmentRef) -> Segment:
         """The stored keys and values of a text, on the device; computed anew if the store has lost them."""
@@ -169,6 +157,7 @@ class SegmentStore:
         """Forgets a text, in memory and on disk."""
         self.tiers.drop(ref.address)
         self._on_disk.discard(ref.address)
+        self._named.pop(ref.address, None)
         if self.folder is not None:
             self.folder.remove(ref.address)
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from redknot_hf.cache.takeover import switch_of
 from redknot_hf.plan.plan import HeadPlan
+from redknot_hf.reuse.schedule import Boundary, Reused
 
+from .documents import Documents, Named
 from .request import Sampling
 
 if TYPE_CHECKING:
@@ -16,8 +18,41 @@ if TYPE_CHECKING:
 PREEMPT = ("swap", "recompute", None)
 
 
-def check_request(ids: Sequence[int], sampling: Sampling, n: int, engine: Engine) -> None:
+def store_of(engine: Engine) -> Documents:
+    """What an engine has stored.
+
+    Raises:
+        ValueError: It has no store.
+    """
+    if engine.documents is None:
+        raise ValueError("the engine has no store: make it Engine(..., store=SegmentStore(model, plan))")
+    return engine.documents
+
+
+def scheduled(segments: Sequence[Named], boundary: Boundary | None, source: Any, engine: Engine) -> tuple[Reused, ...]:
+    """How the segments that a request names will stand in its prompt.
+
+    Raises:
+        ValueError: There is no store or no such segment, or the request begins with a span already.
+    """
+    if not len(segments):
+        if boundary is not None:
+            raise ValueError(f"boundary={boundary!r} without segments: name some, or leave it out")
+        return ()
+    if source is not None:
+        raise ValueError("a request begins with segments or with a span, source=: give one of them")
+    return store_of(engine).schedule(segments, boundary)
+
+
+def check_request(
+    ids: Sequence[int], sampling: Sampling, n: int, engine: Engine, segments: Sequence[Reused] = ()
+) -> None:
     """Checks a request.
+
+    Args:
+        ids: Of its prompt, without those of segments before it.
+        sampling, n, engine: What is asked of whom.
+        segments: Before the prompt.
 
     Raises:
         ValueError: The engine can never serve it; says what it needs and what there is.
@@ -26,21 +61,25 @@ def check_request(ids: Sequence[int], sampling: Sampling, n: int, engine: Engine
         raise ValueError(f"n={n}: ask for one answer at least")
     if not ids:
         raise ValueError("the prompt is empty: give one token at least")
-    if not 0 <= min(ids) <= max(ids) < engine.words:
-        raise ValueError(f"the prompt has ids from {min(ids)} to {max(ids)}: the model knows 0 to {engine.words - 1}")
+    for part in (ids, *(segment.ref.ids for segment in segments)):
+        if not 0 <= min(part) <= max(part) < engine.words:
+            raise ValueError(
+                f"the prompt has ids from {min(part)} to {max(part)}: the model knows 0 to {engine.words - 1}"
+            )
     if other := [i for i in sampling.logit_bias if not 0 <= i < engine.words]:
         raise ValueError(f"logit_bias of token {other[0]}: the model knows 0 to {engine.words - 1}")
     if sampling.stop and engine.tokenizer is None:
         raise ValueError("stop strings need a tokenizer: make the engine with one, or give stop_ids")
-    longest = len(ids) + sampling.max_new_tokens - 1
+    tokens = len(ids) + sum(len(segment.ref) for segment in segments)
+    longest = tokens + sampling.max_new_tokens - 1
     if longest > engine.max_len:
         raise ValueError(
-            f"{len(ids)} tokens of prompt and {sampling.max_new_tokens} new ones are more than max_len="
+            f"{tokens} tokens of prompt and {sampling.max_new_tokens} new ones are more than max_len="
             f"{engine.max_len}: shorten the prompt, or lower max_new_tokens"
         )
     if not engine.memory.ever_fits(longest):
         raise ValueError(
-            f"{len(ids)} tokens of prompt and {sampling.max_new_tokens} new ones need "
+            f"{tokens} tokens of prompt and {sampling.max_new_tokens} new ones need "
             f"{engine.memory.needs(longest):,} bytes of pages, and the engine has "
             f"{engine.memory.used()['total']:,} in all: shorten the prompt, lower "
             "max_new_tokens, or give the engine more memory"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from threading import Thread, current_thread
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,18 +14,23 @@ import torch
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.per_layer import text_config
 from redknot_hf.plan.plan import HeadPlan, as_plan
+from redknot_hf.reuse.ids import Ids
+from redknot_hf.reuse.schedule import Boundary
+from redknot_hf.reuse.segment import SegmentRef
+from redknot_hf.reuse.store import SegmentStore
 
 from . import scheduler as scheduling
-from .admission import check_arguments, check_request, refuse_stored
+from .admission import check_arguments, check_request, refuse_stored, scheduled, store_of
 from .batch import Seats
-from .inbox import Inbox
+from .documents import Documents, Named
+from .loop import Loop
 from .memory import SeatMemory
 from .reading import Reader
 from .request import Request, Sampling, State
 from .stops import ends_of
 
 
-class Engine:
+class Engine(Loop):
     """Serves requests that come and go, with the tokens that `generate` gives under the same plan.
 
     Every step gives a token to each sequence that decodes, and reads chunks of prompts beside them. Requests are
@@ -45,6 +50,7 @@ class Engine:
         park_every: Chunks of a prompt after which its beginning is parked; its end always is.
         queue: Requests that wait at most.
         tokenizer: For prompts that are text, and for stop strings.
+        store: Documents that requests may name as segments; of the same model and plan.
         page_size, impl: Of the cache.
         host: Bytes on the host for sequences that are swapped out.
         capture: Whether steps of decoding are CUDA graphs, where they can be.
@@ -67,11 +73,13 @@ class Engine:
         park_every: int = 4,
         queue: int = 4096,
         tokenizer: Any = None,
+        store: SegmentStore | None = None,
         page_size: int = 64,
         impl: str | None = None,
         host: int = 8 << 30,
         capture: bool = True,
     ) -> None:
+        super().__init__(queue)
         config = text_config(model)
         limit = getattr(config, "max_position_embeddings", None)
         self.max_len = max_len or limit or 0
@@ -85,15 +93,12 @@ class Engine:
         )  # fmt: skip
         self.scheduler = scheduling.Scheduler(self.memory, max_batch, chunk, preempt, lambda: self.reader.settle())
         seats = Seats(self.memory, max_batch, self.max_len, capture)
-        self.reader = Reader(self.memory, seats, self._finish, park_every * chunk)
+        self.documents = None if store is None else Documents(store, model, self.plan, chunk, tokenizer)
+        self.reader = Reader(self.memory, seats, self._finish, park_every * chunk, self.documents)
         self.observe: Callable[[str, float], None] = lambda name, value: None
         self.reader.observe = lambda name, value: self.observe(name, value)
         self.steps = 0
-        self.error: BaseException | None = None
         self._ends = ends_of(model)
-        self._inbox = Inbox(queue)
-        self._thread: Thread | None = None
-        self._stopping = False
 
     # Requests
 
@@ -102,6 +107,8 @@ class Engine:
         prompt: Sequence[int] | str,
         sampling: Sampling | None = None,
         *,
+        segments: Sequence[Named] = (),
+        boundary: Boundary | None = None,
         priority: int = 0,
         timeout: float | int | None = None,
         callback: Callable[[Request, Any], Any] | None = None,
@@ -112,26 +119,32 @@ class Engine:
         Args:
             prompt: Ids, or text where the engine has a tokenizer.
             sampling: How tokens are chosen; greedy by default.
+            segments: Documents that stand before the prompt, in order: addresses in the engine's store, what `add`
+                returned, or texts and ids, which are stored when they are first needed.
+            boundary: What of each segment is recomputed in its place, as `assemble` has it; a tenth by default.
             priority: Larger ones come first.
             timeout: Seconds after which it is given up, wherever it stands.
             callback: Called with the request and each `Token` as it comes, and `None` at the end, by the engine's
                 thread; what it raises ends the request.
-            source: Makes the `Span` that the prompt begins with, of stored segments say.
+            source: Makes the `Span` that the prompt begins with, read elsewhere under the same plan.
 
         Raises:
-            ValueError: The request can never be served; says what it needs and what there is.
+            ValueError: The request can never be served; says what it needs and what there is, or which segment is
+                not known.
             QueueFullError: Too many wait.
             RuntimeError: The engine has ended, or is being drained.
         """
         more: Any = {"priority": priority, "timeout": timeout, "callback": callback, "source": source}
-        return self.submit_many(prompt, 1, sampling, **more)[0]
+        return self.submit_many(prompt, 1, sampling, segments=segments, boundary=boundary, **more)[0]
 
-    def submit_many(
+    def submit_many(  # noqa: PLR0913
         self,
         prompt: Sequence[int] | str,
         n: int,
         sampling: Sampling | None = None,
         *,
+        segments: Sequence[Named] = (),
+        boundary: Boundary | None = None,
         priority: int = 0,
         timeout: float | int | None = None,
         callback: Callable[[Request, Any], Any] | None = None,
@@ -139,16 +152,32 @@ class Engine:
     ) -> list[Request]:
         """`n` answers to one prompt, which is read once: the others are forks. Seeds are the first one's and on."""
         sampling = sampling or Sampling()
-        ids = self._ids(prompt)
-        check_request(ids, sampling, n, self)
+        parts = scheduled(segments, boundary, source, self)
+        ids = self._ids(prompt, first=not parts)
+        check_request(ids, sampling, n, self, parts)
+        ids = [*chain.from_iterable(part.ref.ids for part in parts), *ids]
         made: list[scheduling.Sequence] = []
         for i in range(n):
             mine = sampling if sampling.seed is None or not i else replace(sampling, seed=sampling.seed + i)
             request = Request(ids, mine, priority, timeout, callback)
-            request.source = source
+            request.source, request.segments = source, parts
             made.append(scheduling.Sequence(request, list(ids), after=made[0] if made else None))
         self._inbox.put(made, len(self.scheduler.waiting))
         return [sequence.request for sequence in made]
+
+    def add_segment(self, text: Ids | str, prefix: Ids | SegmentRef | None = None) -> SegmentRef:
+        """Stores a document between two steps; its `address` then names it in requests. From any thread.
+
+        Args:
+            text: The document, or its ids.
+            prefix: What it is read behind; by default what the tokenizer begins texts with.
+
+        Raises:
+            ValueError: The engine has no store, or the document is none.
+            RuntimeError: The engine has ended.
+        """
+        documents = store_of(self)
+        return self.between_steps(lambda: documents.add(text, prefix))
 
     def generate(
         self, prompts: Iterable[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None,
@@ -197,63 +226,13 @@ class Engine:
     @torch.no_grad()
     def step(self) -> bool:
         """Does one step: a token for each that decodes, chunks for those that read; whether there was work."""
+        self._inbox.answer()
         self._arrive()
         self._give_up()
         work = self.scheduler.plan()
         self.steps += bool(work)
         self.reader.run(work)
         return bool(work) or bool(self.reader.pending)
-
-    def start(self) -> Engine:
-        """Serves on a thread of its own, until `shutdown`."""
-        if self._thread is None:
-            self._thread = Thread(target=self._loop, name="redknot engine", daemon=True)
-            self._thread.start()
-        return self
-
-    def drain(self, timeout: float | int | None = None) -> bool:
-        """Takes no more requests and waits until all have ended; whether they have."""
-        self._inbox.close("it is being shut down")
-        end = None if timeout is None else time.monotonic() + timeout
-        while not self.idle and not self.error and (end is None or time.monotonic() < end):
-            if self._thread is None:
-                self.step()
-            else:
-                time.sleep(0.005)
-        return self.idle
-
-    def shutdown(self, timeout: float | int | None = 0) -> None:
-        """Ends the engine: waits `timeout` seconds for requests to end, then gives them up."""
-        if timeout != 0:
-            self.drain(timeout)
-        self._stopping = True
-        self._inbox.close("it is being shut down")
-        if self._thread is not None and self._thread is not current_thread():
-            self._thread.join()
-        self._end_all(State.CANCELLED, "shutdown", None)
-
-    def __enter__(self) -> Engine:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-
-    @property
-    def alive(self) -> bool:
-        """Whether requests are served."""
-        return self.error is None and not self._stopping and (self._thread is None or self._thread.is_alive())
-
-    def _loop(self) -> None:
-        while not self._stopping:
-            try:
-                busy = self.step()
-            except Exception as e:  # not one request's own: nothing can be trusted any more
-                self.error = e
-                self._inbox.close(e)
-                self._end_all(State.FAILED, "error", e)
-                return
-            if not busy and not self._stopping:
-                self._inbox.wait(0.02 if self.scheduler.waiting else 0.2)
 
     def _arrive(self) -> None:
         for sequence in self._inbox.take():
@@ -286,11 +265,14 @@ class Engine:
         for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
             self._finish(sequence, state, reason, error)
 
-    def _ids(self, prompt: Sequence[int] | str) -> list[int]:
+    def _patience(self) -> float:
+        return 0.02 if self.scheduler.waiting else 0.2
+
+    def _ids(self, prompt: Sequence[int] | str, first: bool) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the prompt is text: give ids, or make the engine with a tokenizer")
-            return list(self.tokenizer(prompt)["input_ids"])
+            return list(self.tokenizer(prompt, add_special_tokens=first)["input_ids"])
         return [int(i) for i in prompt]
 
 

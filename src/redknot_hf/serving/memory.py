@@ -84,14 +84,11 @@ class SeatMemory:
             sequence.held, sequence.swapped, sequence.reserved = request.source, True, 0
             request.cached = request.source.tokens
             return request.source.tokens
-        found = self.prefixes.find(sequence.tokens)
-        if found is None:
-            sequence.held, sequence.reserved = self.root.fork(), 0
-            return 0
-        entry, tokens = found
-        sequence.held, sequence.reserved = entry.cache.fork(), 0
-        if entry.tokens > tokens:
-            sequence.held.crop(tokens - entry.tokens)
+        found = self.prefixes.find(sequence.tokens, request.segments)
+        tokens = 0 if found is None else found[1]
+        sequence.held, sequence.reserved = (self.root if found is None else found[0].cache).fork(), 0
+        if found is not None and found[0].tokens > tokens:
+            sequence.held.crop(tokens - found[0].tokens)
         if not sequence.sampled:
             request.cached = tokens
         return tokens
@@ -161,13 +158,14 @@ class SeatMemory:
     def park(self, sequence: Sequence) -> None:
         """Keeps what a sequence holds now for others that begin alike, if there is room for it to go on."""
         tokens = sequence.tokens[: sequence.done]
-        if not self.prefixes.wants(tokens):
+        kind = sequence.request.segments
+        if not self.prefixes.wants(tokens, kind):
             return
         self.sync(sequence)
         reserved = sequence.reserved
         kept = sequence.held.fork()
         if self.fits(sequence, max(reserved, sequence.done)):
-            for entry in self.prefixes.add(tokens, kept, self.needs(len(tokens))):
+            for entry in self.prefixes.add(tokens, kept, self.needs(len(tokens)), kind):
                 self._drop(entry.cache)
         else:
             self._drop(kept)

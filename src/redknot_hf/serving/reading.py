@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .batch import Seats
+from .documents import Documents
 from .memory import SeatMemory
 from .request import State, Token
 from .sampling import Chooser, Refusals, choose, log_probabilities
@@ -46,19 +47,24 @@ class Reader:
     Attributes:
         pending: What the host has not heard of yet.
         read, decoded: Tokens of prompts and of answers.
+        reused: Tokens of prompts that were taken from stored segments.
 
     Args:
         memory: Pages.
         seats: Of the sequences that decode.
         finish: Called when a sequence has ended.
         park_every: Tokens of a prompt after which its beginning is parked.
+        documents: Where requests' segments are, if any may have some.
     """
 
-    def __init__(self, memory: SeatMemory, seats: Seats, finish: Finish, park_every: int) -> None:
+    def __init__(
+        self, memory: SeatMemory, seats: Seats, finish: Finish, park_every: int, documents: Documents | None = None
+    ) -> None:
         self.memory, self.seats, self.finish, self.park_every = memory, seats, finish, park_every
+        self.documents = documents
         self.behind = 1 if seats.device.type == "cuda" else 0
         self.pending: deque[Chosen] = deque()
-        self.read = self.decoded = 0
+        self.read = self.decoded = self.reused = 0
         self.observe: Callable[[str, float], None] = lambda name, value: None
 
     def begin(self, sequence: Served, ends: Sequence[int], tokenizer: Any) -> None:
@@ -101,7 +107,29 @@ class Reader:
         if kept:
             self.seats.choose(kept, chosen)
 
+    def _assemble(self, sequence: Served, count: int) -> int:
+        """Goes on with a request's segments; how many of the tokens may be read behind them in the same step."""
+        assert self.documents is not None
+        assembling = sequence.assembling
+        if assembling is None or assembling.cache is not sequence.held:
+            assembling = sequence.assembling = self.documents.begin(sequence, sequence.reserved)
+        first, recomputed = sequence.done, assembling.step()
+        sequence.done = assembling.done
+        taken = sequence.done - first - recomputed
+        self.read, self.reused = self.read + recomputed, self.reused + taken
+        if not sequence.sampled:
+            sequence.request.cached += taken
+        if sequence.done < sequence.request.lead:
+            return 0
+        sequence.assembling = None
+        self.memory.park(sequence)
+        return min(max(count - recomputed, 1), sequence.unread)
+
     def _read(self, sequence: Served, count: int) -> None:
+        if sequence.done < sequence.request.lead:
+            count = self._assemble(sequence, count)
+            if not count:
+                return
         first, last = sequence.done, sequence.done + count
         device = self.seats.device
         ids = torch.tensor([sequence.tokens[first:last]], device=device)

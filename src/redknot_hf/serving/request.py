@@ -129,6 +129,7 @@ class Request:
         reason: Why it ended: `"stop"`, `"length"`, `"cancelled"`, `"deadline"`, `"shutdown"` or `"error"`.
         error: What went wrong, if it failed.
         arrived, first_token, last_token: When, by `time.monotonic`; `None` before it has come.
+        segments: How stored segments came into the prompt, which begins with them (`Reused`); none as a rule.
         cached: Tokens of the prompt that a parked prefix or stored segments held.
         preempted: How often its pages were taken.
     """
@@ -149,6 +150,7 @@ class Request:
         self.state, self.reason, self.error = State.WAITING, None, None
         self.tokens: list[Token] = []
         self.cached = self.preempted = 0
+        self.segments: tuple[Any, ...] = ()
         # What the prompt begins with, made elsewhere: a span, or what makes it when the engine comes to the request.
         self.source: Any = None
         self.cancelling = False
@@ -159,6 +161,11 @@ class Request:
     def ids(self) -> list[int]:
         """Ids of the answer so far."""
         return [token.id for token in self.tokens]
+
+    @property
+    def lead(self) -> int:
+        """Tokens of the segments that the prompt begins with."""
+        return sum(len(part.ref) for part in self.segments)
 
     def cancel(self) -> None:
         """Gives the request up, from any thread and in any state; what it held is free a step later."""

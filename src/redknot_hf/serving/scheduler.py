@@ -31,6 +31,7 @@ class Sequence:
         held: What the memory holds of it.
         swapped: Whether that is on the host.
         after: The sequence whose prompt is the same, and must have been read before this one begins.
+        assembling: Stored segments on their way into what is held.
     """
 
     request: Request
@@ -42,6 +43,7 @@ class Sequence:
     held: Any = None
     swapped: bool = False
     after: Sequence | None = None
+    assembling: Any = None
     chooser: Any = None
     stopper: Any = None
 
