@@ -12,6 +12,7 @@ from transformers import LogitsProcessor
 
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.serving import Engine, QueueFullError, Sampling, State
+from redknot_hf.serving.loop import Loop
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +213,30 @@ def test_a_broken_engine_tells_everyone(model, monkeypatch):
     assert not engine.alive
     with pytest.raises(RuntimeError, match="division by zero"):
         engine.submit([5])
+
+
+class Steps(Loop):
+    """Steps that do nothing, or break."""
+
+    idle, breaks = True, False
+
+    def step(self):
+        self._inbox.answer()
+        return 1 / 0 if self.breaks else False
+
+    def _end_all(self, *_):
+        pass
+
+
+def test_what_waits_for_the_end_of_a_step_is_done_or_hears_that_it_will_not_be():
+    loop = Steps(1)
+    assert loop.between_steps(threading.get_ident) == threading.get_ident()
+    with loop.start():
+        assert loop.between_steps(threading.get_ident) != threading.get_ident()
+        with pytest.raises(KeyError):
+            loop.between_steps(lambda: {}["nothing"])
+        loop.breaks = True
+        with pytest.raises(RuntimeError, match="does nothing any more: division by zero"):
+            while True:
+                loop.between_steps(lambda: None)
+    assert not loop.alive
