@@ -17,7 +17,8 @@ from redknot_kernels import UNBOUNDED
 from safetensors import safe_open
 
 from redknot_hf.cache.span import KeptLayer, places
-from redknot_hf.reuse.files import SegmentFileError, SegmentFolder, outline
+from redknot_hf.reuse.encoding import SegmentFileError, outline
+from redknot_hf.reuse.files import SegmentFolder
 from redknot_hf.reuse.segment import Segment
 
 LAYERS = (KeptLayer((UNBOUNDED, 2), (0, 1), 3, 4), None, KeptLayer((UNBOUNDED, UNBOUNDED), (0, 0), 3, 4))
@@ -147,7 +148,7 @@ def test_a_header_is_bounded_and_may_be_nested(folder, monkeypatch):
         path.write_bytes(len(header).to_bytes(8, "little") + header)
         with pytest.raises(SegmentFileError, match="Delete it"):
             folder.read(wanted())
-    monkeypatch.setattr("redknot_hf.reuse.files._most_header", lambda *said: 2**20)  # of a long text, say
+    monkeypatch.setattr("redknot_hf.reuse.encoding._most_header", lambda *said: 2**20)  # of a long text, say
     path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)
     with pytest.raises(SegmentFileError, match="Delete it"):
         folder.read(wanted())

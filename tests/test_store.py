@@ -208,4 +208,8 @@ def test_a_store_says_what_lies_in_its_folder(model, plan, tmp_path):
     again = SegmentStore(model, plan, path=tmp_path)  # as another process finds it
     assert "0 texts in memory" in repr(again)
     assert "2 files of" in repr(again)
-    assert again.folder.held() == (2, sum(path.stat().st_size for path in tmp_path.iterdir()))
+    found = again.stored()
+    assert {(entry.tier, entry.nbytes) for entry in found} == {("disk", p.stat().st_size) for p in tmp_path.iterdir()}
+    again.drop(found[0].address)
+    assert [entry.address for entry in again.stored()] == [found[1].address]
+    assert store.stored() == again.stored()

@@ -30,7 +30,7 @@ class Disk:
     def __init__(self, monkeypatch) -> None:
         self.failing = Counter()
         monkeypatch.setattr(os, "fsync", lambda descriptor: self._fail("write"))
-        monkeypatch.setattr("redknot_hf.reuse.files._read_into", self._read)
+        monkeypatch.setattr("redknot_hf.reuse.encoding._read_into", self._read)
 
     def _fail(self, kind: str) -> None:
         if self.failing[kind]:

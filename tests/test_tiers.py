@@ -1,8 +1,10 @@
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from redknot_hf.cache.span import KeptLayer
+from redknot_hf.reuse.counts import Counts
 from redknot_hf.reuse.segment import Segment
 from redknot_hf.reuse.tiers import Tier, Tiers
 
@@ -72,3 +74,14 @@ def test_a_host_copy_is_had_without_making_room():
     held = there.put(segment("a"))
     assert there.host_copy(held).data.device.type == "cpu"
     assert there.nbytes == {"device": 0, "host": 0}
+
+
+def test_counts_are_added_to_from_any_thread():
+    counts = Counts()
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(400):
+            threads.submit(counts.add, "lost")
+            threads.submit(counts.add, "hits", 2, "remote")
+    counts.add("evicted", 0, "disk")
+    assert (counts.lost, counts.hits, counts.evicted) == (400, {"remote": 800}, {})
+    assert str(counts).startswith("0 computed, hits 800 from remote")

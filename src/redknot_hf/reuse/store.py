@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, get_args
@@ -13,14 +12,17 @@ from redknot_hf.attention.devices import input_device
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.plan import HeadPlan, as_plan
 
-from .files import SegmentFileError, SegmentFolder, outline
+from .counts import Counts
+from .encoding import outline
 from .gate import Verdict, gate
 from .identity import model_identity, segment_address, weights_state
 from .ids import Ids, as_ids
 from .recording import Keep, record
 from .segment import Segment, SegmentRef
+from .shelf import Entry
+from .shelves import opened
 from .stand_in import StandIn
-from .tiers import Counts, Held, Tiers
+from .tiers import Held, Tiers
 
 GIB = 2**30
 # Tokens, padding included, that are prefilled in one batch.
@@ -31,8 +33,9 @@ class SegmentStore:
     """Keys and values of texts, for one model and plan.
 
     `add` prefills a text once; `redknot_hf.assemble` builds caches of what was added. Segments lie on the device, in
-    pinned memory of the host, and in files; the one that was not used for longest makes room. What has left memory and
-    is in no file is computed anew when it is asked for. Any thread may use a store; forward passes take turns.
+    pinned memory of the host, on a disk and on a server that machines share; the nearest that has one gives it, and in
+    each the one that was not used for longest makes room. What has left memory and lies nowhere else is computed anew
+    when it is asked for. Any thread may use a store; forward passes take turns.
 
     Source: RedKnot, arXiv 2606.06256 (position-independent reuse); the per-head part of it is ours.
 
@@ -40,16 +43,24 @@ class SegmentStore:
         model: A causal LM with `attn_implementation="redknot"`.
         plan: What every KV head sees and keeps, or the file of a plan.
         device_bytes, host_bytes: Most bytes in the memory of the device and of the host; `None` is no bound.
-        path: A folder, or a URL that fsspec knows, which every segment is written to as well. Other processes may use
-            the same.
+        path: A folder, which every segment is written to as well. Other processes may use the same. A URL is taken for
+            `remote`.
+        disk_bytes: Most bytes of that folder, whoever wrote them.
+        remote: What machines share: `redis://`, or a URL that fsspec knows (`s3://bucket/kv`). It may go away:
+            segments are computed while it does not answer.
+        remote_bytes, ttl: Most bytes of it, whoever wrote them; and the seconds that Redis keeps what is not used.
         keep: `"plan"` keeps what the plan lets a later context need; `"full"` all tokens of all heads, for `refresh`.
         identity: Name of the model and its weights, where hashing them is not wanted or not possible.
         stand_in: What comes between the prefix of a text and the text while it is prefilled, in the place of what will
             stand there when it is reused; token ids, or a `StandIn` made of documents.
         page_size, impl: Of the caches that texts are prefilled with.
 
+    Attributes:
+        counts: What the store has done so far.
+
     Raises:
         ValueError: The plan does not fit the model, the model cannot be served, or an argument is off.
+        ConnectionError: `remote` does not answer, at the beginning.
     """
 
     def __init__(  # noqa: PLR0913 - all but two have defaults
@@ -60,6 +71,10 @@ class SegmentStore:
         device_bytes: int | None = GIB,
         host_bytes: int | None = 8 * GIB,
         path: str | os.PathLike[str] | None = None,
+        disk_bytes: int | None = None,
+        remote: str | None = None,
+        remote_bytes: int | None = None,
+        ttl: float | int | None = None,
         keep: str = "plan",
         identity: str | None = None,
         stand_in: StandIn | Ids | None = None,
@@ -74,10 +89,10 @@ class SegmentStore:
         self.stand_in = StandIn.taken(stand_in)
         self._name = identity
         self.identity, self._weights = self._identity(), weights_state(model)
-        self.folder = None if path is None else SegmentFolder(path, self.identity)
-        self._on_disk: set[str] = set()
         self._named: dict[str, SegmentRef] = {}
-        self.tiers = Tiers(input_device(model), device_bytes, host_bytes, self._on_disk.__contains__)
+        self.counts = Counts()
+        self.shelves = opened(self.identity, self.counts.add, path, remote, disk_bytes, remote_bytes, ttl)
+        self.tiers = Tiers(input_device(model), device_bytes, host_bytes, self.shelves.known, self.counts)
         self._computing = threading.Lock()
         self._verdict: Verdict | None = None
         self._like: Segment | None = None
@@ -109,7 +124,7 @@ class SegmentStore:
         with self._computing:
             absent = {ref.address: ref for ref in refs if not self._has(ref.address)}
             for batch in _batches(sorted(absent.values(), key=lambda ref: (ref.prefix, len(ref)))):
-                self.tiers.count("computed", len(batch))
+                self.counts.add("computed", len(batch))
                 self._compute(batch)
         return refs
 
@@ -125,13 +140,13 @@ class SegmentStore:
         return SegmentRef(segment_address(self.identity, self.plan, self.keep, tokens, behind), tokens, behind, self)
 
     def named(self, address: str) -> SegmentRef:
-        """The text of this address: one that was added here, or that lies among the files.
+        """The text of this address: one that was added here, or that lies on disk or in the remote tier.
 
         Raises:
             ValueError: There is none.
         """
         found = self._named.get(address)
-        if found is None and self.folder is not None and (said := self.folder.text_of(address)) is not None:
+        if found is None and (said := self.shelves.text_of(address)) is not None:
             found = self.ref(*said, stand_in=False)
         if found is None or found.address != address:
             raise ValueError(f"there is no segment {address!r:.80}: add its text to the store, which says its address")
@@ -139,27 +154,37 @@ class SegmentStore:
 
     def get(self, ref: SegmentRef) -> Segment:
         """The stored keys and values of a text, on the device; computed anew if the store has lost them."""
-        held = self.tiers.take(ref.address) or self._from_file(ref) or self._again(ref)
-        return held.here()
+        held = self.tiers.take(ref.address)
+        if held is None and self.shelves:
+            held = self._read(self._outline(ref))
+        return (held or self._again(ref)).here()
 
     def fetch(self, refs: Sequence[SegmentRef]) -> list[Held]:
         """Brings the keys and values of several texts to the device, as `get` does; copies may still be under way."""
         held = [self.tiers.take(ref.address) for ref in refs]
         reading: dict[int, Future[Held | None]] = {}
-        if self.folder is not None:
+        if self.shelves:
             absent = [i for i, one in enumerate(held) if one is None]
             reading = {i: self._readers.submit(self._read, self._outline(refs[i])) for i in absent}
         for i, future in reading.items():
             held[i] = future.result()
         return [one or self._again(ref) for one, ref in zip(held, refs, strict=True)]
 
-    def drop(self, ref: SegmentRef) -> None:
-        """Forgets a text, in memory and on disk."""
-        self.tiers.drop(ref.address)
-        self._on_disk.discard(ref.address)
-        self._named.pop(ref.address, None)
-        if self.folder is not None:
-            self.folder.remove(ref.address)
+    def drop(self, ref: SegmentRef | str) -> None:
+        """Forgets a text, or what lies at an address, in memory, on disk and in the remote tier.
+
+        Raises:
+            ValueError: It is no address.
+            OSError: It cannot be deleted there now.
+        """
+        address = ref if isinstance(ref, str) else ref.address
+        self.tiers.drop(address)
+        self._named.pop(address, None)
+        self.shelves.drop(address)
+
+    def stored(self) -> list[Entry]:
+        """What lies on disk and in the remote tier, of whichever model and plan; `drop(entry.address)` deletes it."""
+        return self.shelves.entries()
 
     def check_weights(self) -> None:
         """Raises if what is stored is no longer the model's.
@@ -185,11 +210,6 @@ class SegmentStore:
             return self._verdict
 
     @property
-    def counts(self) -> Counts:
-        """What the store has done so far."""
-        return self.tiers.counts
-
-    @property
     def nbytes(self) -> dict[str, int]:
         """Bytes held in memory, by tier."""
         return self.tiers.nbytes
@@ -200,21 +220,13 @@ class SegmentStore:
     def __repr__(self) -> str:
         held = ", ".join(f"{n / 2**20:.1f} MiB on {name}" for name, n in self.nbytes.items())
         texts = len(self.tiers)
-        if self.folder is not None:
-            files, nbytes = self.folder.held()
-            held += f", {files} file{'s' * (files != 1)} of {nbytes / 2**20:.1f} MiB in {self.folder.url}"
-        return f"SegmentStore({texts} text{'s' * (texts != 1)} in memory, {held}; {self.counts})"
+        return f"SegmentStore({texts} text{'s' * (texts != 1)} in memory, {held}{self.shelves}; {self.counts})"
 
     def _identity(self) -> str:
         return model_identity(self.model) if self._name is None else self._name
 
     def _has(self, address: str) -> bool:
-        if address in self.tiers or address in self._on_disk:
-            return True
-        if self.folder is not None and address in self.folder:
-            self._on_disk.add(address)
-            return True
-        return False
+        return address in self.tiers or address in self.shelves
 
     def _again(self, ref: SegmentRef) -> Held:
         """Computes what is in no place any more, unless another thread just has."""
@@ -222,7 +234,7 @@ class SegmentStore:
             held = self.tiers.take(ref.address)
             if held is None:
                 self.check_weights()
-                self.tiers.count("recomputed")
+                self.counts.add("recomputed")
                 (held,) = self._compute([ref])
         return held
 
@@ -234,14 +246,8 @@ class SegmentStore:
         return [self._keep(segment) for segment in segments]
 
     def _keep(self, segment: Segment) -> Held:
-        held = Held(segment)
-        if self.folder is not None:
-            try:
-                self.folder.write(self.tiers.host_copy(held))
-                self._on_disk.add(segment.address)
-            except OSError as e:
-                self.tiers.count("failed_writes")
-                _warn(f"segment {segment.address[:8]} is kept in memory only: {e}")
+        if self.shelves:
+            self.shelves.write(self.tiers.host_copy(Held(segment)))
         return self.tiers.put(segment)
 
     def _outline(self, ref: SegmentRef) -> Segment:
@@ -252,24 +258,10 @@ class SegmentStore:
                 (self._like,) = record(self.model, self.plan, [[0]], addresses=[self.ref([0]).address], **options)
         return outline(ref.address, ref.ids, ref.prefix, self._like.layers, self._like.data.dtype)
 
-    def _from_file(self, ref: SegmentRef) -> Held | None:
-        return None if self.folder is None else self._read(self._outline(ref))
-
     def _read(self, wanted: Segment) -> Held | None:
-        """Brings a text from its file to the device; `None` if there is no good file."""
-        assert self.folder is not None
-        try:
-            segment = self.folder.read(wanted, self.tiers.buffer)
-        except FileNotFoundError:
-            self._on_disk.discard(wanted.address)
-            return None
-        except (SegmentFileError, OSError) as e:
-            self.tiers.count("damaged")
-            self._on_disk.discard(wanted.address)
-            _warn(f"a stored segment is computed anew: {e}")
-            return None
-        self._on_disk.add(wanted.address)
-        return self.tiers.read_in(segment)
+        """Brings a text from a shelf to the device; `None` if none has a good one."""
+        found = self.shelves.read(wanted, self.tiers.buffer)
+        return None if found is None else self.tiers.read_in(*found)
 
 
 def _batches(refs: Sequence[SegmentRef]) -> Iterator[list[SegmentRef]]:
@@ -282,7 +274,3 @@ def _batches(refs: Sequence[SegmentRef]) -> Iterator[list[SegmentRef]]:
         batch.append(ref)
     if batch:
         yield batch
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .counts import Counts
 from .segment import Segment
 
 
@@ -84,36 +85,6 @@ class Tier:
         return iter(self._held)
 
 
-@dataclass
-class Counts:
-    """What a store has done so far.
-
-    Attributes:
-        hits: Segments found, by tier.
-        computed: Segments prefilled, and prefilled again because they were lost.
-        moved: Bytes copied, by `(from, to)`.
-        evicted: Segments that left a tier for others, by tier.
-        lost: Segments of which the last copy left.
-        damaged: Files that were refused.
-        failed_writes: Files that could not be written.
-    """
-
-    hits: Counter[str] = field(default_factory=Counter)
-    computed: int = 0
-    recomputed: int = 0
-    moved: Counter[tuple[str, str]] = field(default_factory=Counter)
-    evicted: Counter[str] = field(default_factory=Counter)
-    lost: int = 0
-    damaged: int = 0
-    failed_writes: int = 0
-
-    def __str__(self) -> str:
-        hits = ", ".join(f"{n} from {name}" for name, n in self.hits.items()) or "none"
-        moved = ", ".join(f"{n / 2**20:.1f} MiB {a} to {b}" for (a, b), n in self.moved.items()) or "nothing"
-        again = f", {self.recomputed} again" if self.recomputed else ""
-        return f"{self.computed} computed{again}, hits {hits}, moved {moved}"
-
-
 class Tiers:
     """Segments in the memory of a device and of its host.
 
@@ -124,7 +95,8 @@ class Tiers:
     Args:
         device: Where segments are used.
         device_bytes, host_bytes: Most bytes in each; `None` is no bound.
-        backed: Tells whether a segment can be had again when it has left both (it is on disk).
+        backed: Tells whether a segment can be had again when it has left both (it is on a shelf).
+        counts: What is done is counted there.
     """
 
     def __init__(
@@ -133,10 +105,11 @@ class Tiers:
         device_bytes: int | None,
         host_bytes: int | None,
         backed: Callable[[str], bool],
+        counts: Counts | None = None,
     ) -> None:
         self.device = device
         self.on_device, self.on_host = Tier("device", device_bytes), Tier("host", host_bytes)
-        self.counts = Counts()
+        self.counts = counts or Counts()
         self._backed = backed
         self._lock = threading.RLock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -174,16 +147,11 @@ class Tiers:
                 return fetched
             return None
 
-    def count(self, name: str, by: int = 1) -> None:
-        """Adds to one of the counts."""
+    def read_in(self, segment: Segment, tier: str) -> Held:
+        """Takes a segment that was read from a shelf into the host's memory; returns it on the device."""
         with self._lock:
-            setattr(self.counts, name, getattr(self.counts, name) + by)
-
-    def read_in(self, segment: Segment) -> Held:
-        """Takes a segment that was read from a file into the host's memory; returns it on the device."""
-        with self._lock:
-            self.counts.hits["disk"] += 1
-            self.counts.moved["disk", "host"] += segment.nbytes
+            self.counts.hits[tier] += 1
+            self.counts.moved[tier, "host"] += segment.nbytes
             return self.put(segment)
 
     def host_copy(self, held: Held) -> Segment:
@@ -210,7 +178,7 @@ class Tiers:
             return len({*self.on_device, *self.on_host})
 
     def buffer(self, elements: int, dtype: torch.dtype) -> Float[Tensor, " elements"]:
-        """Memory of the host to read a file into."""
+        """Memory of the host to read a segment into."""
         return torch.empty(elements, dtype=dtype, pin_memory=self._stream is not None)
 
     @property
