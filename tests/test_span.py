@@ -106,7 +106,7 @@ def test_a_narrower_plan_takes_less_and_a_wider_one_is_refused():
     model, cache, _ = planned(1, 90)
     narrow = HeadPlan.uniform(model.config, HeadSpec(1, 0))
     assert received(model, cache, narrow).nbytes < cache.nbytes
-    with pytest.raises(ValueError, match=r"the span holds .* give the cache a plan that keeps no more"):
+    with pytest.raises(ValueError, match=r"there is .* give the cache a plan that keeps no more"):
         received(model, cache, HeadPlan.uniform(model.config, HeadSpec()))
 
 

@@ -147,7 +147,7 @@ def _here(
 ) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], tuple[int, ...]], Rotation | None]:
     """Keys, values, what is kept of them, and angles, wherever a segment's data is."""
     kept = _kept(segment, index, rules)
-    keys, values = (x.to(device, non_blocking=True) for x in (segment.keys(index), segment.values(index)))
+    keys, values = (x.to(device, non_blocking=True) for x in segment.pair(index))
     if rotation is not None:
         cos, sin = (x.to(device, non_blocking=True) for x in (rotation.cos, rotation.sin))
         rotation = Rotation(cos, sin, rotation.interleaved)

@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from redknot_kernels import UNBOUNDED
 from torch import Tensor
@@ -62,6 +63,11 @@ class PackedLayers:
     data: Float[Tensor, " elements"]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.data.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return self.data.nbytes
@@ -70,7 +76,7 @@ class PackedLayers:
     def dense_nbytes(self) -> int:
         """Bytes that all tokens of all heads would take."""
         token = sum(len(x.window) * (x.key_dim + x.value_dim) for x in self.layers if x is not None)
-        return self.tokens * token * self.data.element_size()
+        return self.tokens * token * self.dtype.itemsize
 
     def keys(self, layer: int) -> Float[Tensor, "kept key_dim"]:
         """The keys of a layer, packed; a view."""
@@ -79,6 +85,10 @@ class PackedLayers:
     def values(self, layer: int) -> Float[Tensor, "kept value_dim"]:
         """The values of a layer, packed; a view."""
         return self._view(layer, 1)
+
+    def pair(self, layer: int) -> tuple[Float[Tensor, "kept key_dim"], Float[Tensor, "kept value_dim"]]:
+        """Keys and values of a layer, packed; views where they are held as they are."""
+        return self.keys(layer), self.values(layer)
 
     @cached_property
     def _places(self) -> tuple[tuple[Extent, ...], ...]:

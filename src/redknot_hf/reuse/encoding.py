@@ -13,15 +13,16 @@ from dataclasses import astuple
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from safetensors.torch import save
 from torch import Tensor
 
 from redknot_hf.cache.span import KeptLayer
 
+from .coarse import Coarse
 from .segment import Segment, empty
 
-_FORMAT = "redknot segment 1"
+_FORMAT, _COARSE_FORMAT = "redknot segment 1", "redknot segment 2"
 
 # Bytes of a header that is read without knowing what it should say: of some million tokens.
 _LONGEST = 1 << 25
@@ -29,14 +30,14 @@ _LONGEST = 1 << 25
 # Tokens, and those that they were read behind.
 Text = tuple[tuple[int, ...], tuple[int, ...]]
 # Makes memory of the host to read into, from elements and dtype.
-Buffer = Callable[[int, torch.dtype], Float[Tensor, " elements"]]
+Buffer = Callable[[int, torch.dtype], Shaped[Tensor, " elements"]]
 
 
 class SegmentFileError(ValueError):
     """What is stored is no whole segment, or not the one it should be."""
 
 
-def plain_memory(elements: int, dtype: torch.dtype) -> Float[Tensor, " elements"]:
+def plain_memory(elements: int, dtype: torch.dtype) -> Shaped[Tensor, " elements"]:
     """Memory of the host, as it comes."""
     return torch.empty(elements, dtype=dtype)
 
@@ -47,9 +48,10 @@ def outline(
     prefix: tuple[int, ...],
     layers: tuple[KeptLayer | None, ...],
     dtype: torch.dtype,
+    coarse: Coarse | None = None,
 ) -> Segment:
     """A segment as it is to be, without data."""
-    return empty(address, ids, prefix, layers, torch.zeros(0, dtype=dtype, device="meta"))
+    return empty(address, ids, prefix, layers, torch.zeros(0, dtype=dtype, device="meta"), coarse)
 
 
 def encoded(segment: Segment, identity: str) -> bytes:
@@ -61,6 +63,8 @@ def encoded(segment: Segment, identity: str) -> bytes:
     """
     said = _said(segment, identity)
     said["checksum"] = _checksum(said, segment.data)
+    if segment.coarse is not None:
+        return save({"data": segment.data}, metadata=said)
     held = [i for i, kept in enumerate(segment.layers) if kept is not None]
     # Names sort in the order of storage, and safetensors writes in the order of names.
     tensors = {f"keys.{i:04}": segment.keys(i) for i in held} | {f"values.{i:04}": segment.values(i) for i in held}
@@ -110,6 +114,7 @@ _FOREIGN = {
     "identity": "it comes from another model, or other weights, RoPE parameters or dtype",
     "address": "it holds another text, or another plan's part of it",
     "dtype": "the model computes in another",
+    "storage": "it is held in another number of bits",
     "ids": "it holds another text",
     "prefix": "it was read behind another text",
     "layers": "other tokens or sizes are kept of the model's layers",
@@ -126,7 +131,7 @@ def _header(stream: Any, wanted: Segment, identity: str, where: str) -> tuple[di
             raise ValueError(f"it begins with a header of {size} bytes, and this segment's has at most {most}")
         said = json.loads(stream.read(size))["__metadata__"]
         for name, of in _FOREIGN.items():
-            if said[name] != expected[name]:
+            if said.get(name) != expected.get(name):
                 raise ValueError(f"its {name} is not what is asked for: {of}")
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, MemoryError) as e:
         raise SegmentFileError(f"{where}: {e}. Delete it; the store computes the segment anew.") from e
@@ -135,11 +140,12 @@ def _header(stream: Any, wanted: Segment, identity: str, where: str) -> tuple[di
 
 def _said(segment: Segment, identity: str) -> dict[str, str]:
     """What is said of a segment, but for the checksum."""
-    return {
-        "format": _FORMAT,
+    coarse = {} if segment.coarse is None else {"storage": segment.coarse.storage}
+    return coarse | {
+        "format": _COARSE_FORMAT if coarse else _FORMAT,
         "address": segment.address,
         "identity": identity,
-        "dtype": str(segment.data.dtype),
+        "dtype": str(segment.dtype),
         "ids": json.dumps(segment.ids),
         "prefix": json.dumps(segment.prefix),
         "layers": json.dumps([None if kept is None else astuple(kept) for kept in segment.layers]),
@@ -162,8 +168,8 @@ def _read_into(stream: Any, data: Tensor) -> int:
 
 def _checksum(said: dict[str, str], data: Tensor) -> str:
     digest = hashlib.sha256()
-    for name in ("format", "address", "identity", "dtype", "ids", "prefix", "layers"):
-        digest.update(said[name].encode() + b"\0")
+    for name in ("format", "address", "identity", "dtype", "ids", "prefix", "layers", "storage"):
+        digest.update(said[name].encode() + b"\0" if name in said else b"")
     digest.update(_bytes(data))
     return digest.hexdigest()
 

@@ -63,7 +63,9 @@ def weights_state(model: nn.Module) -> int:
     return hash((tuple(marks), str(_adapters(model))))
 
 
-def segment_address(identity: str, plan: HeadPlan, keep: str, ids: Sequence[int], prefix: Sequence[int]) -> str:
+def segment_address(
+    identity: str, plan: HeadPlan, keep: str, ids: Sequence[int], prefix: Sequence[int], storage: str = "model"
+) -> str:
     """The name under which a segment is stored.
 
     Args:
@@ -71,9 +73,11 @@ def segment_address(identity: str, plan: HeadPlan, keep: str, ids: Sequence[int]
         plan: What heads keep, and what they saw when the segment was computed.
         keep: `"plan"` or `"full"`.
         ids, prefix: The tokens, and those before them.
+        storage: In how many bits it is held.
     """
     heads = [[(spec.window, spec.sink) for spec in layer] for layer in plan]
     parts = [_FORMAT, identity, heads, keep, list(map(int, prefix)), list(map(int, ids))]
+    parts += [] if storage == "model" else [storage]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -128,7 +128,7 @@ class _Context(ScatteredPass):
         initialize(self.cache, self.model, segment, 1)
         for i, layer in row_layers(self.cache):
             heads = layer.storage.rows.rules.heads
-            keys, values = (x.view(1, heads, segment.tokens, -1) for x in (segment.keys(i), segment.values(i)))
+            keys, values = (x.view(1, heads, segment.tokens, -1) for x in segment.pair(i))
             turn = turns[i]
             self._parts[i].append((keys if turn is None else rotate(keys, turn), values))
         self.ids += segment.ids

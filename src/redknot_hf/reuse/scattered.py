@@ -36,6 +36,6 @@ def initialize(cache: RedKnotCache, model: Any, segment: Segment, batch: int) ->
     for index, layer in bare:
         kept = segment.layers[index]
         assert kept is not None
-        heads, like = len(kept.window), segment.data.new_empty(0).to(devices[index])
+        heads, like = len(kept.window), segment.data.new_empty(0, dtype=segment.dtype).to(devices[index])
         shapes = ((batch, heads, 0, dim) for dim in (kept.key_dim, kept.value_dim))
         layer.lazy_initialization(*(like.new_empty(shape) for shape in shapes))

@@ -12,6 +12,7 @@ from redknot_hf.attention.devices import input_device
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.plan import HeadPlan, as_plan
 
+from .coarse import Coarse
 from .counts import Counts
 from .encoding import outline
 from .gate import Verdict, gate
@@ -50,6 +51,7 @@ class SegmentStore:
             segments are computed while it does not answer.
         remote_bytes, ttl: Most bytes of it, whoever wrote them; and the seconds that Redis keeps what is not used.
         keep: `"plan"` keeps what the plan lets a later context need; `"full"` all tokens of all heads, for `refresh`.
+        storage: How they are held everywhere, and sent: `"model"` as the model made them, `"int8"` or `"int4"`.
         identity: Name of the model and its weights, where hashing them is not wanted or not possible.
         stand_in: What comes between the prefix of a text and the text while it is prefilled, in the place of what will
             stand there when it is reused; token ids, or a `StandIn` made of documents.
@@ -76,6 +78,7 @@ class SegmentStore:
         remote_bytes: int | None = None,
         ttl: float | int | None = None,
         keep: str = "plan",
+        storage: str = "model",
         identity: str | None = None,
         stand_in: StandIn | Ids | None = None,
         page_size: int = 64,
@@ -85,6 +88,7 @@ class SegmentStore:
             raise ValueError(f"keep={keep!r}: choose one of {get_args(Keep)}")
         self.model, self.plan = model, as_plan(plan, model.config)
         self.keep: Keep = keep  # pyright: ignore[reportAttributeAccessIssue]
+        self.coarse = Coarse.of(storage, model)
         self.page_size, self.impl = page_size, impl
         self.stand_in = StandIn.taken(stand_in)
         self._name = identity
@@ -137,7 +141,9 @@ class SegmentStore:
             raise ValueError("the text has no tokens: leave it out")
         if behind and stand_in:
             behind += self.stand_in.before(tokens)
-        return SegmentRef(segment_address(self.identity, self.plan, self.keep, tokens, behind), tokens, behind, self)
+        storage = "model" if self.coarse is None else self.coarse.storage
+        address = segment_address(self.identity, self.plan, self.keep, tokens, behind, storage)
+        return SegmentRef(address, tokens, behind, self)
 
     def named(self, address: str) -> SegmentRef:
         """The text of this address: one that was added here, or that lies on disk or in the remote tier.
@@ -240,10 +246,10 @@ class SegmentStore:
 
     def _compute(self, refs: Sequence[SegmentRef]) -> list[Held]:
         segments = record(
-            self.model, self.plan, [ref.ids for ref in refs], refs[0].prefix, keep=self.keep,
+            self.model, self.plan.stored("model"), [ref.ids for ref in refs], refs[0].prefix, keep=self.keep,
             addresses=[ref.address for ref in refs], page_size=self.page_size, impl=self.impl,
         )  # fmt: skip
-        return [self._keep(segment) for segment in segments]
+        return [self._keep(segment.coarsened(self.coarse)) for segment in segments]
 
     def _keep(self, segment: Segment) -> Held:
         if self.shelves:
@@ -255,8 +261,9 @@ class SegmentStore:
         with self._computing:
             if self._like is None:
                 options = {"keep": self.keep, "page_size": self.page_size, "impl": self.impl}
-                (self._like,) = record(self.model, self.plan, [[0]], addresses=[self.ref([0]).address], **options)
-        return outline(ref.address, ref.ids, ref.prefix, self._like.layers, self._like.data.dtype)
+                addresses, plan = [self.ref([0]).address], self.plan.stored("model")
+                (self._like,) = record(self.model, plan, [[0]], addresses=addresses, **options)
+        return outline(ref.address, ref.ids, ref.prefix, self._like.layers, self._like.dtype, self.coarse)
 
     def _read(self, wanted: Segment) -> Held | None:
         """Brings a text from a shelf to the device; `None` if none has a good one."""

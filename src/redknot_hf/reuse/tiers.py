@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from .counts import Counts
@@ -177,7 +177,7 @@ class Tiers:
         with self._lock:
             return len({*self.on_device, *self.on_host})
 
-    def buffer(self, elements: int, dtype: torch.dtype) -> Float[Tensor, " elements"]:
+    def buffer(self, elements: int, dtype: torch.dtype) -> Shaped[Tensor, " elements"]:
         """Memory of the host to read a segment into."""
         return torch.empty(elements, dtype=dtype, pin_memory=self._stream is not None)
 
