@@ -90,7 +90,7 @@ class Coarse:
             parts = _parts(kept, shape.tokens, shape.begins, device)
             tensors = [x.index_select(0, parts.exact) for x in pair]
             for index in parts.groups:
-                tensors += quantise_page(*(x[index] for x in pair), self.bits)
+                tensors += quantise_page(pair[0][index], pair[1][index], self.bits)
             for at, tensor in zip(self.places(kept, parts, start)[0], tensors, strict=True):
                 data[at] = tensor.contiguous().flatten().view(torch.uint8)
         return data
