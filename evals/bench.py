@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.chat import ChatTemplate
 from evals.questions import Reader, end_tokens
 from evals.real import model as real_model
+from redknot_hf.text.chat import ChatTemplate
 
 BUNDLED = Path(__file__).resolve().parent / "tiny"
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from evals.answering import Question
-from evals.chat import ChatTemplate
 from evals.identity import digest
 from evals.measuring import Asked
 from evals.method import Context
 from evals.task import Example
+from redknot_hf.text.chat import ChatTemplate
 
 
 @dataclass(frozen=True)

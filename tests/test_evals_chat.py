@@ -7,13 +7,13 @@ import pytest
 from rich.progress import Progress
 
 from evals.bench import load_bench, make_bench
-from evals.chat import ChatTemplate
 from evals.method import dense
 from evals.questions import Reader
 from evals.records import RecordFile
 from evals.running import Plan, run
 from evals.task import Example
 from evals.tasks import load
+from redknot_hf.text.chat import ChatTemplate
 
 TURNS = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} [end]{% endfor %}"
@@ -69,7 +69,7 @@ def test_a_template_that_says_nothing_more_changes_no_answer(tmp_path):
 
 
 def test_what_is_no_template_is_told(byte_tokenizer, tokenizer):
-    with pytest.raises(ValueError, match="has no chat template: ask without --chat"):
+    with pytest.raises(ValueError, match="has no chat template: ask without one"):
         ChatTemplate.of(byte_tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
     with pytest.raises(ValueError, match="does not hold a message as it is written"):

@@ -101,12 +101,15 @@ def test_importing_registers_redknot_and_leaves_the_rest_alone():
 from transformers import AttentionInterface
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.pipelines import SUPPORTED_TASKS
 maps = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping, DYNAMIC_LAYER_TYPE_MAPPING
+maps += (SUPPORTED_TASKS,)
 before = [dict(m) for m in maps]
 import redknot_hf
 after = [dict(m) for m in maps]
 assert after[0].pop("redknot") is redknot_hf.redknot_attention
 assert after[1].pop("redknot").__module__ == "redknot_hf.attention.mask"
+assert after[3].pop("redknot-text-generation")["impl"] is redknot_hf.RedKnotPipeline
 assert before == after
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

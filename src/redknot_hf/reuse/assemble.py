@@ -7,14 +7,13 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from redknot_hf.cache.argument import OF_GENERATE
 from redknot_hf.cache.cache import RedKnotCache, row_layers
+from redknot_hf.text.seams import Seams
 
 from .assembly import put
-from .ids import Texts, one_for_each
+from .ids import Texts, left_padded, one_for_each
 from .question import choose
 from .relocation import Relocation
 from .schedule import BOUNDARY, Boundary, Refs, Reused, as_batch, is_spliced, schedule, store_of
@@ -118,10 +117,11 @@ def assemble(  # noqa: PLR0913 - all but two have defaults
 
 def prompt(
     context: Refs | AssembledCache,
-    suffixes: Texts,
+    suffixes: Texts | str | Sequence[str],
     device: torch.device | str | None = None,
     *,
     cache: AssembledCache | None = None,
+    tokenizer: Any = None,
 ) -> dict[str, Any]:
     """What `generate` takes for a question: ids and mask of contexts and suffixes, padded on the left.
 
@@ -130,9 +130,10 @@ def prompt(
 
     Args:
         context: The assembled cache; or the segments as given to `assemble`, where the caller passes the cache on.
-        suffixes: Token ids of what follows each context; those of one sequence may stand bare.
+        suffixes: Token ids of what follows each context; those of one sequence may stand bare. With a tokenizer, text.
         device: Of the model; by default the cache's, where there is one.
         cache: Made of these segments: the prompt then brings a fork of it.
+        tokenizer: The model's, or the `Seams` that the context was made with: suffixes are then questions as text.
 
     Returns:
         `input_ids` and `attention_mask`, `[batch, tokens]`, and with a cache the fork, as `generate` names it.
@@ -145,10 +146,12 @@ def prompt(
         cache, batch = context, [[part.ref for part in parts] for parts in context.reused]
     else:
         batch = as_batch(context)
+    if tokenizer is not None:
+        suffixes = Seams.of(tokenizer).questions(suffixes)
     ends = one_for_each(suffixes, batch, "suffixes")
     if not all(ends):
         raise ValueError("a suffix has no tokens: give what follows the context, one token at least")
-    halves = [_left_padded([[i for ref in refs for i in ref.ids] for refs in batch]), _left_padded(ends)]
+    halves = [left_padded([[i for ref in refs for i in ref.ids] for refs in batch]), left_padded(ends)]
     if cache is not None:
         _check_context(cache, batch, halves[0][0].shape[1])
         device = next(layer.device for _, layer in row_layers(cache)) if device is None else device
@@ -178,13 +181,6 @@ def _check_keeps(store: SegmentStore, cache: RedKnotCache) -> None:
     if store.keep != "full" and not whole:
         raise ValueError("the store keeps what the plan says, and tokens in the midst of a text look at more of local "
                          "heads: make it SegmentStore(..., keep='full')")  # fmt: skip
-
-
-def _left_padded(texts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
-    longest = max(map(len, texts))
-    ids = [[0] * (longest - len(text)) + list(text) for text in texts]
-    real = [[0] * (longest - len(text)) + [1] * len(text) for text in texts]
-    return torch.tensor(ids, dtype=torch.long), torch.tensor(real, dtype=torch.long)
 
 
 def relocation_of(store: SegmentStore, force: bool) -> Relocation | None:

@@ -7,6 +7,8 @@ from operator import index
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Int
 from torch import Tensor
 
 Ids = Sequence[Any] | Tensor | np.ndarray
@@ -43,6 +45,14 @@ def one_for_each(texts: Any, batch: Sequence[Any], what: str) -> list[tuple[int,
     if len(found) != len(batch):
         raise ValueError(f"{len(found)} {what} for {len(batch)} sequences: give one for each")
     return found
+
+
+def left_padded(texts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
+    """Texts as a tensor of ids, and which of them are real: 1, or 0 for the padding before shorter texts."""
+    longest = max(map(len, texts))
+    ids = [[0] * (longest - len(text)) + list(text) for text in texts]
+    real = [[0] * (longest - len(text)) + [1] * len(text) for text in texts]
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(real, dtype=torch.long)
 
 
 def _check_form(ids: Any) -> None:

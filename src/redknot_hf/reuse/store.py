@@ -23,6 +23,7 @@ from .segment import Segment, SegmentRef
 from .shelf import Entry
 from .shelves import opened
 from .stand_in import StandIn
+from .texts import TakesTexts
 from .tiers import Held, Tiers
 
 GIB = 2**30
@@ -30,7 +31,7 @@ GIB = 2**30
 _BATCH_TOKENS = 8192
 
 
-class SegmentStore:
+class SegmentStore(TakesTexts):
     """Keys and values of texts, for one model and plan.
 
     `add` prefills a text once; `redknot_hf.assemble` builds caches of what was added. Segments lie on the device, in

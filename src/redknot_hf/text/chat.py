@@ -13,7 +13,7 @@ class ChatTemplate:
     """What a tokenizer's template writes around one message.
 
     Attributes:
-        opening: Before the message, special tokens that begin a text included.
+        opening: Before the message, special tokens that begin a text and the system's message included.
         closing: Behind it, up to where the answer begins.
     """
 
@@ -21,18 +21,24 @@ class ChatTemplate:
     closing: str
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ChatTemplate:
+    def of(cls, tokenizer: Any, system: str | None = None) -> ChatTemplate:
         """Learn the template of a tokenizer.
+
+        Args:
+            tokenizer: Of a chat model.
+            system: Message of the system; None leaves it to the template.
 
         Raises:
             ValueError: It has none, or one that does not keep the message as it is.
         """
+        name = tokenizer.name_or_path or "the tokenizer"
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template: ask without --chat")
-        message = [{"role": "user", "content": _MESSAGE}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            raise ValueError(f"{name} has no chat template: ask without one, chat=False or no --chat")
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": _MESSAGE})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if text.count(_MESSAGE) != 1:
-            raise ValueError(f"{tokenizer.name_or_path}: its chat template does not hold a message as it is written")
+            raise ValueError(f"{name}: its chat template does not hold a message as it is written")
         return cls(*text.split(_MESSAGE))
 
     def tokens(self, tokenizer: Any) -> int:
