@@ -56,7 +56,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples,evals,lm-eval,real]" --group test --group lint
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples,evals,lm-eval,real,serve]" --group test --group lint
 	touch $@
 
 # An environment $(1) on top of .venv, which holds only what $(2) asks for and .venv has not.

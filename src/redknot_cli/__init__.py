@@ -14,6 +14,7 @@ from .gate import gate
 from .harness import bench, evaluate
 from .plans import plans
 from .profile import profile
+from .serve import serve
 
 __all__ = ["app"]
 
@@ -44,4 +45,5 @@ app.command()(profile)
 app.add_typer(plans, name="plan")
 app.command("eval", context_settings=_PASSED_ON)(evaluate)
 app.command()(gate)
+app.command()(serve)
 app.command(context_settings=_PASSED_ON)(bench)

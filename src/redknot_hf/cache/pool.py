@@ -10,7 +10,7 @@ from weakref import finalize, ref
 
 import numpy as np
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 from redknot_kernels import Pages, copy_pages
 from torch import Tensor
 
@@ -115,6 +115,15 @@ class PagePool:
         """How often each page is listed, counted anew from all tables: what `references` must say."""
         listed = [table.listed for table in self._holders]
         return np.bincount(np.concatenate(listed), minlength=self.size) if listed else np.zeros(self.size, np.int64)
+
+    def listed_by_head(self) -> Bool[np.ndarray, "heads pages"]:
+        """Which pages rows of each head list, of all sequences; all holders' rows have as many heads."""
+        tables = [table.ids for table in self._holders]
+        listed = np.zeros((tables[0].shape[1] if tables else 0, self.size), np.bool_)
+        for table in tables:
+            _, head, _ = at = np.nonzero(table != ABSENT)
+            listed[head, table[at]] = True
+        return listed
 
     def allocate(self, count: int, spare: int = 0) -> Ids:
         """Hands out `count` free pages; where the pool must grow, by `spare` more, so that it need not the next time.

@@ -256,8 +256,8 @@ class Engine(Loop):
         if sequence.seat is not None:
             self.reader.seats.forget(sequence.seat)
         self.scheduler.remove(sequence)
-        self.observe(reason, 1)
         sequence.request.end(state, reason, error)
+        self.observe(reason, 1)
 
     def _end_all(self, state: State, reason: str, error: BaseException | None) -> None:
         for sequence in self._inbox.take():

@@ -1,0 +1,109 @@
+"""`redknot serve`: an engine behind OpenAI's API. What it needs is imported when it is called."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options
+from .terminal import tell, told
+
+if TYPE_CHECKING:
+    from redknot_hf.serving import Engine
+    from redknot_hf.serving.server import Settings
+
+# Whose server parts tell thoughts and calls from text.
+_LEAST = (5, 23)
+
+Memory = Annotated[str, typer.Option(help="For pages: bytes, such as 24GiB, or a share of what is free.")]
+Key = Annotated[
+    str | None, typer.Option(envvar="REDKNOT_API_KEY", help="Clients must bring it: Authorization: Bearer KEY.")
+]
+
+
+def serve(  # noqa: PLR0913 - every one is an option of the command
+    model: options.Model,
+    plan: Annotated[Path, typer.Option(help="Rule of every KV head.")],
+    host: Annotated[str, typer.Option(help="Where to listen; others than this machine need a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    api_key: Key = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Anyone who reaches the server may use it.")] = False,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; MODEL by default.")] = None,
+    memory: Memory = "0.9",
+    max_batch: Annotated[int, typer.Option(help="Requests that hold pages at once, at most.")] = 32,
+    max_len: Annotated[int | None, typer.Option(help="Tokens of a prompt and its answer; the model's limit.")] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens of prompts read in a step, at most.")] = 2048,
+    preempt: Annotated[str, typer.Option(help="Whoever gives way: swap, recompute, or none does.")] = "swap",
+    parked: Annotated[float, typer.Option(help="Share of the pages for prefixes kept for later.")] = 0.5,
+    queue: Annotated[int, typer.Option(help="Requests that wait, at most; others are told to come again.")] = 256,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which an answer is given up.")] = None,
+    max_body: Annotated[str, typer.Option(help="Of a request: bytes, such as 16MiB.")] = "16MiB",
+    chat_template: Annotated[Path | None, typer.Option(help="File of one, instead of the tokenizer's own.")] = None,
+    drain: Annotated[float, typer.Option(help="Seconds that answers may take when the server is to end.")] = 30,
+    revision: options.Revision = None,
+    gguf_file: options.Gguf = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+) -> None:
+    """Serve MODEL under a plan to many users at once, through OpenAI's API; it listens to this machine only."""
+    with told():
+        check_parts()
+        import torch
+
+        from redknot_hf.plan.plan import HeadPlan
+        from redknot_hf.serving import Engine
+        from redknot_hf.serving.server import Settings
+        from redknot_hf.serving.server.running import bound
+        from redknot_hf.serving.server.settings import check_door
+        from redknot_hf.serving.sizes import bytes_of
+
+        from .loading import Source
+
+        held, source = HeadPlan.load(plan), Source(model, revision, gguf_file, dtype, device)
+        settings = Settings(
+            name=name or model, key=api_key, hosts=check_door(host, api_key, no_auth), timeout=timeout,
+            max_body=bytes_of(max_body, torch.device("cpu")),
+            chat_template=chat_template.read_text(encoding="utf-8") if chat_template else None,
+        )  # fmt: skip
+        listening = bound(host, port)
+        engine = Engine(
+            source.model().eval(), held, tokenizer=source.tokenizer(), memory=memory, max_batch=max_batch,
+            max_len=max_len, chunk=chunk, preempt=None if preempt == "none" else preempt, parked=parked, queue=queue,
+        )  # fmt: skip
+        _run(engine, settings, listening, drain)
+
+
+def check_parts() -> None:
+    """Checks that all is installed that a server needs.
+
+    Raises:
+        ImportError: Something is missing, or too old.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as e:
+        raise ImportError(f"a server needs {e.name}: pip install redknot-hf[serve]") from e
+    found = version("transformers")
+    if tuple(map(int, found.split(".")[:2])) < _LEAST:
+        raise ImportError(
+            f"a server needs transformers {'.'.join(map(str, _LEAST))} or newer, and this is {found}: upgrade it, or "
+            "call redknot_hf.serving.Engine from Python"
+        )
+
+
+def _run(engine: Engine, settings: Settings, listening: Any, drain: float) -> None:
+    from redknot_hf.serving.server import app_for
+    from redknot_hf.serving.server.running import Server
+
+    host, port = listening.getsockname()[:2]
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    tell = lambda: tell(f"{settings.name}: {where} is a page to look at, {where}/v1 the API")  # noqa: E731
+    server = Server(app_for(engine, settings), engine, drain, tell, log_level="warning")
+    with engine, suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])

@@ -1,0 +1,36 @@
+"""The app: an engine behind OpenAI's routes, for any ASGI server; nothing is started here."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from ..engine import Engine
+from . import chat, completions, responses, status
+from .errors import tell_errors
+from .guard import Guard
+from .service import Service
+from .settings import Settings
+
+
+def app_for(engine: Engine, settings: Settings) -> FastAPI:
+    """An app that hands its requests to an engine.
+
+    The engine is observed (`Metrics`), and neither started nor ended: whoever runs the app does both.
+
+    Args:
+        engine: With a tokenizer; started, by the time that requests come.
+        settings: Name, key and limits.
+
+    Raises:
+        ValueError: The engine has no tokenizer.
+    """
+    service = Service(engine, settings)
+    app = FastAPI(title="redknot", docs_url=None, redoc_url=None)
+    tell_errors(app)
+    for part in (status, completions, chat, responses):
+        app.include_router(part.routes(service))
+    known = {path for path in app.openapi()["paths"] if "{" not in path} | {"/openapi.json"}
+    count = lambda path, code: service.metrics.answered(path if path in known else "other", code)  # noqa: E731
+    app.add_middleware(Guard, settings=settings, count=count)
+    app.state.service = service
+    return app

@@ -1,0 +1,98 @@
+"""`/v1/completions`: texts or ids that a model goes on with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from ..request import Token
+from .answers import Answers, Piece, Stream
+from .bodies import CompletionBody
+from .errors import RequestError
+from .events import DONE, Likely, event, usage
+from .service import Service
+
+# What OpenAI's API says where a client says nothing.
+_USUAL = 16
+
+
+def routes(service: Service) -> APIRouter:
+    """The route."""
+    router = APIRouter()
+
+    @router.post("/v1/completions")
+    async def completions(request: Request, body: CompletionBody) -> Response:
+        """Go on with a text."""
+        service.check_model(body)
+        prompts = [x if isinstance(x, list) else await service.prompts.read(x) for x in _prompts(body.prompt)]
+        new = [service.room(ids, body.max_tokens, _USUAL) for ids in prompts]
+        number = request.state.request_id
+        answers = service.ask(number, prompts, body.n or 1, body, new, body.logprobs)
+        base = {"id": f"cmpl-{number}", "object": "text_completion", "created": int(time.time())}
+        base["model"] = service.settings.name
+        likely = _Logprobs(service.prompts.tokenizer, body.logprobs)
+        if body.stream:
+            wanted = bool(body.stream_options and body.stream_options.include_usage)
+            return Stream(_events(answers, base, likely, wanted), answers)
+        choices = [_choice(piece, likely) for piece in await answers.whole(request)]
+        return JSONResponse({**base, "choices": choices, "usage": usage(answers)})
+
+    return router
+
+
+async def _events(answers: Answers, base: dict[str, Any], likely: _Logprobs, wanted: bool) -> AsyncIterator[str]:
+    try:
+        async for pieces in answers:
+            yield "".join(event({**base, "choices": [_choice(piece, likely)]}) for piece in pieces)
+    except RequestError as e:
+        yield event(e.content)
+        return
+    if wanted:
+        yield event({**base, "choices": [], "usage": usage(answers)})
+    yield DONE
+
+
+def _choice(piece: Piece, likely: _Logprobs) -> dict[str, Any]:
+    text = "".join(piece.parts)
+    return {"index": piece.index, "text": text, "logprobs": likely(piece), "finish_reason": piece.end}
+
+
+def _prompts(given: str | Sequence[Any]) -> list[Any]:
+    """One or more texts, or lists of ids."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]
+    if not given:
+        raise RequestError(400, "the prompt is empty: give a text, ids, or a list of either", param="prompt")
+    return list(given)
+
+
+class _Logprobs:
+    """The older shape of log-probabilities: four lists."""
+
+    def __init__(self, tokenizer: Any, most: int | None) -> None:
+        self.most, self._likely = most, Likely(tokenizer)
+        self._at: dict[int, int] = {}
+
+    def __call__(self, piece: Piece) -> dict[str, Any] | None:
+        if self.most is None:
+            return None
+        words = [self._likely.word(token.id) for token in piece.tokens]
+        at = self._at.get(piece.index, 0)
+        offsets = []
+        for word in words:
+            offsets.append(at)
+            at += len(word)
+        self._at[piece.index] = at
+        return {
+            "tokens": words,
+            "token_logprobs": [token.logprob for token in piece.tokens],
+            "top_logprobs": [self._top(token) for token in piece.tokens],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: Token) -> dict[str, float]:
+        return {self._likely.word(i): value for i, value in token.top}

@@ -1,0 +1,115 @@
+"""What clients write, as ids: texts by the tokenizer, conversations by its chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+from .bodies import Content, Message
+from .errors import RequestError
+
+_Made = TypeVar("_Made")
+
+
+class Prompts:
+    """Reads texts and conversations, off the event loop and one at a time, since a tokenizer is no thing to share.
+
+    Args:
+        tokenizer: Copied.
+        chat_template: Instead of its own.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        self._thread = ThreadPoolExecutor(1, "redknot tokenizer")
+
+    async def read(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return await self._apart(partial(self._read, text))
+
+    async def chat(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, options: Mapping[str, Any]
+    ) -> list[int]:
+        """Ids of a conversation up to where the model answers.
+
+        Args:
+            messages: The conversation.
+            tools: What the model may call, as chat templates take it.
+            options: For the template alone.
+
+        Raises:
+            RequestError: There is no template, or it refuses.
+        """
+        if self.chat_template is None:
+            raise RequestError(
+                400, "this model has no chat template: call /v1/completions, or start the server with --chat-template"
+            )
+        own = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        if taken := [name for name in options if name in own]:
+            raise RequestError(400, f"chat_template_kwargs.{taken[0]} is not for the template", param=taken[0])
+        return await self._apart(partial(self._chat, [self._turn(x) for x in messages], tools, dict(options)))
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _apart(self, make: Callable[[], _Made]) -> _Made:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, make)
+
+    def _read(self, text: str) -> list[int]:
+        try:
+            return list(self.tokenizer(text)["input_ids"])
+        except Exception as e:  # whatever a tokenizer raises: its words are all it knows
+            raise RequestError(400, "the model's tokenizer cannot read this text", "unreadable_text") from e
+
+    def _chat(self, turns: list[dict[str, Any]], tools: Any, options: dict[str, Any]) -> list[int]:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, tools=tools, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False,
+                **options,
+            )  # fmt: skip
+        except Exception as e:  # whatever a template raises of turns that it does not expect
+            raise RequestError(400, "the model's chat template refuses these messages", "chat_template") from e
+        try:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception as e:
+            raise RequestError(400, "the model's tokenizer cannot read this text", "unreadable_text") from e
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        """A message as chat templates take it."""
+        role = message.role
+        if role == "developer" and "developer" not in str(self.chat_template):
+            role = "system"
+        turn: dict[str, Any] = {"role": role, "content": text_of(message.content)}
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if getattr(message, name) is not None:
+                turn[name] = getattr(message, name)
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {"id": x.id, "type": "function", "function": {"name": x.function.name, "arguments": _arguments(x)}}
+                for x in message.tool_calls
+            ]
+        return turn
+
+
+def text_of(content: Content) -> str:
+    """All text of a message."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return " ".join(part.text for part in content)
+
+
+def _arguments(call: Any) -> Any:
+    """Templates go through them as through a mapping."""
+    given = call.function.arguments
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except ValueError as e:
+        raise RequestError(400, "the arguments of a tool call are no JSON", param="messages") from e

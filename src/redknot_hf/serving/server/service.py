@@ -1,0 +1,132 @@
+"""What all routes share: the engine, its words, its limits, and what is counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..engine import Engine
+from ..stops import ends_of
+from .answers import Answers
+from .bodies import Asked
+from .errors import RequestError
+from .metrics import Metrics
+from .prompts import Prompts
+from .sampling import model_defaults, sampling_of
+from .settings import Settings
+from .wording import Wording
+
+
+class Service:
+    """An engine as routes see it.
+
+    Attributes:
+        longest: Tokens of a prompt and its answer, at most.
+        draining: What is under way is finished, and nothing new is taken.
+
+    Args:
+        engine: With a tokenizer.
+        settings: Of the server.
+
+    Raises:
+        ValueError: The engine has no tokenizer.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        if engine.tokenizer is None:
+            raise ValueError("a server reads and writes text: make the engine with tokenizer=")
+        self.engine, self.settings = engine, settings
+        self.prompts = Prompts(engine.tokenizer, settings.chat_template)
+        self.metrics = Metrics(engine)
+        self.defaults = model_defaults(engine.model.generation_config)
+        self.longest = _longest(engine.memory.ever_fits, engine.max_len)
+        self.started = time.time()
+        self.draining = False
+        self._ends = ends_of(engine.model)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken now."""
+        return self.engine.alive and not self.draining
+
+    def check_model(self, asked: Asked) -> None:
+        """Checks that a client means the model that is served here.
+
+        Raises:
+            RequestError: It means another one.
+        """
+        if asked.model not in (None, self.settings.name):
+            raise RequestError(
+                404, f"the model here is {self.settings.name}: see /v1/models", "model_not_found", "model"
+            )
+
+    def room(self, ids: Sequence[int], new: int | None, usual: int | None = None) -> int:
+        """New tokens that an answer to a prompt may have.
+
+        Args:
+            ids: The prompt.
+            new: That were asked for.
+            usual: Where none were asked for; else as many as fit.
+
+        Raises:
+            RequestError: The prompt and so many do not fit.
+        """
+        left = self.longest - len(ids) + 1  # the last token of an answer is not read
+        if left < 1 or (new is not None and new > left):
+            wanted = "" if new is None else f" and {new} new ones"
+            raise RequestError(
+                400, f"{len(ids)} tokens of prompt{wanted} are more than the {self.longest} that fit: ask for less",
+                "context_length_exceeded",
+            )  # fmt: skip
+        return new if new is not None else min(left, usual or left)
+
+    def ask(  # noqa: PLR0913 - all of one question
+        self,
+        number: str,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        asked: Asked,
+        new: Sequence[int],
+        logprobs: int | None = None,
+        parser: Callable[[], Any] = lambda: None,
+    ) -> Answers:
+        """Asks the engine.
+
+        Args:
+            number: Of the HTTP request.
+            prompts: Ids.
+            n: Answers to each.
+            asked: How they are chosen.
+            new: Tokens of an answer to each prompt, at most.
+            logprobs: Of how many tokens beside the chosen one.
+            parser: Makes what tells thoughts and calls from text.
+
+        Raises:
+            RequestError: It is refused.
+        """
+        if (count := n * len(prompts)) > self.settings.max_answers:
+            raise RequestError(
+                400, f"{count} answers are more than the {self.settings.max_answers} of a request", param="n"
+            )
+        answers = Answers(self.engine, number)
+        for ids, most in zip(prompts, new, strict=True):
+            sampling = sampling_of(asked, self.defaults, most, logprobs)
+            ends = [*sampling.stop_ids, *(() if sampling.ignore_eos else self._ends)]
+            word = lambda: Wording(self.prompts.tokenizer, sampling.stop, ends, parser())  # noqa: B023, E731
+            try:
+                answers.ask(ids, n, sampling, word, self.settings.timeout)
+            except RequestError as e:
+                if e.status_code == 429:
+                    e.headers = {"retry-after": str(self.metrics.seconds_to_a_place)}
+                raise
+        return answers
+
+
+def _longest(fits: Callable[[int], bool], most: int) -> int:
+    """Tokens of the longest sequence that fits where nothing else is held."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
