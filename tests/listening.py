@@ -51,7 +51,7 @@ def listening(engine, drain=5, **settings):
         thread.start()
         until(lambda: server.started)
         try:
-            yield server, "http://127.0.0.1:%d" % socket.getsockname()[1]
+            yield server, f"http://127.0.0.1:{socket.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(20)

@@ -70,9 +70,7 @@ def test_chat_is_the_template_and_then_generate(client, engine):
     flat = client.responses.create(model="tiny", input=PROMPT, instructions="Be kind.", max_output_tokens=LONG)
     assert flat.output_text == expected
     assert (flat.status, flat.incomplete_details.reason) == ("incomplete", "max_output_tokens")
-    events = list(
-        client.responses.create(model="tiny", input=said, max_output_tokens=LONG, stream=True)
-    )
+    events = list(client.responses.create(model="tiny", input=said, max_output_tokens=LONG, stream=True))
     assert "".join(x.delta for x in events if x.type == "response.output_text.delta") == expected
     assert [x.sequence_number for x in events] == list(range(len(events)))
     assert events[-1].response.output_text == expected

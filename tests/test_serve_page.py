@@ -26,7 +26,8 @@ def picture(address, name, width, height, theme, *more):
     path = OUT / f"serve-{name}-{theme}.png"
     with tempfile.TemporaryDirectory() as profile:
         command = [
-            BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},{height}",
+            BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            f"--window-size={width},{height}",
             f"--user-data-dir={profile}", f"--blink-settings=preferredColorScheme={int(theme == 'light')}", *more,
         ]  # fmt: skip
         done = subprocess.run([*command, f"--screenshot={path}", address], check=True, capture_output=True, timeout=60)

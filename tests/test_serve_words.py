@@ -65,7 +65,7 @@ def parsed(tokenizer, text, tools=None, stop=()):
 
 
 def test_thoughts_and_calls_are_told_apart(byte_tokenizer):
-    text = "<think>Well.</think>I look.\n<tool_call>\n{\"name\": \"look\", \"arguments\": {\"a\": 1}}\n</tool_call>"
+    text = '<think>Well.</think>I look.\n<tool_call>\n{"name": "look", "arguments": {"a": 1}}\n</tool_call>'
     parts = parsed(byte_tokenizer, text)
     assert "".join(x for x in parts if isinstance(x, ReasoningText)) == "Well."
     assert "".join(x for x in parts if type(x) is str).strip() == "I look."

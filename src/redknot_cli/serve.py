@@ -41,7 +41,7 @@ def serve(  # noqa: PLR0913 - every one is an option of the command
     parked: Annotated[float, typer.Option(help="Share of the pages for prefixes kept for later.")] = 0.5,
     queue: Annotated[int, typer.Option(help="Requests that wait, at most; others are told to come again.")] = 256,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which an answer is given up.")] = None,
-    max_body: Annotated[str, typer.Option(help="Of a request: bytes, such as 16MiB.")] = "16MiB",
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request, at most.")] = 16 << 20,
     chat_template: Annotated[Path | None, typer.Option(help="File of one, instead of the tokenizer's own.")] = None,
     drain: Annotated[float, typer.Option(help="Seconds that answers may take when the server is to end.")] = 30,
     revision: options.Revision = None,
@@ -52,21 +52,18 @@ def serve(  # noqa: PLR0913 - every one is an option of the command
     """Serve MODEL under a plan to many users at once, through OpenAI's API; it listens to this machine only."""
     with told():
         check_parts()
-        import torch
-
         from redknot_hf.plan.plan import HeadPlan
         from redknot_hf.serving import Engine
         from redknot_hf.serving.server import Settings
         from redknot_hf.serving.server.running import bound
         from redknot_hf.serving.server.settings import check_door
-        from redknot_hf.serving.sizes import bytes_of
 
         from .loading import Source
 
         held, source = HeadPlan.load(plan), Source(model, revision, gguf_file, dtype, device)
         settings = Settings(
             name=name or model, key=api_key, hosts=check_door(host, api_key, no_auth), timeout=timeout,
-            max_body=bytes_of(max_body, torch.device("cpu")),
+            max_body=max_body,
             chat_template=chat_template.read_text(encoding="utf-8") if chat_template else None,
         )  # fmt: skip
         listening = bound(host, port)
@@ -103,7 +100,7 @@ def _run(engine: Engine, settings: Settings, listening: Any, drain: float) -> No
 
     host, port = listening.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    tell = lambda: tell(f"{settings.name}: {where} is a page to look at, {where}/v1 the API")  # noqa: E731
-    server = Server(app_for(engine, settings), engine, drain, tell, log_level="warning")
+    ready = lambda: tell(f"{settings.name}: {where} is a page to look at, {where}/v1 the API")  # noqa: E731
+    server = Server(app_for(engine, settings), engine, drain, ready, log_level="warning")
     with engine, suppress(KeyboardInterrupt):
         server.run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""What an engine has to do and holds at a moment: for metrics, a page to look at, and whoever routes requests to it."""
+"""What an engine has to do and holds at a moment: for metrics, a page to look at, and routers."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from transformers.cli.serving.utils import ToolCall
 
-from ..engine import Engine
-from ..inbox import QueueFullError
-from ..request import Request, Sampling, State, Token
+from redknot_hf.serving.engine import Engine
+from redknot_hf.serving.inbox import QueueFullError
+from redknot_hf.serving.request import Request, Sampling, State, Token
+
 from .errors import RequestError, failed
 from .wording import Wording
 

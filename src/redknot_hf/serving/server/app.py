@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from ..engine import Engine
-from . import chat, completions, responses, status
+from redknot_hf.serving.engine import Engine
+
+from . import chat, completions, models, responses, status
 from .errors import tell_errors
 from .guard import Guard
 from .service import Service
@@ -27,7 +28,7 @@ def app_for(engine: Engine, settings: Settings) -> FastAPI:
     service = Service(engine, settings)
     app = FastAPI(title="redknot", docs_url=None, redoc_url=None)
     tell_errors(app)
-    for part in (status, completions, chat, responses):
+    for part in (status, models, completions, chat, responses):
         app.include_router(part.routes(service))
     known = {path for path in app.openapi()["paths"] if "{" not in path} | {"/openapi.json"}
     count = lambda path, code: service.metrics.answered(path if path in known else "other", code)  # noqa: E731

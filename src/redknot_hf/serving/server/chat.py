@@ -58,9 +58,7 @@ def _most(body: ChatBody) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-async def _events(
-    answers: Answers, base: dict[str, Any], likely: Likely | None, wanted: bool
-) -> AsyncIterator[str]:
+async def _events(answers: Answers, base: dict[str, Any], likely: Likely | None, wanted: bool) -> AsyncIterator[str]:
     calls: dict[int, int] = {}
     number = base["id"].removeprefix("chatcmpl-")
     for index in range(len(answers.requests)):

@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from ..request import Token
+from redknot_hf.serving.request import Token
+
 from .answers import Answers, Piece, Stream
 from .bodies import CompletionBody
 from .errors import RequestError

@@ -6,7 +6,8 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from ..request import Token
+from redknot_hf.serving.request import Token
+
 from .answers import Answers
 
 DONE = "data: [DONE]\n\n"

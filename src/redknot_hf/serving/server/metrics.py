@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..engine import Engine
-from ..load import Load
+from redknot_hf.serving.engine import Engine
+from redknot_hf.serving.load import Load
 
 FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -48,9 +48,7 @@ class Metrics(Collector):
             "redknot_time_between_tokens_seconds", "From a token to the next of the same request",
             buckets=_BETWEEN, registry=None,
         )  # fmt: skip
-        self._ended = Counter(
-            "redknot_requests_ended", "Requests that have ended, by why", ["reason"], registry=None
-        )
+        self._ended = Counter("redknot_requests_ended", "Requests that have ended, by why", ["reason"], registry=None)
         self._answered = Counter(
             "redknot_http_responses", "Responses, by route and status", ["route", "status"], registry=None
         )

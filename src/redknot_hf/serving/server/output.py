@@ -50,9 +50,7 @@ class Output:
                 events.append(self.event("response.reasoning_text.delta", **self._place, delta=part))
             else:
                 self._logprobs += logprobs
-                events.append(
-                    self.event("response.output_text.delta", **self._place, delta=part, logprobs=logprobs)
-                )
+                events.append(self.event("response.output_text.delta", **self._place, delta=part, logprobs=logprobs))
                 logprobs = []
         if piece.end and not self.items and self._kind is None:  # it says nothing, and that in a message
             events += self._open("message")
@@ -72,9 +70,7 @@ class Output:
             events.append(self.event("response.content_part.done", **place, part=part))
         else:
             events.append(self.event("response.reasoning_text.done", **place, text=self._text))
-        events.append(
-            self.event("response.output_item.done", output_index=place["output_index"], item=item)
-        )
+        events.append(self.event("response.output_item.done", output_index=place["output_index"], item=item))
         self._kind = None
         return events
 
@@ -114,8 +110,6 @@ class Output:
         return [
             self.event("response.output_item.added", output_index=at, item=started),
             self.event("response.function_call_arguments.delta", **said, delta=call.arguments),
-            self.event(
-                "response.function_call_arguments.done", **said, name=call.name, arguments=call.arguments
-            ),
+            self.event("response.function_call_arguments.done", **said, name=call.name, arguments=call.arguments),
             self.event("response.output_item.done", output_index=at, item=item),
         ]

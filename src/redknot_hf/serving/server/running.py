@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from ..engine import Engine
+from redknot_hf.serving.engine import Engine
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..request import Sampling
+from redknot_hf.serving.request import Sampling
+
 from .bodies import Asked
 from .errors import RequestError
 

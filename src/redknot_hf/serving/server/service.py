@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..engine import Engine
-from ..stops import ends_of
+from redknot_hf.serving.engine import Engine
+from redknot_hf.serving.stops import ends_of
+
 from .answers import Answers
 from .bodies import Asked
 from .errors import RequestError
@@ -81,7 +82,7 @@ class Service:
             )  # fmt: skip
         return new if new is not None else min(left, usual or left)
 
-    def ask(  # noqa: PLR0913 - all of one question
+    def ask(
         self,
         number: str,
         prompts: Sequence[Sequence[int]],

@@ -54,8 +54,8 @@ def check_door(host: str, key: str | None, no_auth: bool) -> Sequence[str]:
         return ()
     if not is_loopback(host):
         raise ValueError(
-            f"--host {host} lets other machines in: say --api-key KEY (or set REDKNOT_API_KEY), or --no-auth if anyone "
-            "who reaches it may use it"
+            f"--host {host} lets other machines in: say --api-key KEY (or set REDKNOT_API_KEY), or --no-auth if "
+            "anyone who reaches it may use it"
         )
     return LOOPBACK
 

@@ -1,4 +1,4 @@
-"""What probes, gateways and people ask: health, models, metrics, and a page to look at."""
+"""What probes, gateways and people ask: health, metrics, and a page to look at."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from ..load import Load
+from redknot_hf.serving.load import Load
+
 from .errors import RequestError
 from .metrics import FORMAT
 from .service import Service
@@ -58,29 +59,7 @@ def routes(service: Service) -> APIRouter:
         load = await asyncio.to_thread(Load.of, service.engine)
         return JSONResponse(_told(service, load))
 
-    @router.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The one model."""
-        return {"object": "list", "data": [_model(service)]}
-
-    @router.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        """The model, if it is the one."""
-        if name != service.settings.name:
-            raise RequestError(404, f"the model here is {service.settings.name}", "model_not_found", "model")
-        return _model(service)
-
     return router
-
-
-def _model(service: Service) -> dict[str, Any]:
-    return {
-        "id": service.settings.name,
-        "object": "model",
-        "created": int(service.started),
-        "owned_by": "redknot-hf",
-        "max_model_len": service.longest,
-    }
 
 
 def _told(service: Service, load: Load) -> dict[str, Any]:

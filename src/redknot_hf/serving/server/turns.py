@@ -21,9 +21,7 @@ def turns_of(body: ResponseBody) -> list[Message]:
     turns: list[dict[str, Any]] = []
     if body.instructions:
         turns.append({"role": "system", "content": body.instructions})
-    if isinstance(body.input, str):
-        turns.append({"role": "user", "content": body.input})
-    elif body.input and body.input[0].get("type") in _TEXT:
+    if isinstance(body.input, str) or (body.input and body.input[0].get("type") in _TEXT):
         turns.append({"role": "user", "content": body.input})
     else:
         _add_items(turns, body.input)

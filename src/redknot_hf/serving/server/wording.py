@@ -123,7 +123,7 @@ class Wording:
 
 
 def parser_of(model: Any, tokenizer: Any, ids: Sequence[int], tools: Any) -> Any:
-    """Transformers' parser of what a model answers to a conversation; `None` where the model has no template for it."""
+    """Transformers' parser of what a model answers to a conversation; `None` where it has no template for it."""
     return build_response_parser(tokenizer, model, list(ids), tools=tools)
 
 
