@@ -1,0 +1,96 @@
+"""Parts of the server by themselves: routes, room for answers, what is counted, and where it listens."""
+
+import copy
+import time
+
+import pytest
+from listening import make_served
+
+from redknot_hf.serving import Sampling
+from redknot_hf.serving.load import Load
+from redknot_hf.serving.server import chat, completions, models, responses, status
+from redknot_hf.serving.server.app import app_for
+from redknot_hf.serving.server.errors import RequestError
+from redknot_hf.serving.server.guard import _name
+from redknot_hf.serving.server.metrics import Metrics
+from redknot_hf.serving.server.running import bound
+from redknot_hf.serving.server.service import Service, _longest
+from redknot_hf.serving.server.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def engine(byte_tokenizer):
+    return make_served(copy.deepcopy(byte_tokenizer))
+
+
+def test_an_app_starts_nothing_and_has_the_routes_of_its_parts(engine):
+    app = app_for(engine, Settings(name="x"))
+    assert engine._thread is None
+    paths = set(app.openapi()["paths"])
+    for part in (chat, completions, models, responses, status):
+        own = {route.path.replace(":path", "") for route in part.routes(app.state.service).routes}
+        assert own
+        assert own <= paths
+
+
+def test_room_is_what_the_longest_sequence_leaves(engine):
+    service = Service(engine, Settings(name="x"))
+    assert service.longest == engine.max_len == 200
+    assert service.room([1] * 150, None) == 51, "the last token is not read"
+    assert service.room([1] * 150, None, usual=16) == 16
+    assert service.room([1] * 150, 51) == 51
+    for prompt, new in ((150, 52), (201, None)):
+        with pytest.raises(RequestError, match=f"{prompt} tokens of prompt") as refused:
+            service.room([1] * prompt, new)
+        assert refused.value.code == "context_length_exceeded"
+    for most in range(9):
+        assert _longest(lambda n, most=most: n <= most, 8) == most
+
+
+def test_what_is_held_is_told_by_class_and_once(engine):
+    prompt = list(range(5, 65))
+    requests = engine.submit_many(prompt, 3, Sampling(max_new_tokens=30))
+    for _ in range(12):
+        engine.step()
+    load = Load.of(engine)
+    assert load.running == 3
+    assert load.used == engine.memory.used()["used"] > 0, "pages that forks and prefixes share count once"
+    assert load.held["global", "model"] > 0
+    assert load.held["local", "model"] > 0
+    assert [one["prompt"] for one in load.requests] == [60] * 3
+    for request in requests:
+        request.cancel()
+    engine.step()
+    while engine.memory.evict():
+        pass
+    assert Load.of(engine).used == 0
+
+
+def test_a_place_is_free_when_requests_have_ended_as_before(engine, monkeypatch):
+    told = []
+    engine.observe = lambda name, value: told.append(name)
+    metrics = Metrics(engine)
+    assert metrics.seconds_to_a_place == 1
+    for moment in (0, 3, 6, 9):
+        monkeypatch.setattr(time, "monotonic", lambda moment=moment: float(moment))
+        metrics.observe("length", 1)
+    assert metrics.seconds_to_a_place == 3
+    monkeypatch.setattr(time, "monotonic", lambda: 9_999.0)
+    metrics.observe("stop", 1)
+    assert metrics.seconds_to_a_place == 60
+    assert told == ["length"] * 4 + ["stop"], "whoever observed before still does"
+
+
+def test_an_address_that_is_taken_is_said_at_once():
+    first = bound("127.0.0.1", 0)
+    with first:
+        first.listen()
+        with pytest.raises(OSError, match="choose another port"):
+            bound("127.0.0.1", first.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("host", "name"), [("a:80", "a"), ("A", "a"), ("[::1]:80", "::1"), ("127.0.0.1", "127.0.0.1"), ("", "")]
+)
+def test_a_host_has_a_name_and_a_port(host, name):
+    assert _name(host) == name
