@@ -216,7 +216,9 @@ class SeatMemory:
             rings = min(rings, budget // ring)
             columns = whole
         else:
-            rings = max(min(rings, int(0.5 * budget // max(ring, 1))), 1) if ring else rings
+            # Half of the budget, or more where sequences of half the greatest length want more.
+            bought = max(0.5 * budget // ring, budget // (ring + whole * column / 2)) if ring else rings
+            rings = max(min(rings, int(bought)), 1)
             columns = min((budget - rings * ring) // column, seats * whole * times)
         sizes = Sizes(ring, column, rings, columns, self.page_size)
         if rings < 1 or columns < 1:
