@@ -33,7 +33,7 @@ def written(tmp_path_factory):
     result = run(
         *("profile", TINY, "--out", folder / "plan.json", "--budget", 0.4, "--windows", "32,128"),
         *("--length", 256, "--prompts", 4, "--kinds", "repeats", "--check-length", 384),
-        *("--profile-out", folder / "profile.json", "--figure", folder / "heat.png", "--dtype", "float32"),
+        *("--profile-out", folder / "profile.json", "--figure", folder / "heat.png", "--card", folder / "card.md", "--dtype", "float32"),
     )
     assert result.exit_code == 0, result.output
     return folder, result.output
@@ -47,6 +47,7 @@ def test_profile_writes_a_plan_with_its_provenance(written):
     assert [found["length"] for found in plan.provenance["held_out"]] == [256, 384]
     assert plan.provenance["calibration"]["prompts"] == 3
     assert "held out, 384 tokens: KL" in output
+    assert "# A head plan of tiny" in (folder / "card.md").read_text()
     assert (folder / "heat.png").read_bytes().startswith(b"\x89PNG")
 
 

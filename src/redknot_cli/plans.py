@@ -14,7 +14,7 @@ plans = typer.Typer(no_args_is_help=True, help="Look at head plans, convert and 
 
 
 @plans.command("show")
-def show_plan(plan: Annotated[Path, typer.Argument(help="A plan, or a file that convert takes.")]) -> None:
+def show_plan(plan: Annotated[str, typer.Argument(help="A plan, or a file that convert takes.")]) -> None:
     """Print a plan: which heads are global, what it keeps, and where it comes from."""
     with told():
         loaded = _any_plan(plan)
@@ -23,7 +23,9 @@ def show_plan(plan: Annotated[Path, typer.Argument(help="A plan, or a file that 
 
 @plans.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A profile, RedKnot's head classes, or DuoAttention's scores.")],
+    source: Annotated[
+        str, typer.Argument(help="A profile, RedKnot's head classes, or DuoAttention's scores: file, URL or model.")
+    ],
     out: options.Out,
     budget: options.Budget = None,
     global_ratio: options.Ratio = None,
@@ -44,8 +46,8 @@ def convert(
 
 @plans.command()
 def diff(
-    first: Annotated[Path, typer.Argument(help="A plan, or a file that convert takes.")],
-    second: Annotated[Path, typer.Argument(help="Another one, of the same shape.")],
+    first: Annotated[str, typer.Argument(help="A plan, or a file that convert takes.")],
+    second: Annotated[str, typer.Argument(help="Another one, of the same shape.")],
 ) -> None:
     """Compare two plans, head by head. The exit status is 1 if they differ."""
     with told():
@@ -61,7 +63,7 @@ def diff(
     ]
     both = sum(x.is_global and y.is_global for _, _, x, y in heads)
     either = sum(x.is_global or y.is_global for _, _, x, y in heads)
-    table = Table("layer", "KV head", first.name, second.name)
+    table = Table("layer", "KV head", Path(first).name, Path(second).name)
     for layer, head, x, y in heads:
         if x != y:
             table.add_row(str(layer), str(head), _text(x), _text(y))
@@ -72,15 +74,18 @@ def diff(
     raise typer.Exit(1 if table.row_count else 0)
 
 
-def _any_plan(path: Path, **bound: Any) -> Any:
+def _any_plan(name: str, **bound: Any) -> Any:
     """A plan of any file that holds one, or that one follows from."""
+    from redknot_hf.plan.duo_attention import published
     from redknot_hf.plan.json_file import read_json
     from redknot_hf.plan.plan import HeadPlan
     from redknot_hf.profiling import HeadProfile
     from redknot_hf.profiling.profile_file import FORMAT
 
-    if path.is_dir() or path.suffix == ".tsv":
-        return HeadPlan.from_duo_attention(path, **(bound or {"global_ratio": 0.5}))
+    path = Path(name)
+    elsewhere = "://" in name or (published(name) is not None and not path.exists())
+    if elsewhere or path.is_dir() or path.suffix == ".tsv":
+        return HeadPlan.from_duo_attention(name, **(bound or {"global_ratio": 0.5}))
     data = read_json(path, "give a plan, a profile, or a file that convert takes")
     if data.get("format") == FORMAT:
         return HeadProfile.load(path).plan(**bound)

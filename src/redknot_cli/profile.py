@@ -33,6 +33,7 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
     steps: Annotated[int, typer.Option(help="Training steps of gates.")] = 100,
     checkpoint: Annotated[Path | None, typer.Option(help="File that the training of gates goes on from.")] = None,
     profile_out: Annotated[Path | None, typer.Option(help="File to write the profile to, for other budgets.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Markdown file to write the plan's card to.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Picture to draw the heat map to.")] = None,
     revision: options.Revision = None,
     gguf_file: options.Gguf = None,
@@ -42,6 +43,7 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
 ) -> None:
     """Find the heads of MODEL that need everything, and write a plan: for a budget, or the smallest that holds."""
     with told():
+        from redknot_hf.plan.card import card as plan_card
         from redknot_hf.profiling import profile_heads
         from redknot_hf.profiling.figure import check_plotting, heat_map
         from redknot_hf.profiling.prompt import held_apart
@@ -66,6 +68,8 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
             )  # fmt: skip
         plan = found.plan()
         plan.save(out)
+        if card:
+            card.write_text(plan_card(plan), encoding="utf-8")
         if profile_out:
             found.save(profile_out)
         if figure:

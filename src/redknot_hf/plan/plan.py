@@ -5,7 +5,6 @@ of RedKnot (arXiv 2606.06256). A plan is data: plain Python without tensors.
 """
 
 import logging
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from . import formats
+from .duo_attention import at_hand
 from .formats import AnyPath, Rules
 from .per_layer import kv_dims, kv_heads
 from .picture import picture, shape
+from .published import Published, without_dtype
 from .spec import HeadSpec
 from .storage import HOT, PAGE_SIZE, itemsize
 
 _log = logging.getLogger(__name__)
-_DTYPE_SUFFIX = re.compile(r"[-_.](bf16|fp16|fp32|f16|f32|bfloat16|float16|float32)$")
 
 
 @dataclass(frozen=True, init=False)
-class HeadPlan:
+class HeadPlan(Published):
     """The HeadSpec of every KV head of a model: `plan[layer][head]`.
 
     Plans are equal, and hash alike, when their heads are equal. Provenance plays no part in that.
@@ -108,13 +108,14 @@ class HeadPlan:
     def from_duo_attention(
         cls, path: AnyPath, *, global_ratio: float | None = None, threshold: float | None = None, config: Any = None
     ) -> "HeadPlan":
-        """Load the scores of DuoAttention (arXiv 2410.10819): `full_attention_heads.tsv`, or the folder that holds it.
+        """Load the scores of DuoAttention (arXiv 2410.10819): `from_duo_attention("Llama-3.1-8B-Instruct", ...)`.
 
         Local heads take `sink=sink_size` and `window=recent_size` from the `config.json` beside the scores.
         DuoAttention's recent_size counts the tokens it keeps; a window of as many includes the query's own.
 
         Args:
-            path: The file or the folder.
+            path: `full_attention_heads.tsv` or the folder that holds it, here or at a URL that fsspec knows; or the
+                name of a model whose scores its authors published.
             global_ratio: Share of the heads, 0 to 1, that are global: exactly `round(ratio * heads)`, those with the
                 highest scores. The first of equal scores wins, layer by layer.
             threshold: A head is global when its score, clipped to [0, 1], is at least this.
@@ -125,7 +126,8 @@ class HeadPlan:
             ValueError: Not exactly one of `global_ratio` and `threshold` is given, the ratio is outside 0 to 1, a
                 file is damaged, or the plan does not fit the config.
         """
-        rules = formats.read_duo_attention(path, global_ratio, threshold)
+        with at_hand(path) as found:
+            rules = formats.read_duo_attention(found, global_ratio, threshold)
         choice = {"threshold": threshold} if global_ratio is None else {"global_ratio": global_ratio}
         provenance = {"source": "duo-attention", "file": Path(path).name, **choice}
         return cls._from_rules(path, rules, provenance, config)
@@ -282,4 +284,4 @@ def _check_inside(chosen: Iterable[tuple[int, int]], counts: tuple[int, ...], na
 
 def _bare_name(model: str) -> str:
     """The last part of a model's name, without the dtype that folders are often called by."""
-    return _DTYPE_SUFFIX.sub("", Path(model).name.lower())
+    return without_dtype(Path(model).name.lower())
