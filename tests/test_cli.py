@@ -33,7 +33,8 @@ def written(tmp_path_factory):
     result = run(
         *("profile", TINY, "--out", folder / "plan.json", "--budget", 0.4, "--windows", "32,128"),
         *("--length", 256, "--prompts", 4, "--kinds", "repeats", "--check-length", 384),
-        *("--profile-out", folder / "profile.json", "--figure", folder / "heat.png", "--card", folder / "card.md", "--dtype", "float32"),
+        *("--profile-out", folder / "profile.json", "--figure", folder / "heat.png", "--dtype", "float32"),
+        *("--card", folder / "card.md"),
     )
     assert result.exit_code == 0, result.output
     return folder, result.output
