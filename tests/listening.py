@@ -9,7 +9,7 @@ import torch
 from families import make_model
 from openai import OpenAI
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore
 from redknot_hf.serving import Engine
 from redknot_hf.serving.server import Settings, app_for
 from redknot_hf.serving.server.running import Server, bound
@@ -23,12 +23,13 @@ CHAT = (
 SIZES = {"max_batch": 4, "max_len": 200, "chunk": 24, "page_size": 16, "memory": 1 << 22}
 
 
-def make_served(tokenizer, **sizes):
-    """An engine of a small model that writes what the tokenizer reads."""
+def make_served(tokenizer, stored=False, **sizes):
+    """An engine of a small model that writes what the tokenizer reads, and that stores documents or not."""
     tokenizer.chat_template = CHAT
     model = make_model("llama", vocab_size=len(tokenizer), pad_token_id=None)
     plan = HeadPlan.with_global(model.config, [(1, 1)], HeadSpec(window=20, sink=2))
-    return Engine(model, plan, tokenizer=tokenizer, **{**SIZES, **sizes})
+    store = SegmentStore(model, plan, page_size=16) if stored else None
+    return Engine(model, plan, tokenizer=tokenizer, store=store, **{**SIZES, **sizes})
 
 
 def generated(engine, ids, new, **options):

@@ -108,6 +108,8 @@ BODIES = {
     "a bias beyond the words": ({"prompt": "x", "logit_bias": {"999999": 1}}, None),
     "too long": ({"prompt": [5] * 300}, None),
     "too much": ({"prompt": "x", "max_tokens": 500}, None),
+    "no store": ({"prompt": "x", "segments": ["y"]}, "segments"),
+    "nothing to recompute": ({"prompt": "x", "boundary": 0.1}, "boundary"),
 }
 
 

@@ -8,7 +8,7 @@ from listening import make_served
 
 from redknot_hf.serving import Sampling
 from redknot_hf.serving.load import Load
-from redknot_hf.serving.server import chat, completions, models, responses, status
+from redknot_hf.serving.server import chat, completions, models, responses, segments, status
 from redknot_hf.serving.server.app import app_for
 from redknot_hf.serving.server.errors import RequestError
 from redknot_hf.serving.server.guard import _name
@@ -27,7 +27,7 @@ def test_an_app_starts_nothing_and_has_the_routes_of_its_parts(engine):
     app = app_for(engine, Settings(name="x"))
     assert engine._thread is None
     paths = set(app.openapi()["paths"])
-    for part in (chat, completions, models, responses, status):
+    for part in (chat, completions, models, responses, segments, status):
         own = {route.path.replace(":path", "") for route in part.routes(app.state.service).routes}
         assert own
         assert own <= paths

@@ -28,6 +28,9 @@ Key = Annotated[
 def serve(  # noqa: PLR0913 - every one is an option of the command
     model: options.Model,
     plan: Annotated[Path, typer.Option(help="Rule of every KV head.")],
+    store: Annotated[
+        str | None, typer.Option(help="Where /v1/segments are kept: a folder, a URL, or memory alone.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; others than this machine need a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
     api_key: Key = None,
@@ -53,6 +56,7 @@ def serve(  # noqa: PLR0913 - every one is an option of the command
     with told():
         check_parts()
         from redknot_hf.plan.plan import HeadPlan
+        from redknot_hf.reuse.store import SegmentStore
         from redknot_hf.serving import Engine
         from redknot_hf.serving.server import Settings
         from redknot_hf.serving.server.running import bound
@@ -67,8 +71,10 @@ def serve(  # noqa: PLR0913 - every one is an option of the command
             chat_template=chat_template.read_text(encoding="utf-8") if chat_template else None,
         )  # fmt: skip
         listening = bound(host, port)
+        loaded = source.model().eval()
+        segments = None if store is None else SegmentStore(loaded, held, path=None if store == "memory" else store)
         engine = Engine(
-            source.model().eval(), held, tokenizer=source.tokenizer(), memory=memory, max_batch=max_batch,
+            loaded, held, tokenizer=source.tokenizer(), store=segments, memory=memory, max_batch=max_batch,
             max_len=max_len, chunk=chunk, preempt=None if preempt == "none" else preempt, parked=parked, queue=queue,
         )  # fmt: skip
         _run(engine, settings, listening, drain)

@@ -63,7 +63,7 @@ class Documents:
         """
         if isinstance(one, SegmentRef):
             return one if one.store is self.store else self.store.named(one.address)
-        if isinstance(one, str) and len(one) == 64 and not one.strip("0123456789abcdef"):
+        if isinstance(one, str) and is_address(one):
             return self.store.named(one)
         return self.store.ref(self.ids(one), self.opening or None)
 
@@ -91,6 +91,11 @@ class Documents:
     def begin(self, sequence: Served, room: int) -> Assembling:
         """Begins to put a request's segments into what the memory holds of it, which holds nothing yet."""
         return Assembling(self, sequence.held, sequence.request.segments, room)
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is written as addresses are."""
+    return len(text) == 64 and not text.strip("0123456789abcdef")
 
 
 class Assembling:

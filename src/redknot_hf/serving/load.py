@@ -25,6 +25,7 @@ class Load:
             swapped out.
         read, written: Tokens of prompts and of answers, since the start.
         asked, hits: Tokens of prompts, and those of them that parked prefixes held, since the start.
+        reused: Tokens of prompts that were taken from stored segments, since the start.
         preemptions: By how, since the start.
         requests: Those that hold pages, as numbers: no text of anybody's.
     """
@@ -40,6 +41,7 @@ class Load:
     written: int
     asked: int
     hits: int
+    reused: int
     preemptions: dict[str, int]
     requests: list[dict[str, Any]]
 
@@ -51,13 +53,24 @@ class Load:
     @classmethod
     def of(cls, engine: Engine) -> Load:
         """An engine's, from any thread; it serves on meanwhile."""
-        memory, scheduler = engine.memory, engine.scheduler
+        memory, reader = engine.memory, engine.reader
         used, prefixes = memory.used(), memory.prefixes
         return cls(
-            engine.waiting, engine.running, engine.max_batch, _held(memory), used["total"], used["parked"],
-            used["host"], engine.reader.read, engine.reader.decoded, prefixes.asked_tokens, prefixes.hit_tokens,
-            dict(scheduler.preemptions), [_told(x.request) for x in list(scheduler.running)],
-        )  # fmt: skip
+            waiting=engine.waiting,
+            running=engine.running,
+            seats=engine.max_batch,
+            held=_held(memory),
+            total=used["total"],
+            parked=used["parked"],
+            host=used["host"],
+            read=reader.read,
+            written=reader.decoded,
+            asked=prefixes.asked_tokens,
+            hits=prefixes.hit_tokens,
+            reused=reader.reused,
+            preemptions=dict(engine.scheduler.preemptions),
+            requests=[_told(x.request) for x in list(engine.scheduler.running)],
+        )
 
 
 def _told(request: Any) -> dict[str, Any]:

@@ -57,18 +57,21 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[Request, Token | None]] = asyncio.Queue()
 
-    def ask(
-        self, ids: Sequence[int], n: int, sampling: Sampling, word: Callable[[], Wording],
-        timeout: float | int | None, source: Callable[[], Any] | None = None,
-    ) -> None:  # fmt: skip
+    def ask(self, ids: Sequence[int], n: int, sampling: Sampling, word: Callable[[], Wording], **more: Any) -> None:
         """Asks for `n` answers to a prompt.
+
+        Args:
+            ids: The prompt.
+            n: How many.
+            sampling: How they are chosen.
+            word: Makes what puts an answer into words.
+            more: As `Engine.submit_many` has it.
 
         Raises:
             RequestError: The engine refuses it; what was asked before is given up.
         """
-        more: dict[str, Any] = {"timeout": timeout, "callback": self._tell, "source": source}
         try:
-            made = self.engine.submit_many(ids, n, sampling, **more)
+            made = self.engine.submit_many(ids, n, sampling, callback=self._tell, **more)
         except ValueError as e:
             self.cancel()
             raise RequestError(400, str(e), "invalid_value") from e

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 from redknot_hf.serving.engine import Engine
 
-from . import chat, completions, models, responses, status
+from . import chat, completions, models, responses, segments, status
 from .errors import tell_errors
 from .guard import Guard
 from .service import Service
@@ -28,7 +28,7 @@ def app_for(engine: Engine, settings: Settings) -> FastAPI:
     service = Service(engine, settings)
     app = FastAPI(title="redknot", docs_url=None, redoc_url=None)
     tell_errors(app)
-    for part in (status, models, completions, chat, responses):
+    for part in (status, models, completions, chat, responses, segments):
         app.include_router(part.routes(service))
     known = {path for path in app.openapi()["paths"] if "{" not in path} | {"/openapi.json"}
     count = lambda path, code: service.metrics.answered(path if path in known else "other", code)  # noqa: E731

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from .errors import RequestError
 
 Text = Annotated[str, Field(max_length=1 << 26)]
 Id = Annotated[int, Field(ge=0, le=1 << 31)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
+
+
+Amount = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | Literal["all"]
 
 
 class Body(BaseModel):
@@ -48,6 +54,9 @@ class Asked(Body):
     stop: Stop | Stops | None = None
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
+    # Documents that stand before the prompt: addresses, texts or ids; and what of them is recomputed there.
+    segments: Annotated[list[Text | list[Id]], Field(max_length=1024)] | None = None
+    boundary: Amount | list[Amount] | None = None
     # Of no consequence for an answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -69,6 +78,14 @@ class CompletionBody(Asked):
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
+
+
+class SegmentBody(Body):
+    """Of `/v1/segments`."""
+
+    input: Text | list[Id] | list[Text] | list[list[Id]]
+    prefix: Text | list[Id] | None = None
+    model: str | None = None
 
 
 class Part(Body):
@@ -188,3 +205,16 @@ class ResponseBody(Asked):
     background: Literal[False] | None = None
     previous_response_id: None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+def listed(given: str | Sequence[Any], name: str) -> list[Any]:
+    """One or more texts, or lists of ids.
+
+    Raises:
+        RequestError: There are none.
+    """
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]
+    if not given:
+        raise RequestError(400, f"the {name} is empty: give a text, ids, or a list of either", param=name)
+    return list(given)

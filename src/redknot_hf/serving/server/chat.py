@@ -15,7 +15,7 @@ from .answers import Answers, Piece, Stream
 from .bodies import ChatBody
 from .errors import RequestError
 from .events import DONE, Likely, event, usage
-from .service import Service
+from .service import Question, Service
 from .wording import parser_of
 
 
@@ -26,17 +26,18 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
-        service.check_model(body)
+        service.check_model(body.model)
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
         tools = None if body.tool_choice == "none" else tools
         options = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             options["reasoning_effort"] = body.reasoning_effort
-        ids = await service.prompts.chat(body.messages, tools, options)
-        new = service.room(ids, body.max_completion_tokens or body.max_tokens)
+        head, ids = await service.prompts.chat(body.messages, tools, options, bool(body.segments))
+        context = await service.library.before(body, head)
+        new = service.room(ids, body.max_completion_tokens or body.max_tokens, None, context.tokens)
         number = request.state.request_id
         answers = service.ask(
-            number, [ids], body.n or 1, body, [new], _most(body),
+            number, [Question(ids, new, context)], body.n or 1, body, _most(body),
             partial(parser_of, service.engine.model, service.prompts.tokenizer, ids, tools),
         )  # fmt: skip
         base = {"id": f"chatcmpl-{number}", "created": int(time.time()), "model": service.settings.name}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse, Response
 from redknot_hf.serving.request import Token
 
 from .answers import Answers, Piece, Stream
-from .bodies import CompletionBody
+from .bodies import CompletionBody, listed
 from .errors import RequestError
 from .events import DONE, Likely, event, usage
-from .service import Service
+from .service import Question, Service
 
 # What OpenAI's API says where a client says nothing.
 _USUAL = 16
@@ -28,11 +28,14 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Go on with a text."""
-        service.check_model(body)
-        prompts = [x if isinstance(x, list) else await service.prompts.read(x) for x in _prompts(body.prompt)]
-        new = [service.room(ids, body.max_tokens, _USUAL) for ids in prompts]
+        service.check_model(body.model)
+        context = await service.library.before(body)
+        questions = []
+        for text in listed(body.prompt, "prompt"):
+            ids = text if isinstance(text, list) else await service.prompts.read(text, first=not context.refs)
+            questions.append(Question(ids, service.room(ids, body.max_tokens, _USUAL, context.tokens), context))
         number = request.state.request_id
-        answers = service.ask(number, prompts, body.n or 1, body, new, body.logprobs)
+        answers = service.ask(number, questions, body.n or 1, body, body.logprobs)
         base = {"id": f"cmpl-{number}", "object": "text_completion", "created": int(time.time())}
         base["model"] = service.settings.name
         likely = _Logprobs(service.prompts.tokenizer, body.logprobs)
@@ -60,15 +63,6 @@ async def _events(answers: Answers, base: dict[str, Any], likely: _Logprobs, wan
 def _choice(piece: Piece, likely: _Logprobs) -> dict[str, Any]:
     text = "".join(piece.parts)
     return {"index": piece.index, "text": text, "logprobs": likely(piece), "finish_reason": piece.end}
-
-
-def _prompts(given: str | Sequence[Any]) -> list[Any]:
-    """One or more texts, or lists of ids."""
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
-        return [given]
-    if not given:
-        raise RequestError(400, "the prompt is empty: give a text, ids, or a list of either", param="prompt")
-    return list(given)
 
 
 class _Logprobs:

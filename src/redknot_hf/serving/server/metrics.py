@@ -123,6 +123,7 @@ def _plain(load: Load) -> Iterator[Metric]:
     yield counter("redknot_answer_tokens", "Tokens that were decoded", load.written)
     yield counter("redknot_prefix_asked_tokens", "Tokens of prompts that were looked for", load.asked)
     yield counter("redknot_prefix_hit_tokens", "Those of them that parked prefixes held", load.hits)
+    yield counter("redknot_segment_hit_tokens", "Tokens of prompts that were taken from stored segments", load.reused)
 
 
 def _labelled(load: Load) -> Iterator[Metric]:

@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from .bodies import Content, Message
 from .errors import RequestError
 
 _Made = TypeVar("_Made")
+# Where documents come in a conversation; drawn anew in each process, so that no client can have written it.
+_HERE = f"\x02{uuid4().hex}\x03"
 
 
 class Prompts:
@@ -30,19 +33,28 @@ class Prompts:
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         self._thread = ThreadPoolExecutor(1, "redknot tokenizer")
 
-    async def read(self, text: str) -> list[int]:
-        """Ids of a text."""
-        return await self._apart(partial(self._read, text))
+    async def read(self, text: str, first: bool = True) -> list[int]:
+        """Ids of a text, with what the tokenizer begins texts with where it comes first.
+
+        Raises:
+            RequestError: The tokenizer cannot read it.
+        """
+        return await self._apart(partial(self._ids, text, first))
 
     async def chat(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, options: Mapping[str, Any]
-    ) -> list[int]:
-        """Ids of a conversation up to where the model answers.
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None,
+        options: Mapping[str, Any],
+        parted: bool = False,
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a conversation up to where the model answers, in two parts.
 
         Args:
             messages: The conversation.
             tools: What the model may call, as chat templates take it.
             options: For the template alone.
+            parted: Documents come before the words of the first user, where the first part ends; else that is empty.
 
         Raises:
             RequestError: There is no template, or it refuses.
@@ -54,7 +66,13 @@ class Prompts:
         own = inspect.signature(self.tokenizer.apply_chat_template).parameters
         if taken := [name for name in options if name in own]:
             raise RequestError(400, f"chat_template_kwargs.{taken[0]} is not for the template", param=taken[0])
-        return await self._apart(partial(self._chat, [self._turn(x) for x in messages], tools, dict(options)))
+        turns = [self._turn(x) for x in messages]
+        if parted:
+            user = next((turn for turn in turns if turn["role"] == "user"), None)
+            if user is None:
+                raise RequestError(400, "segments come before a user's words, and there are none", param="segments")
+            user["content"] = _HERE + user["content"]
+        return await self._apart(partial(self._chat, turns, tools, dict(options), parted))
 
     def close(self) -> None:
         """Ends the thread."""
@@ -63,13 +81,13 @@ class Prompts:
     async def _apart(self, make: Callable[[], _Made]) -> _Made:
         return await asyncio.get_running_loop().run_in_executor(self._thread, make)
 
-    def _read(self, text: str) -> list[int]:
+    def _ids(self, text: str, first: bool) -> list[int]:
         try:
-            return list(self.tokenizer(text)["input_ids"])
+            return list(self.tokenizer(text, add_special_tokens=first)["input_ids"])
         except Exception as e:  # whatever a tokenizer raises: its words are all it knows
             raise RequestError(400, "the model's tokenizer cannot read this text", "unreadable_text") from e
 
-    def _chat(self, turns: list[dict[str, Any]], tools: Any, options: dict[str, Any]) -> list[int]:
+    def _chat(self, turns: list[dict[str, Any]], tools: Any, options: dict[str, Any], parted: bool) -> Any:
         try:
             text = self.tokenizer.apply_chat_template(
                 turns, tools=tools, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False,
@@ -77,10 +95,11 @@ class Prompts:
             )  # fmt: skip
         except Exception as e:  # whatever a template raises of turns that it does not expect
             raise RequestError(400, "the model's chat template refuses these messages", "chat_template") from e
-        try:
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        except Exception as e:
-            raise RequestError(400, "the model's tokenizer cannot read this text", "unreadable_text") from e
+        if not parted:
+            return [], self._ids(text, False)
+        if text.count(_HERE) != 1:
+            raise RequestError(400, "the model's chat template has no one place for segments", "chat_template")
+        return tuple(self._ids(part, False) for part in text.split(_HERE))
 
     def _turn(self, message: Message) -> dict[str, Any]:
         """A message as chat templates take it."""

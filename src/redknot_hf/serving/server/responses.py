@@ -15,7 +15,7 @@ from .bodies import ResponseBody
 from .errors import RequestError
 from .events import Likely, event
 from .output import Output
-from .service import Service
+from .service import Question, Service
 from .turns import turns_of
 from .wording import parser_of
 
@@ -27,18 +27,19 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/responses")
     async def responses(request: Request, body: ResponseBody) -> Response:
         """Answer a conversation."""
-        service.check_model(body)
+        service.check_model(body.model)
         flat = [tool.model_dump(exclude_none=True, exclude={"type"}) for tool in body.tools or ()]
         tools = None if body.tool_choice == "none" or not flat else [{"type": "function", "function": x} for x in flat]
         options = dict(body.chat_template_kwargs or {})
         if body.reasoning is not None and body.reasoning.effort is not None:
             options["reasoning_effort"] = body.reasoning.effort
-        ids = await service.prompts.chat(turns_of(body), tools, options)
-        new = service.room(ids, body.max_output_tokens)
+        head, ids = await service.prompts.chat(turns_of(body), tools, options, bool(body.segments))
+        context = await service.library.before(body, head)
+        new = service.room(ids, body.max_output_tokens, None, context.tokens)
         number = request.state.request_id
         wanted = body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ())
         answers = service.ask(
-            number, [ids], 1, body, [new], (body.top_logprobs or 0) if wanted else None,
+            number, [Question(ids, new, context)], 1, body, (body.top_logprobs or 0) if wanted else None,
             partial(parser_of, service.engine.model, service.prompts.tokenizer, ids, tools),
         )  # fmt: skip
         output = Output(number, Likely(service.prompts.tokenizer) if wanted else None)

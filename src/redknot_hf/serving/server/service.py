@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from redknot_hf.serving.engine import Engine
@@ -12,11 +13,27 @@ from redknot_hf.serving.stops import ends_of
 from .answers import Answers
 from .bodies import Asked
 from .errors import RequestError
+from .library import Context, Library
 from .metrics import Metrics
 from .prompts import Prompts
 from .sampling import model_defaults, sampling_of
 from .settings import Settings
 from .wording import Wording
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt of a request.
+
+    Attributes:
+        ids: Of the prompt.
+        new: Tokens of an answer at most.
+        context: What stands before it.
+    """
+
+    ids: Sequence[int]
+    new: int
+    context: Context
 
 
 class Service:
@@ -39,6 +56,7 @@ class Service:
             raise ValueError("a server reads and writes text: make the engine with tokenizer=")
         self.engine, self.settings = engine, settings
         self.prompts = Prompts(engine.tokenizer, settings.chat_template)
+        self.library = Library(engine, self.prompts)
         self.metrics = Metrics(engine)
         self.defaults = model_defaults(engine.model.generation_config)
         self.longest = _longest(engine.memory.ever_fits, engine.max_len)
@@ -51,33 +69,35 @@ class Service:
         """Whether requests are taken now."""
         return self.engine.alive and not self.draining
 
-    def check_model(self, asked: Asked) -> None:
+    def check_model(self, name: str | None) -> None:
         """Checks that a client means the model that is served here.
 
         Raises:
             RequestError: It means another one.
         """
-        if asked.model not in (None, self.settings.name):
+        if name not in (None, self.settings.name):
             raise RequestError(
                 404, f"the model here is {self.settings.name}: see /v1/models", "model_not_found", "model"
             )
 
-    def room(self, ids: Sequence[int], new: int | None, usual: int | None = None) -> int:
+    def room(self, ids: Sequence[int], new: int | None, usual: int | None = None, before: int = 0) -> int:
         """New tokens that an answer to a prompt may have.
 
         Args:
             ids: The prompt.
             new: That were asked for.
             usual: Where none were asked for; else as many as fit.
+            before: Tokens of segments that stand before it.
 
         Raises:
             RequestError: The prompt and so many do not fit.
         """
-        left = self.longest - len(ids) + 1  # the last token of an answer is not read
+        tokens = before + len(ids)
+        left = self.longest - tokens + 1  # the last token of an answer is not read
         if left < 1 or (new is not None and new > left):
             wanted = "" if new is None else f" and {new} new ones"
             raise RequestError(
-                400, f"{len(ids)} tokens of prompt{wanted} are more than the {self.longest} that fit: ask for less",
+                400, f"{tokens} tokens of prompt{wanted} are more than the {self.longest} that fit: ask for less",
                 "context_length_exceeded",
             )  # fmt: skip
         return new if new is not None else min(left, usual or left)
@@ -85,10 +105,9 @@ class Service:
     def ask(
         self,
         number: str,
-        prompts: Sequence[Sequence[int]],
+        questions: Sequence[Question],
         n: int,
         asked: Asked,
-        new: Sequence[int],
         logprobs: int | None = None,
         parser: Callable[[], Any] = lambda: None,
     ) -> Answers:
@@ -96,27 +115,29 @@ class Service:
 
         Args:
             number: Of the HTTP request.
-            prompts: Ids.
+            questions: That are asked.
             n: Answers to each.
             asked: How they are chosen.
-            new: Tokens of an answer to each prompt, at most.
             logprobs: Of how many tokens beside the chosen one.
             parser: Makes what tells thoughts and calls from text.
 
         Raises:
             RequestError: It is refused.
         """
-        if (count := n * len(prompts)) > self.settings.max_answers:
+        if (count := n * len(questions)) > self.settings.max_answers:
             raise RequestError(
                 400, f"{count} answers are more than the {self.settings.max_answers} of a request", param="n"
             )
         answers = Answers(self.engine, number)
-        for ids, most in zip(prompts, new, strict=True):
-            sampling = sampling_of(asked, self.defaults, most, logprobs)
+        for one in questions:
+            sampling = sampling_of(asked, self.defaults, one.new, logprobs)
             ends = [*sampling.stop_ids, *(() if sampling.ignore_eos else self._ends)]
             word = lambda: Wording(self.prompts.tokenizer, sampling.stop, ends, parser())  # noqa: B023, E731
+            more: dict[str, Any] = {"timeout": self.settings.timeout}
+            if one.context.refs:
+                more |= {"segments": one.context.refs, "boundary": one.context.boundary}
             try:
-                answers.ask(ids, n, sampling, word, self.settings.timeout)
+                answers.ask(one.ids, n, sampling, word, **more)
             except RequestError as e:
                 if e.status_code == 429:
                     e.headers = {"retry-after": str(self.metrics.seconds_to_a_place)}
