@@ -192,7 +192,7 @@ def test_an_answer_that_fails_ends_alone_and_tells_nothing(web, engine, monkeypa
 
 
 def test_a_fault_of_the_server_tells_nothing(web, served, monkeypatch, caplog):
-    async def fail(_):
+    async def fail(*_, **__):
         raise KeyError(SECRET)
 
     monkeypatch.setattr(served[0].app.state.service.prompts, "read", fail)
