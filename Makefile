@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 KVPRESS := .venv-kvpress/bin
+# Most of what is installed is never imported; Python compiles what is.
+INSTALL := install --quiet --no-compile
 
 .PHONY: demo test test-oldest test-previous test-newest lint speed evals real clean
 
@@ -55,8 +57,8 @@ clean:
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples,evals,lm-eval,real,serve]" --group test --group lint
+	$(BIN)/pip $(INSTALL) -c constraints.txt torch
+	$(BIN)/pip $(INSTALL) -c constraints.txt -e ".[examples,evals,lm-eval,real,serve]" --group test --group lint
 	touch $@
 
 # An environment $(1) on top of .venv, which holds only what $(2) asks for and .venv has not.
@@ -64,7 +66,7 @@ define layer
 	$(BIN)/python -m venv --clear --without-pip $(1)
 	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
 		> $$(echo $(1)/lib/python3*/site-packages)/below.pth
-	$(BIN)/pip --python $(1) install --quiet $(2)
+	$(BIN)/pip --python $(1) $(INSTALL) $(2)
 endef
 
 .venv-oldest/.ready .venv-previous/.ready: .venv-%/.ready: constraints-%.txt .venv/.ready
@@ -75,6 +77,6 @@ endef
 .venv-kvpress/.ready: constraints-kvpress.txt
 	$(PYTHON) -m venv .venv-kvpress
 	$(KVPRESS)/pip install --quiet --upgrade "pip>=25.1"
-	$(KVPRESS)/pip install --quiet -c constraints-kvpress.txt torch
-	$(KVPRESS)/pip install --quiet -c constraints-kvpress.txt kvpress
+	$(KVPRESS)/pip $(INSTALL) -c constraints-kvpress.txt torch
+	$(KVPRESS)/pip $(INSTALL) -c constraints-kvpress.txt kvpress
 	touch $@

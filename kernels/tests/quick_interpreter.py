@@ -1,13 +1,21 @@
-"""Triton's interpreter, quicker: it looks through the whole language at every call of a function within a kernel."""
+"""Triton's interpreter, quicker.
 
+It looks through the whole language at every launch, and again at every call of a function within a kernel, and computes
+every sum and product of integers a second time, in 64 bits, for an assertion of overflow that it then does not make.
+"""
+
+import dataclasses
 import functools
 import inspect
 
 
 def quicken():
-    """Lets the interpreter look up once which names of the language it replaces."""
+    """Lets the interpreter look up once what it replaces of the language, and leave out what it throws away."""
     from triton.runtime import interpreter
 
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug  # else it asserts
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     is_builtin = interpreter.tl.core.is_builtin
 
     @functools.cache
@@ -20,4 +28,10 @@ def quicken():
             if is_builtin(member):
                 interpreter._patch_attr(package, name, member, builder, *scope)
 
-    interpreter._patch_builtin = patch
+    patch_language = interpreter._patch_lang
+
+    def patch_once(function):
+        # Within a kernel all is replaced already, and put back when the kernel ends.
+        return patch_language(function) if is_builtin(interpreter.tl.load) else None
+
+    interpreter._patch_builtin, interpreter._patch_lang = patch, patch_once
