@@ -28,10 +28,17 @@ def quicken():
             if is_builtin(member):
                 interpreter._patch_attr(package, name, member, builder, *scope)
 
-    patch_language = interpreter._patch_lang
+    @functools.cache
+    def languages(function):
+        known = (interpreter.tl, interpreter.tl.core)
+        return [value for value in function.__globals__.values() if inspect.ismodule(value) and value in known]
+
+    patch_language, scope_of = interpreter._patch_lang, getattr(interpreter, "_LangPatchScope", type(None))
 
     def patch_once(function):
-        # Within a kernel all is replaced already, and put back when the kernel ends.
-        return patch_language(function) if is_builtin(interpreter.tl.load) else None
+        # What a kernel calls finds the language replaced as a rule; its own scope puts it back.
+        if any(is_builtin(language.load) for language in languages(function)):
+            return patch_language(function)
+        return scope_of()
 
     interpreter._patch_builtin, interpreter._patch_lang = patch, patch_once
