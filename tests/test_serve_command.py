@@ -1,5 +1,6 @@
 """`redknot serve` as a process of its own: what a new user types, and what it refuses before it loads anything."""
 
+import json
 import os
 import re
 import signal
@@ -7,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
-from listening import client_of, generated
+from listening import generated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -18,11 +20,10 @@ from redknot_hf import HeadPlan
 from redknot_hf.serving import Engine
 
 TINY = Path(__file__).parents[1] / "evals" / "tiny"
-PROMPT = (
-    "<bos> <doc> the code of the wooden school is 3 0 5 3 . </doc> question : what is the code of the wooden school ? "
-    "answer :"
-)
-SMALL = ("--memory", "64MiB", "--max-len", "512", "--dtype", "float32")
+ROOT = TINY.parents[1]
+# What README tells a new user: how to start it, and what to ask.
+START = re.search(r"^redknot (serve evals/tiny .*?) &", (ROOT / "README.md").read_text(), re.M).group(1).split()
+ASK = json.loads(re.search(r"^curl .*? -d '(.*?)'$", (ROOT / "README.md").read_text(), re.M | re.S).group(1))
 
 
 def run(*arguments):
@@ -30,32 +31,34 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_the_bundled_model_answers_and_ends_when_it_is_told():
-    command = [sys.executable, "-c", "from redknot_cli import app; app()", "serve", TINY, "--plan", TINY / "plan.json"]
+def test_what_readme_says_starts_it_and_it_ends_when_it_is_told():
+    command = [sys.executable, "-c", "from redknot_cli import app; app()", *START, "--port", "0", "--store", "memory"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(
-        [*map(str, command), "--port", "0", *SMALL], env=environment, text=True,
+        [*command, "--dtype", "float32"], env=environment, cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, process.stderr.read()
-        client = client_of(found.group())
-        asked = {"model": str(TINY), "prompt": PROMPT, "max_tokens": 12}
-        chunks = client.completions.create(**asked, stream=True)
-        text = "".join(chunk.choices[0].text for chunk in chunks)
+        with httpx.stream("POST", f"{found.group()}/v1/completions", json=ASK, timeout=20) as answer:
+            events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        kept = httpx.post(f"{found.group()}/v1/segments", json={"input": "the code of the wooden school"}, timeout=20)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, -signal.SIGTERM)
     finally:
         process.kill()
         _, err = process.communicate()
     assert "Traceback" not in err
+    assert kept.json()["data"][0]["tokens"] == 6
+    assert events.pop() == "[DONE]"
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in events)
+    assert text.startswith("3 0 5 3 ."), "the right answer"
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32", attn_implementation="redknot")
     engine = Engine(model, HeadPlan.load(TINY / "plan.json"), memory=1 << 26, max_len=512, tokenizer=tokenizer)
-    assert text == generated(engine, tokenizer(PROMPT)["input_ids"], 12)
-    assert text.startswith("3 0 5 3 ."), "the right answer"
+    assert text == generated(engine, tokenizer(ASK["prompt"])["input_ids"], 16)
 
 
 def test_what_is_off_is_said_before_a_model_is_loaded(monkeypatch, tmp_path):

@@ -74,10 +74,6 @@ class Prompts:
             user["content"] = _HERE + user["content"]
         return await self._apart(partial(self._chat, turns, tools, dict(options), parted))
 
-    def close(self) -> None:
-        """Ends the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
     async def _apart(self, make: Callable[[], _Made]) -> _Made:
         return await asyncio.get_running_loop().run_in_executor(self._thread, make)
 
