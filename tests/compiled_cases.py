@@ -101,6 +101,19 @@ def test_an_eager_turn_follows_compiled_ones():
     torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
 
 
+def test_compiled_steps_go_on_after_a_cache_was_compressed():
+    model, plan = tiny()
+    ids, options = prompts()[0][:, 5:], {"max_new_tokens": 3, "do_sample": False}
+    whole = HeadPlan.uniform(model.config, HeadSpec())
+    cache, plain = reserved(model, whole), RedKnotCache(model.config, whole, page_size=16)
+    answers = []
+    for held, how in ((cache, {"compile_config": compiled()}), (plain, {})):
+        out = model.generate(ids, past_key_values=held, **options, **how)
+        held.compress(plan)
+        answers.append(model.generate(torch.cat([out, ids[:, :9]], 1), past_key_values=held, **options, **how))
+    assert torch.equal(*answers)
+
+
 def test_beams_of_a_reserved_cache():
     model, plan = tiny()
     ids, _ = prompts()

@@ -113,9 +113,32 @@ def test_what_would_grow_is_refused_before_anything_changes():
     refuse_growth(plan, plan)
     after = held(cache)
     assert all((before[row][0] == at).all() for row, (at, *_) in after.items())
-    reserved = RedKnotCache(config, plan, max_cache_len=200)
-    with pytest.raises(ValueError, match="make it without max_cache_len"):
-        reserved.compress(plan.stored("int4"))
+
+
+@pytest.mark.parametrize("narrower", NARROWER)
+def test_what_was_reserved_becomes_less_and_steps_go_on(narrower, monkeypatch):
+    seen = watch(monkeypatch)
+    model, ids = make_model("llama"), some_ids(2, 200)
+    plan, whole = NARROWER[narrower](model.config), HeadPlan.uniform(model.config, HeadSpec())
+    cache = RedKnotCache(model.config, whole, page_size=PAGE, hot=HOT, max_cache_len=200)
+    feed(model, cache, ids[:, :120])
+    fork, before = cache.fork(), cache.nbytes
+    cache.compress(plan)
+    made = RedKnotCache(model.config, plan, page_size=PAGE, hot=HOT, max_cache_len=200)
+    feed(model, made, ids[:, :120])
+    pools = [part for s in cache._storages() for part in (*s.pool.pages, *s.cold.pages)]
+    assert cache.nbytes == made.nbytes == sum(part.untyped_storage().nbytes() for part in pools)
+    assert cache.nbytes < 0.8 * before == 0.8 * fork.nbytes
+    seen.clear()
+    for part in ids[:, 120:].split([1, 30, 1, 48], 1):  # to the last slot
+        feed(model, cache, part)
+    assert len(seen) == 4 * len(cache.layers)
+    with pytest.raises(ValueError, match="max_cache_len=200"):
+        feed(model, cache, ids[:, :1])
+    cache.reset()
+    assert cache.nbytes == made.nbytes
+    made.reset()
+    torch.testing.assert_close(feed(model, cache, ids[:, :60]), feed(model, made, ids[:, :60]))
 
 
 def test_an_empty_cache_takes_the_plan():

@@ -194,3 +194,48 @@ def test_the_allocator_reports_what_stored_heads_hold(storage):
         assert cache.nbytes <= found[-1]
         del cache
     assert found[1] < {"int8": 0.8, "int4": 0.6}[storage] * found[0]  # of heads of 16 dims, whose scales weigh much
+
+
+@pytest.mark.parametrize("reserved", [None, 8448])
+@pytest.mark.parametrize("narrower", ["windows", "int8", "int4"])
+def test_compressing_gives_the_allocator_its_bytes_back(narrower, reserved):
+    model = make_model("llama", max_position_embeddings=16384).cuda().half()
+    whole = HeadPlan.uniform(model.config, HeadSpec())
+    local = HeadPlan.with_global(model.config, [(0, 0), (2, 1)], local=HeadSpec(window=64, sink=4))
+    plan = local if narrower == "windows" else whole.stored(narrower)
+    ids = torch.randint(3, VOCABULARY, (4, 8192), device="cuda")
+    with torch.no_grad():
+        model(ids[:, :256], **cache_argument(model, RedKnotCache(model.config, plan)), logits_to_keep=1)
+        before = requested()
+        cache = RedKnotCache(model.config, whole, max_cache_len=reserved)
+        for part in ids.split(2048, 1):
+            model(part, **cache_argument(model, cache), logits_to_keep=1)
+        held, full = cache.nbytes, requested() - before
+        cache.compress(plan)
+        left = requested() - before
+    small = (
+        sum(s.mirror.table.nbytes + s.cold._table.nbytes + s.cold._counts.nbytes for s in cache._storages()) + 65536
+    )
+    assert cache.nbytes <= left <= cache.nbytes + small
+    assert full - left >= held - cache.nbytes - small
+    assert cache.nbytes < {"windows": 0.2, "int8": 0.8, "int4": 0.6}[narrower] * held  # of 16 dims: scales weigh
+
+
+@pytest.mark.parametrize("narrower", ["windows", "int8", "int4"])
+def test_tokens_after_compressing_are_the_twins(narrower):
+    model = make_model("llama").cuda()
+    whole = HeadPlan.uniform(model.config, HeadSpec())
+    plan = random_plan(model.config, seed=3) if narrower == "windows" else whole.stored(narrower)
+    ids = torch.randint(3, VOCABULARY, (2, 400), device="cuda")
+    answers = []
+    for impl, reserved in (("torch", None), ("triton", None), ("triton", 470)):
+        cache = RedKnotCache(model.config, whole, impl=impl, max_cache_len=reserved)
+        extra = {"custom_generate": captured_decoding} if reserved else {}
+        for new in (20, 20):
+            asked = {"do_sample": False, "max_new_tokens": new, **extra}
+            text = answers[-1] if cache.get_seq_length() else ids
+            out = model.generate(text, past_key_values=cache, attention_mask=torch.ones_like(text), **asked)
+            answers.append(out)
+            if cache.plan == whole:
+                cache.compress(plan)
+    assert all(torch.equal(first, second) for first, second in zip(answers, answers[2:], strict=False))

@@ -189,21 +189,15 @@ class RedKnotCache(Cache):
         """Makes the cache obey a narrower plan, in place: pages of what heads keep no more are given back.
 
         Windows become shorter, storages coarser; later steps see what is kept, as if it had been read so. Forks keep
-        what they hold, and the pages that both list. `cache.plan` is the new plan afterwards.
+        what they hold, and the pages that both list. With `max_cache_len`, what is reserved becomes less too, and
+        steps are captured anew. `cache.plan` is the new plan afterwards.
 
         Raises:
-            ValueError: A head would see more than it keeps now, or finer, or the cache reserves its slots
-                (`max_cache_len`); nothing has changed then.
+            ValueError: A head would see more than it keeps now, or finer; nothing has changed then.
         """
         plan = as_plan(plan, self.config)
         refuse_growth(self.plan, plan)
-        layers = list(row_layers(self))
-        if any(layer.max_cache_len is not None for _, layer in layers):
-            raise ValueError(
-                "a cache with max_cache_len holds its pages for good, so compressing it would free nothing: make it "
-                "without max_cache_len"
-            )
-        for i, layer in layers:
+        for i, layer in row_layers(self):
             layer.compress(plan[i])
         self.plan = plan
 

@@ -195,6 +195,7 @@ class Ledger:
     def _make_room(self, lengths: Lengths) -> None:
         if self.reserved is not None:  # a captured step cannot ask for pages
             lengths = np.full(self.rows.batch, self.reserved)
+            self.pool.grow(self._whole())
         self.pool.make_room(self.rows, lengths)
         self.cold.make_room(lengths)
 
@@ -219,16 +220,19 @@ class Ledger:
         self.pool.collect()
         self.cold.collect()
 
-    def _shrink(self) -> None:
+    def _shrink(self, settled: bool = False) -> None:
+        """Gives free pages to the device; with `settled` also those of reserved pools that no row needs."""
         self._collect()
         self.pool.shrink()
         self.cold.shrink()
+        if settled and self.reserved is not None:
+            for pool in (self.pool, *(part.pool for part in self.cold.parts.values())):
+                pool.trim(0)
 
     def _settle(self) -> None:
         """Where slots are reserved: reserves them and brings them to the device, where captured steps will look."""
         if self.reserved is None:
             return
-        self.pool.grow(self._whole())
         self._make_room(self.rows.lengths)
         self._mirrored()
         for part in (*self.pool.pages, *self.cold.pages):

@@ -37,7 +37,7 @@ class PagePool:
 
     Attributes:
         pages: Keys and values. Always finite, so that a masked slot cannot spoil a sum.
-        fixed: The number of pages is settled (`max_cache_len`).
+        fixed: The number of pages is settled (`max_cache_len`), until other rules need fewer.
         lock: Not re-entrant. Methods of the pool and of its rows do not take it themselves.
         references: How often each page is listed, and which are free.
         gone: Tables of rows that have died, still counted; `collect` frees what they list.
@@ -102,7 +102,7 @@ class PagePool:
             at_most: Free pages beyond which it does so while several hold pages.
         """
         rows = [x for x in (holder() for holder in self._holders.values()) if x is not None]
-        if not rows:
+        if self.fixed or not rows:
             return
         spare = max(x.unbounded for x in rows)
         if self.alone(rows[0]):
@@ -170,9 +170,9 @@ class PagePool:
             self.references.resize(pages)
 
     def trim(self, spare: int) -> None:
-        """Gives free pages beyond `spare` back to the device, unless the pool is fixed."""
+        """Gives free pages beyond `spare` back to the device."""
         counts = self.references.counts
-        if self.fixed or self.free <= spare:
+        if self.free <= spare:
             return
         kept = np.concatenate([np.flatnonzero(counts), np.flatnonzero(counts == 0)[:spare]])
         new = np.full(self.size, ABSENT, np.int32)

@@ -197,8 +197,6 @@ class Storage(Ledger):
             self.rows.change_rules(rules, changed)
             self.cold.change_rules(rules, lengths, self.device)
             self.cold.under(self.pool.lock)
-            if self.reserved is not None:  # longer rings than were reserved
-                self.pool.grow(self._whole())
             self._ready(lengths)
             for b, h, held, keys, values in moved:
                 if _rule(rules, h)[3] not in (0, _rule(old, h)[3]):
@@ -207,7 +205,7 @@ class Storage(Ledger):
                 at, hot = (torch.from_numpy(x).to(self.device) for x in (held[hot], hot))
                 slots = rules.take((h,)).slots(at[None, None])
                 scatter_tokens(self.pool.pages, self._row(b, h), slots, keys[hot], values[hot])
-            self._shrink()
+            self._shrink(settled=True)
             self._settle()
 
     # The steps of the above; the lock is held
