@@ -77,8 +77,8 @@ class Walk:
         self.read(account, int(self.random.choice([2, 5, PAGE, PAGE + 1, 40, 70])))
 
     def padded(self, account, at):
-        tokens = int(self.random.choice([1, 7, 30]))
-        real = torch.from_numpy(self.random.random((account.batch, tokens)) < self.random.random())
+        tokens = int(self.random.choice([1, 7, 30, 60]))
+        real = torch.from_numpy(self.random.random((account.batch, tokens)) < self.random.random((account.batch, 1)))
         self.read(account, tokens, real)
 
     def crop(self, account, at):
