@@ -84,7 +84,7 @@ class Walk:
     def crop(self, account, at):
         slots = account.flags.shape[1]
         if slots:
-            account.cut(int(min(self.random.choice([1, 3, PAGE, 40, slots]), slots)))
+            account.cut(int(min(self.random.choice([1, 3, PAGE, 30, 50, slots]), slots)))
 
     def copy(self, account, at):
         if len(self.accounts) < 4:
