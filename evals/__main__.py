@@ -66,6 +66,12 @@ def bench(
     program(ctx.args, prog_name=f"python -m evals bench {name}")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def serve(ctx: typer.Context) -> None:
+    """Put load on a server that speaks OpenAI's protocol: latency and throughput; `serve --help` tells more."""
+    import_module("evals.load.command").app(ctx.args, prog_name="python -m evals serve")
+
+
 def main(words: Sequence[str] | None = None, name: str = "python -m evals") -> None:
     """The command; what is wrong with what it was given is said in a line, without a traceback.
 

@@ -1,0 +1,1 @@
+"""Load on a server that speaks OpenAI's protocol: what is asked when, and what came of it."""
