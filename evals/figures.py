@@ -10,14 +10,12 @@ from itertools import groupby
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from evals.summary import Row
-from redknot_hf import HeadPlan
 
 MIB = 2**20
 _MARKERS = "oDsv^PXd*h<>"
@@ -162,48 +160,6 @@ def times(rows: Sequence[Row], style: Style) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
     return figure
-
-
-def heads(plan: HeadPlan, title: str, style: Style) -> Figure:
-    """Draw what each KV head keeps: layers to the right, heads down; windows from pale to strong, global in red."""
-    windows = sorted({spec.window for layer in plan for spec in layer if spec.window is not None})
-    pale, full = style.heads[:-1], style.heads[-1]
-    colours = [pale[round(i * (len(pale) - 1) / max(1, len(windows) - 1))] for i in range(len(windows))]
-    if len(windows) == 1:
-        colours = [pale[1]]
-    most = max(len(layer) for layer in plan)
-    place = {window: i for i, window in enumerate([*windows, None])}
-    cells = [
-        [place[plan[i][h].window] if h < len(plan[i]) else math.nan for i in range(len(plan))] for h in range(most)
-    ]
-    cell = min(0.42, (style.width - 1.0) / len(plan))
-    figure = Figure(figsize=(style.width, most * cell + 1.5), layout="constrained")
-    axes = figure.subplots()
-    axes.pcolormesh(
-        cells, cmap=ListedColormap([*colours, full]), vmin=-0.5, vmax=len(windows) + 0.5, edgecolors=style.paper,
-        linewidth=1.5 if cell > 0.15 else 0.4,
-    )  # fmt: skip
-    axes.set(title=title, xlabel="layer", ylabel="KV head", ylim=(most, 0), aspect="equal")
-    axes.set_anchor("W")
-    for axis, n in ((axes.xaxis, len(plan)), (axes.yaxis, most)):
-        step = max(1, -(-n // 12))
-        axis.set_ticks([i + 0.5 for i in range(0, n, step)])
-        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x - 0.5:.0f}"))
-        axis.set_tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    labels = [f"window {window}" for window in windows]
-    marks = [Line2D([], [], marker="s", linestyle="", color=c, label=x) for c, x in zip(colours, labels, strict=True)]
-    marks.append(Line2D([], [], marker="s", linestyle="", color=full, label="global"))
-    figure.legend(handles=_ends(marks), loc="outside lower left", ncols=2 if style.narrow else 6, fontsize=9)
-    return figure
-
-
-def _ends(marks: list[Line2D]) -> list[Line2D]:
-    """Of many windows the smallest, some between and the largest are named."""
-    if len(marks) <= 6:
-        return marks
-    return [marks[round(i * (len(marks) - 2) / 4)] for i in range(5)] + [marks[-1]]
 
 
 def _figure(panels: int, style: Style, height: float, reserve: float) -> Figure:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from evals import figures
+from evals import figures, head_map
 from evals.figures import STYLES, Draw, Style
 from evals.identity import plan_identity
 from evals.intervals import Estimate
@@ -103,7 +103,7 @@ def _drawings(rows: Sequence[Row], plans: Sequence[tuple[str, HeadPlan]]) -> dic
         text = f"What each KV head keeps under {name} (plan {plan_identity(plan)['plan']})."
 
         def draw(style: Style, plan: HeadPlan = plan, name: str = name) -> Any:
-            return figures.heads(plan, name, style)
+            return head_map.heads(plan, name, style)
 
         found[f"heads_{i}" if len(plans) > 1 else "heads"] = (text, draw)
     return found

@@ -10,10 +10,13 @@ import typer
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from evals import head_map
+from evals.figures import STYLES, render
 from evals.real import model as real_model
 from evals.real import reuse_summary
 from evals.real.frontier import Job, load, measure
 from evals.real.summary import draw, summarize, table, write
+from redknot_hf.profiling import HeadProfile
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
 app.callback()(disable_progress_bar)
@@ -81,6 +84,25 @@ def summarize_reuse(
         reuse_summary.draw(found, figure)
     for one in reuse_summary.table(found):
         Console(width=130).print(one)
+
+
+@app.command()
+def portrait(
+    profile: Annotated[Path, typer.Argument(help="a profile that `frontier` has written")],
+    out: Annotated[Path, typer.Option(help="folder for heads-light.png and heads-dark.png")],
+    budget: Annotated[float, typer.Option(help="of the plan, a share of the dense cache's bytes")] = 0.2,
+) -> None:
+    """Draw the heads of a plan, and the bytes that a sequence keeps: README's picture."""
+    measured = HeadProfile.load(profile)
+    plan = measured.plan(budget=budget)
+    title = (
+        f"{plan.provenance['model']}: what each KV head keeps, {budget:.0%} of the bytes at {measured.length} tokens"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for theme in ("light", "dark"):
+        style = STYLES[theme, "wide"]
+        drawn = render(lambda style: head_map.portrait(plan, title, measured.head_dims[0], style), style, "png")
+        (out / f"heads-{theme}.png").write_bytes(drawn)
 
 
 if __name__ == "__main__":
