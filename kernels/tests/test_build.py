@@ -1,5 +1,6 @@
 """The build is a kernel that the `kernels` library loads and benchmarks."""
 
+import re
 import runpy
 import shutil
 import sys
@@ -34,6 +35,19 @@ def test_the_build_is_loaded_beside_the_package(repository):
     keys, angles = torch.randn(1, 2, 5, 16), torch.randn(5, 8)
     turned = [k.rotate(keys, k.Rotation(angles.cos(), angles.sin())) for k in (kernel, redknot_kernels)]
     assert torch.equal(*turned)
+
+
+def test_the_card_says_what_runs(repository):
+    """Its blocks, in their order; a first token attends itself alone."""
+    names = {"device": "cpu"}
+    blocks = re.findall(r"^```python\n(.*?)^```$", (KERNELS / "CARD.md").read_text(), re.M | re.S)
+    assert len(blocks) == 2
+    for code in blocks:
+        exec(code.replace('Path("kernels")', f'Path("{repository}")'), names)
+    assert torch.equal(names["out"], names["values"].repeat_interleave(2, 1).transpose(1, 2))
+    assert names["counts"].tolist() == [1, 1]
+    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", (KERNELS / "CARD.md").read_text(), re.M)))
+    assert set(listed) <= {*redknot_kernels.__all__, *redknot_kernels.implementation("torch")._fields}
 
 
 def test_its_triton_side_is_its_own(repository):

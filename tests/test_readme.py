@@ -1,0 +1,66 @@
+"""The first page: short, and its figures are those of the committed results."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "evals" / "results"
+KINDS = ("numbers", "words", "codes", "copied")
+
+
+def row(name):
+    """The cells of the table's row that begins so, as numbers; None where a cell is empty."""
+    (line,) = (line for line in README.splitlines() if line.replace("*", "").startswith(f"| {name}"))
+    cells = [re.sub(r"[*x% ]", "", cell) for cell in line.strip("|").split("|")[1:]]
+    return [float(cell) if cell else None for cell in cells]
+
+
+def test_it_fits_on_a_few_screens():
+    assert len(README.splitlines()) <= 150
+
+
+def test_answers_are_those_of_the_real_model():
+    lines = map(json.loads, (RESULTS / "real" / "frontier.jsonl").read_text().splitlines())
+    found = {(line["method"], line["budget"]): line for line in lines}
+
+    def right(method, budget):
+        return sum(found[method, budget]["tasks"][kind]["right"] for kind in KINDS) / len(KINDS)
+
+    dense = right("dense", 1.0)
+    assert f"{dense:.0f} % of four kinds" in README
+    for name, method, budget in (
+        ("RedKnot, plan for 28 %", "drift", 0.28),
+        ("RedKnot, plan for 20 %", "drift", 0.2),
+        ("every head in int4", "int4 everywhere", 0.28),
+        ("windows by attention mass", "mass", 0.2),
+        ("a sliding window with sink", "streaming", 0.2),
+    ):
+        kept = found[method, budget]["kept"]
+        assert row(name) == [round(1 / kept, 1), None, None, round(100 * right(method, budget) / dense)], name
+
+
+def test_times_are_those_of_the_8b_shape():
+    last = json.loads((RESULTS / "speed_gpu.jsonl").read_text().splitlines()[-1])
+    found = {one["method"]: one for one in last["rows"] if one["batch"] == 1 and one["length"] == 131072}
+    dense, static, ours = (found[name] for name in ("dynamic", "static", "1/8 global, captured"))
+    assert f"{dense['kv_bytes'] / 2**30:.1f} GiB, {dense['first_s']:.1f} s to the first token" in README
+    assert f"{1e3 * dense['token_s']:.0f} ms a token" in README
+    times = [dense[name] / ours[name] for name in ("kv_bytes", "first_s", "token_s")]
+    assert row("RedKnot, 1/8 of the heads") == [*(round(time, 1) for time in times), None]
+    times = [dense[name] / static[name] for name in ("kv_bytes", "token_s")]
+    assert row("StaticCache, compiled") == [round(times[0], 1), None, round(times[1], 1), None]
+
+
+def test_links_lead_somewhere():
+    for page in (
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "kernels").glob("*.md"),
+        ROOT / "evals" / "README.md",
+        ROOT / "CONTRIBUTING.md",
+    ):
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)|(?:src|srcset)=\"([^\"]+)\"", page.read_text()):
+            target = next(filter(None, link))
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
