@@ -1,6 +1,6 @@
 """Triton's interpreter, quicker.
 
-It looks through the whole language at every launch, and again at every call of a function within a kernel, and computes
+It looks through the whole language at every launch, again at every call of a function within a kernel, and computes
 every sum and product of integers a second time, in 64 bits, for an assertion of overflow that it then does not make.
 """
 
