@@ -2,23 +2,29 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from families import make_model
+from families import FAMILIES, make_model
 from oracle import random_plan
 from parallel_worker import run
 from safetensors.torch import load_file, save_file
 from texts import prompts
 
-from redknot_hf import HeadPlan, HeadSpec
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
+from redknot_hf.parallel import reorder_heads
+from redknot_hf.plan.per_layer import kv_sources
+from redknot_hf.plan.placement import Placement
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 LOCAL = HeadSpec(window=7, sink=2)
+PLANS_BOTH = ("first rank global", "balanced")
 PLANS = {
     "global": lambda config: HeadPlan.uniform(config, HeadSpec()),
     "first rank global": lambda config: HeadPlan.with_global(
@@ -64,7 +70,24 @@ def folder(model, prompt, tmp_path_factory):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_two_processes_find_what_one_does(model, prompt, folder, name):
-    alone, _ = run(model, PLANS[name](model.config), prompt)
+    alone, *_ = run(model, PLANS[name](model.config), prompt)
+    compare(alone, folder, name)
+
+
+def test_a_model_whose_heads_are_reordered_finds_the_same_and_its_ranks_hold_the_same(model, prompt, folder):
+    """The plan's global heads are all of the first rank; in another order each rank has as many."""
+    alone, *_ = run(model, PLANS["first rank global"](model.config), prompt)
+    compare(alone, folder, "balanced")
+    plain, level = ([left(folder, name, rank)["nbytes"] for rank in range(2)] for name in PLANS_BOTH)
+    assert max(plain) > 1.3 * min(plain)
+    assert max(level) <= 1.05 * min(level)
+
+
+def left(folder, name: str, rank: int) -> dict:
+    return json.loads((folder / f"{name}.{rank}.json").read_text())
+
+
+def compare(alone, folder, name: str) -> None:
     for rank in range(2):
         found = load_file(folder / f"{name}.{rank}.safetensors")
         for what, expected in alone.items():
@@ -76,5 +99,48 @@ def test_two_processes_find_what_one_does(model, prompt, folder, name):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_each_process_holds_the_pages_of_its_own_heads(model, prompt, folder, name):
-    _, alone = run(model, PLANS[name](model.config), prompt)
-    assert [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)] == [alone[:2], alone[2:]]
+    _, alone, _ = run(model, PLANS[name](model.config), prompt)
+    assert [left(folder, name, rank)["pages"] for rank in range(2)] == [alone[:2], alone[2:]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reordered_heads_compute_what_they_did(family):
+    """In one process: any order of heads, under any plan, gives the logits of the model as it was."""
+    model, ids = make_model(family), prompts(1, 40, (0,))[0]
+    plan, chosen = random_plan(model.config), random.Random(0)
+    orders = [tuple(chosen.sample(range(len(layer)), len(layer))) for layer in plan]
+    order = tuple(orders[source] for source in kv_sources(model.config))
+    moved = HeadPlan([[layer[head] for head in places] for layer, places in zip(plan, order, strict=True)])
+    placement = Placement(moved, order, 1, (0,))
+    with torch.no_grad():
+        before = model(ids, use_cache=True, **cache_argument(model, RedKnotCache(model.config, plan))).logits
+        reorder_heads(model, placement)
+        after, old = (
+            model(ids, use_cache=True, **cache_argument(model, RedKnotCache(model.config, p))).logits
+            for p in (placement.plan, plan)
+        )
+    torch.testing.assert_close(after, before, atol=3e-4, rtol=1e-4)
+    assert not torch.allclose(old, before, atol=1e-3), "the order changes nothing"
+
+
+def test_what_cannot_be_reordered_is_refused_before_anything_changes():
+    model = make_model("llama")
+    plan = random_plan(model.config)
+    placement = replace(plan.balanced(2, 40), order=((3, 2, 1, 0),) * 4)
+    last = model.model.layers[3].self_attn
+    last.register_parameter("lora", torch.nn.Parameter(torch.zeros(1)))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    with pytest.raises(ValueError, match="layer 3 has a parameter lora"):
+        reorder_heads(model, placement)
+    del last.lora
+    last.k_proj.weight = torch.nn.Parameter(last.k_proj.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layer 3: k_proj.weight .* in torch.int8"):
+        reorder_heads(model, placement)
+    last.k_proj.weight = torch.nn.Parameter(before["model.layers.3.self_attn.k_proj.weight"])
+    with pytest.raises(ValueError, match="the plan has"):
+        reorder_heads(make_model("llama", num_key_value_heads=8), placement)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    shared = make_model("gemma4")
+    apart = Placement(random_plan(shared.config), ((0, 1, 2, 3),) * 3 + ((1, 0, 2, 3),), 1, (0,))
+    with pytest.raises(ValueError, match="share keys"):
+        reorder_heads(shared, apart)

@@ -34,6 +34,17 @@ def kv_dims(config: Any) -> tuple[tuple[int, int], ...]:
     return (_dims(config),) * config.num_hidden_layers
 
 
+def kv_sources(config: Any) -> tuple[int, ...]:
+    """Return for each layer that whose keys it attends to: itself, or an earlier one that shares its own."""
+    config = text_config(config)
+    layers = config.num_hidden_layers
+    first = layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    kinds = getattr(config, "layer_types", None) or [None] * layers
+    return tuple(
+        i if i < first else max((j for j in range(first) if kinds[j] == kinds[i]), default=i) for i in range(layers)
+    )
+
+
 def text_config(config: Any) -> Any:
     """Return the config of the text model, given that of the whole model or the model itself.
 

@@ -18,8 +18,9 @@ from typing import Any
 from . import formats
 from .duo_attention import at_hand
 from .formats import AnyPath, Rules
-from .per_layer import kv_dims, kv_heads
+from .per_layer import kv_heads
 from .picture import picture, shape
+from .placement import Placement, balanced, dims_of
 from .published import Published, without_dtype
 from .spec import HeadSpec
 from .storage import HOT, PAGE_SIZE, itemsize
@@ -220,14 +221,16 @@ class HeadPlan(Published):
         Raises:
             ValueError: The dtype is unknown, or the length negative.
         """
-        if hasattr(head_dim, "num_hidden_layers") or hasattr(head_dim, "get_text_config"):
-            self.check(head_dim)
-            dims = kv_dims(head_dim)
-        else:
-            dims = (head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim),) * len(self)
-        size = itemsize(dtype)
+        dims, size = dims_of(self, head_dim), itemsize(dtype)
         counts = Counter((spec, dim) for layer, dim in zip(self, dims, strict=True) for spec in layer)
         return sum(n * spec.nbytes(length, *dim, size, page_size, hot) for (spec, dim), n in counts.items())
+
+    def balanced(self, ranks: int, length: int, head_dim: Any = 128) -> Placement:
+        """Return an order of the heads in which so many tensor-parallel ranks hold about as many bytes; see there.
+
+        `length` is that of the sequences that are served, `head_dim` as `nbytes` takes it.
+        """
+        return balanced(self, ranks, length, head_dim)
 
     def __getitem__(self, layer: int) -> tuple[HeadSpec, ...]:
         return self.heads[layer]
