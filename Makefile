@@ -5,7 +5,7 @@ KVPRESS := .venv-kvpress/bin
 # Most of what is installed is never imported; Python compiles what is.
 INSTALL := install --quiet --no-compile
 
-.PHONY: demo test test-oldest test-previous test-newest lint speed evals real clean
+.PHONY: docs demo test test-oldest test-previous test-newest lint speed evals real clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/quickstart.py
@@ -37,6 +37,10 @@ lint: .venv/.ready
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# The site, in site/. A broken link or a name without a page is an error.
+docs: .venv/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 speed: .venv/.ready
 	$(BIN)/python -m evals bench speed --out evals/results/speed_cpu.jsonl
 
@@ -58,7 +62,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip $(INSTALL) -c constraints.txt torch
-	$(BIN)/pip $(INSTALL) -c constraints.txt -e ".[examples,evals,lm-eval,real,serve]" --group test --group lint
+	$(BIN)/pip $(INSTALL) -c constraints.txt -e ".[docs,examples,evals,lm-eval,real,serve]" --group test --group lint
 	touch $@
 
 # An environment $(1) on top of .venv, which holds only what $(2) asks for and .venv has not.
