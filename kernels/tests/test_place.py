@@ -60,9 +60,10 @@ def place_by_hand(pages, keys, values, table, kept, span):
     tokens, first, offset = span
     pages = [x.clone() for x in pages]
     stored = stored_tokens(kept, tokens)
+    known = set(stored)
     for i, (head, token) in enumerate(stored):
         position, sink, ring = offset + token, RULES.sink[head], RULES.ring[head]
-        unbroken = all((head, later) in stored for later in range(token, tokens))
+        unbroken = all((head, later) in known for later in range(token, tokens))
         in_ring = unbroken and tokens - token <= ring
         if token >= first and (position < sink or in_ring):
             slot = position if position < sink else sink + (position - sink) % ring
