@@ -12,8 +12,9 @@ from transformers import DynamicCache
 from evals.measuring import Asked, measure
 from evals.method import Context, Method, dense, read
 from evals.methods import Setting, kvpress, load, load_all
-from evals.methods.dense import quantised, static
-from evals.methods.redknot import RedKnot, all_global, kept_share, misplaced, redknot, streaming, wrong_heads
+from evals.methods.dense import _BACKENDS, quantised, static
+from evals.methods.redknot import RedKnot, all_global, kept_share, misplaced, redknot, stored, streaming, wrong_heads
+from evals.running import Group, _ask
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 
 
@@ -105,15 +106,15 @@ def test_another_path_for_the_first_token_is_caught(model):
     assert min(record["audit_gap"] for record in records) > 0.1
 
 
-def test_misplaced_plan_keeps_as_much_in_the_wrong_heads(plan):
-    wrong = misplaced(plan)
+def test_misplaced_plan_keeps_as_much_in_the_wrong_heads(model, plan):
+    wrong, config = misplaced(plan), model.config
     assert wrong.num_global == plan.num_global
     assert not any(
         a.is_global and b.is_global for x, y in zip(plan, wrong, strict=True) for a, b in zip(x, y, strict=True)
     )
     assert wrong == misplaced(plan)
     assert wrong != misplaced(plan, seed=1)
-    assert kept_share(wrong, 1000) == kept_share(plan, 1000) == (4 + 12 * 0.018) / 16
+    assert kept_share(wrong, 1000, config) == kept_share(plan, 1000, config) == pytest.approx((4 + 12 * 0.018) / 16)
     assert wrong_heads(plan).identity["plan"] != redknot(plan).identity["plan"]
 
 
@@ -121,7 +122,8 @@ def test_streaming_takes_the_plans_share(model, plan):
     method = load("streaming", Setting(model.config, 1000, plan))
     assert isinstance(method, RedKnot)
     assert method.plan is not None
-    assert kept_share(method.plan, 1000) == pytest.approx(kept_share(plan, 1000), abs=1e-3)
+    config = model.config
+    assert kept_share(method.plan, 1000, config) == pytest.approx(kept_share(plan, 1000, config), abs=1e-3)
     assert load("streaming:window=9,sink=1", Setting(model.config, 1000)) == streaming(model.config, 9, 1)
 
 
@@ -144,20 +146,51 @@ def test_what_is_missing_is_named(model, plan, monkeypatch):
         quantised("other")
 
 
-def test_quantised_cache_or_what_it_needs(model):
-    if importlib.util.find_spec("hqq") is None:
-        with pytest.raises(ImportError, match=r"redknot-hf\[quantised\]"):
-            quantised("hqq")
-    try:
-        method = quantised()
-    except ImportError as e:
-        assert "quantised" in str(e)  # noqa: PT017 - the other way is tested below
+@pytest.mark.parametrize("backend", ["quanto", "hqq"])
+def test_quantised_caches_beside_ours_at_about_equal_bytes(model, backend, monkeypatch):
+    method = quantised(backend)
+    if importlib.util.find_spec(_BACKENDS[backend].partition(".")[0]) is None:
+        with pytest.raises(ImportError, match=r"needs .*redknot-hf\[quantised\]"):
+            method.prepare(model, asked().context)
         return
-    reference, held = measure(model, dense(), asked(), 1)
-    records, _ = measure(model, method, asked(), 1, held)
-    assert all(record["audited"] for record in records)
-    assert records[0]["cost"]["resident_bytes"] < 0.4 * reference[0]["cost"]["resident_bytes"]
-    assert 0 < max(kl for record in records for kl in record["fidelity"]["kl"]) < 1
+    several = asked((600,), (0,))
+    reference, held = measure(model, dense(), several, 1)
+    theirs, ours = (measure(model, one, several, 1, held)[0] for one in (method, stored(model.config, "int4")))
+    assert all(record["audited"] for record in (*theirs, *ours))
+    dense_bytes, *held_bytes = (one[0]["cost"]["resident_bytes"] for one in (reference, theirs, ours))
+    assert max(held_bytes) < 0.75 * dense_bytes  # of 16 dims scales weigh much, and of 600 tokens what is recent
+    assert 0 < max(kl for record in (*theirs, *ours) for kl in record["fidelity"]["kl"]) < 1
+
+
+def test_a_backend_that_is_missing_is_told_in_its_row(model, monkeypatch):
+    monkeypatch.setattr("evals.methods.dense._installed", lambda module: False)
+    found, told = [], []
+    method, ours = quantised("hqq"), stored(model.config)
+    assert [one.name for one in (method, ours)] == ["quantised by hqq, 4 bits", "redknot, int8"]
+    with pytest.raises(ImportError, match="needs hqq"):
+        method.prepare(model, asked().context)
+    bench = SimpleNamespace(model=model)
+    group = Group((SimpleNamespace(id="a"),), asked(rows=(0,)), ("c",))
+    keep = lambda name, group, answers: found.append(name)  # noqa: E731
+    fail = lambda names, reason: told.append((*names, str(reason)))  # noqa: E731
+    left = {one.name: {"a"} for one in (method, ours)}
+    _ask(bench, SimpleNamespace(batch_size=1), [method, ours], group, left, keep, fail)
+    assert found == ["redknot, int8"]
+    assert told == [("quantised by hqq, 4 bits", "the quantised cache needs hqq: pip install 'redknot-hf[quantised]'")]
+
+
+def test_stored_plans_by_name(model, plan):
+    setting = Setting(model.config, 600, plan.stored("int8"))
+    records = {}
+    _, held = measure(model, dense(), asked((600,), (0,)), 1)
+    for spec in ("redknot", "stored:storage=int8", "stored:storage=int4"):
+        (records[spec],), _ = measure(model, load(spec, setting), asked((600,), (0,)), 1, held)
+    sizes = [record["cost"]["resident_bytes"] for record in records.values()]
+    assert sizes == sorted(sizes)[:1] + sorted(sizes[1:], reverse=True)
+    assert kept_share(plan.stored("int4"), 600, model.config) < setting.kept() < kept_share(plan, 600, model.config)
+    swapped = misplaced(plan.stored("int8", heads=[(0, 1)]))
+    assert swapped.num_global == plan.num_global
+    assert sum(spec.storage == "int8" for layer in swapped for spec in layer) == 1
 
 
 def test_several_plans_go_by_their_names(model, plan, tmp_path):

@@ -41,8 +41,8 @@ class Setting:
         return self.plan
 
     def kept(self) -> float:
-        """Return the share that the plan keeps at this length."""
-        return redknot.kept_share(self.needed_plan(), self.length)
+        """Return the share of bytes that the plan keeps at this length."""
+        return redknot.kept_share(self.needed_plan(), self.length, self.config)
 
 
 def _streaming(setting: Setting, window: int | None = None, sink: int = 4) -> Method:
@@ -66,6 +66,7 @@ METHODS: dict[str, Callable[..., Method | Press]] = {
     "static": lambda setting: dense.static(),
     "quantised": lambda setting, **options: dense.quantised(**options),
     "redknot": lambda setting, **options: redknot.redknot(setting.needed_plan(), **options),
+    "stored": lambda setting, **options: redknot.stored(setting.config, **options),
     "all-global": lambda setting: redknot.all_global(setting.config),
     "wrong-heads": lambda setting, **options: redknot.wrong_heads(setting.needed_plan(), **options),
     "streaming": _streaming,

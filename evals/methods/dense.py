@@ -32,6 +32,8 @@ class Quantised(Method):
     bits: int = 4
 
     def prepare(self, model: Any, context: Context) -> Cache:
+        if not _installed(_BACKENDS[self.backend]):  # told in its row: what else is measured goes on
+            raise ImportError(f"the quantised cache needs {self.backend}: pip install 'redknot-hf[quantised]'")
         return read(model, QuantizedCache(backend=self.backend, config=model.config, nbits=self.bits), context)
 
     def fork(self, cache: Cache) -> Cache:
@@ -51,15 +53,13 @@ def quantised(backend: str = "quanto", bits: int = 4) -> Method:
         bits: Of each element.
 
     Raises:
-        ValueError: The backend is unknown.
-        ImportError: The backend's library is not installed.
+        ValueError: The backend is unknown. One that is not installed is told when it is to hold a context.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend={backend!r}: choose one of {', '.join(_BACKENDS)}")
-    if not _installed(_BACKENDS[backend]):
-        raise ImportError(f"the quantised cache needs {backend}: pip install 'redknot-hf[quantised]'")
     identity = {"backend": backend, "bits": bits}
-    return Quantised(f"quantised, {bits} bits", identity=identity, batched=False, backend=backend, bits=bits)
+    name = f"quantised, {bits} bits" if backend == "quanto" else f"quantised by {backend}, {bits} bits"
+    return Quantised(name, identity=identity, batched=False, backend=backend, bits=bits)
 
 
 def _installed(module: str) -> bool:
