@@ -55,12 +55,16 @@ def test_what_is_held_is_told_by_class_and_once(engine):
     load = Load.of(engine)
     assert load.running == 3
     assert load.used == engine.memory.used()["used"] > 0, "pages that forks and prefixes share count once"
+    assert 0 < load.busy < load.used, "the rings of the prefix are nobody else's"
     assert load.held["global", "model"] > 0
     assert load.held["local", "model"] > 0
     assert [one["prompt"] for one in load.requests] == [60] * 3
     for request in requests:
         request.cancel()
     engine.step()
+    load = Load.of(engine)
+    assert (load.running, load.busy) == (0, 0)
+    assert load.parked == load.used > 0
     while engine.memory.evict():
         pass
     assert Load.of(engine).used == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from copy import copy
 from threading import Lock
 from typing import Any, TypeVar
@@ -116,9 +117,10 @@ class PagePool:
         listed = [table.listed for table in self._holders]
         return np.bincount(np.concatenate(listed), minlength=self.size) if listed else np.zeros(self.size, np.int64)
 
-    def listed_by_head(self) -> Bool[np.ndarray, "heads pages"]:
-        """Which pages rows of each head list, of all sequences; all holders' rows have as many heads."""
-        tables = [table.ids for table in self._holders]
+    def listed_by_head(self, holders: Iterable[Rows] | None = None) -> Bool[np.ndarray, "heads pages"]:
+        """Which pages rows of each head list; of all holders, or of some. All of them have as many heads."""
+        found = list(self._holders) if holders is None else [rows.page_table for rows in holders]
+        tables = [table.ids for table in found]
         listed = np.zeros((tables[0].shape[1] if tables else 0, self.size), np.bool_)
         for table in tables:
             _, head, _ = at = np.nonzero(table != ABSENT)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from redknot_hf.cache.pool import PagePool
+from redknot_hf.cache.cache import RedKnotCache, row_layers
+from redknot_hf.cache.cold import NAMES
+from redknot_hf.cache.pool import PagePool
+from redknot_hf.cache.rows import Rows
+from redknot_hf.cache.storage import Storage
 
+from .memory import SeatMemory
+
+if TYPE_CHECKING:
     from .engine import Engine
 
 
@@ -21,8 +28,9 @@ class Load:
     Attributes:
         waiting, running, seats: Requests that hold no pages, those that do, and how many may.
         held: Bytes of pages in use, by class of heads (`"global"`, `"local"`) and storage (`"model"`, `"int8"`...).
-        total, parked, host: Bytes of all pages; of prefixes kept for later, each counted alone; of sequences that were
-            swapped out.
+        busy: Bytes of pages that running requests hold; the rest of those in use are prefixes, which go when a request
+            needs the room.
+        total, host: Bytes of all pages; and of sequences that were swapped out.
         read, written: Tokens of prompts and of answers, since the start.
         asked, hits: Tokens of prompts, and those of them that parked prefixes held, since the start.
         reused: Tokens of prompts that were taken from stored segments, since the start.
@@ -34,8 +42,8 @@ class Load:
     running: int
     seats: int
     held: dict[tuple[str, str], int]
+    busy: int
     total: int
-    parked: int
     host: int
     read: int
     written: int
@@ -50,18 +58,26 @@ class Load:
         """Bytes of pages in use."""
         return sum(self.held.values())
 
+    @property
+    def parked(self) -> int:
+        """Bytes of pages that only prefixes hold, kept for later requests."""
+        return max(self.used - self.busy, 0)
+
     @classmethod
     def of(cls, engine: Engine) -> Load:
         """An engine's, from any thread; it serves on meanwhile."""
         memory, reader = engine.memory, engine.reader
+        running = list(engine.scheduler.running)
+        # Whoever leaves meanwhile holds nothing, or a span on the host.
+        caches = [held for held in (x.held for x in running) if isinstance(held, RedKnotCache)]
         used, prefixes = memory.used(), memory.prefixes
         return cls(
             waiting=engine.waiting,
             running=engine.running,
             seats=engine.max_batch,
             held=_held(memory),
+            busy=sum(_held(memory, caches).values()),
             total=used["total"],
-            parked=used["parked"],
             host=used["host"],
             read=reader.read,
             written=reader.decoded,
@@ -69,7 +85,7 @@ class Load:
             hits=prefixes.hit_tokens,
             reused=reader.reused,
             preemptions=dict(engine.scheduler.preemptions),
-            requests=[_told(x.request) for x in list(engine.scheduler.running)],
+            requests=[_told(x.request) for x in running],
         )
 
 
@@ -85,28 +101,29 @@ def _told(request: Any) -> dict[str, Any]:
     }
 
 
-def _held(memory: Any) -> dict[tuple[str, str], int]:
-    """Bytes of pages that some row lists; a page that several share counts once."""
+def _held(memory: SeatMemory, caches: Sequence[RedKnotCache] | None = None) -> dict[tuple[str, str], int]:
+    """Bytes of pages that are listed, by whoever holds some or by these caches; what several share counts once."""
     found: dict[tuple[str, str], int] = {}
-    layers = memory.layers.values()
+    layers = memory.layers
     # Layers of equal rules hold the same pages of every sequence.
-    alike = {storage.rows.rules: [x for x in layers if x.rows.rules == storage.rows.rules] for storage in layers}
-    for rules, storages in alike.items():
-        first = storages[0]
-        keeps = [h in rules.global_heads for h in range(rules.heads)]
-        for name, pool in _pools(first):
-            with first.pool.lock:
-                listed = pool.listed_by_head()
-            each = pool.nbytes // max(pool.size, 1)
-            for kind, mask in (("global", np.array(keeps)), ("local", ~np.array(keeps))):
-                pages = int(listed[mask].any(0).sum())
-                key = (kind, name)
+    alike = {x.rows.rules: [i for i, y in layers.items() if y.rows.rules == x.rows.rules] for x in layers.values()}
+    for rules, indices in alike.items():
+        root = layers[indices[0]]
+        keeps = np.isin(np.arange(rules.heads), list(rules.global_heads))
+        mine = None if caches is None else [dict(row_layers(cache))[indices[0]].storage for cache in caches]
+        for name in _rows_of(root):
+            pool = _rows_of(root)[name][1]
+            with root.pool.lock:
+                listed = pool.listed_by_head(None if mine is None else [_rows_of(x)[name][0] for x in mine])
+            each = pool.nbytes // max(pool.size, 1) * len(indices)
+            for kind, heads in (("global", keeps), ("local", ~keeps)):
+                pages = int(listed[heads].any(0).sum()) if len(listed) else 0
                 if pages or name == "model":
-                    found[key] = found.get(key, 0) + pages * each * len(storages)
+                    found[kind, name] = found.get((kind, name), 0) + pages * each
     return found
 
 
-def _pools(storage: Any) -> list[tuple[str, PagePool]]:
-    from redknot_hf.cache.cold import NAMES
-
-    return [("model", storage.pool), *((NAMES[bits], part.pool) for bits, part in storage.cold.parts.items())]
+def _rows_of(storage: Storage) -> dict[str, tuple[Rows, PagePool]]:
+    """Rows and pools of a layer, by the storage of their pages."""
+    cold = {NAMES[bits]: (part.rows, part.pool) for bits, part in storage.cold.parts.items()}
+    return {"model": (storage.rows, storage.pool), **cold}

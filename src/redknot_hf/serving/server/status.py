@@ -68,6 +68,7 @@ def _told(service: Service, load: Load) -> dict[str, Any]:
         **asdict(load),
         "held": held,
         "used": load.used,
+        "parked": load.parked,
         "model": service.settings.name,
         "longest": service.longest,
         "seconds": round(time.time() - service.started, 1),
