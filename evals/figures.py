@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,6 +20,17 @@ from evals.summary import Row
 
 MIB = 2**20
 _MARKERS = "oDsv^PXd*h<>"
+# Colours and marks of the methods that come most, by their place; others have one by their name.
+_PLACES = {
+    "dense": 0,
+    "redknot": 1,
+    "streaming": 2,
+    "redknot, wrong heads": 3,
+    "static": 4,
+    "redknot, all global": 5,
+    "kvpress, adakv-expected-attention": 6,
+    "kvpress, adakv-snapkv": 7,
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,8 @@ def differences(rows: Sequence[Row], style: Style) -> Figure:
             if apart.low is not None and apart.high is not None:
                 axes.plot([apart.low, apart.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
             axes.plot([apart.value], [y], marker=marker, color=colour, markersize=6)
+            axes.annotate(f"{apart.value:+.1f}", (apart.value, y), (0, 5), textcoords="offset points", fontsize=8,
+                          color=style.ink, ha="center")  # fmt: skip
         axes.axvline(0, color=style.ink, linewidth=0.8)
         axes.axvspan(-1, 1, color=style.faint, alpha=0.5, linewidth=0)
         axes.set(title=title, xlabel="points of score, to dense", ylim=(len(panel) - 0.5, -0.5))
@@ -192,9 +206,14 @@ def _alike(panels: list[tuple[str, list[Row]]]) -> bool:
 
 
 def _colours(rows: Sequence[Row], style: Style) -> dict[str, tuple[str, str]]:
-    """A colour and a mark for each method, in the order they come; dense always has the first."""
-    names = list(dict.fromkeys(["dense", *(row.name for row in rows)]))
-    return {n: (style.series[i % len(style.series)], _MARKERS[i % len(_MARKERS)]) for i, n in enumerate(names)}
+    """A colour and a mark for each method: its own, whatever else a report shows, and whichever comes first."""
+    found: dict[str, int] = {}
+    for name in sorted({row.name for row in rows} | {"dense"}, key=lambda name: (name not in _PLACES, name)):
+        place = _PLACES.get(name, zlib.crc32(name.encode()) % len(_MARKERS))
+        while place in found.values() and len(found) < len(_MARKERS):
+            place = (place + 1) % len(_MARKERS)
+        found[name] = place
+    return {name: (style.series[i % len(style.series)], _MARKERS[i]) for name, i in found.items()}
 
 
 def _name(row: Row, style: Style) -> str:

@@ -13,6 +13,7 @@ import jinja2
 
 from evals import figures, head_map
 from evals.figures import STYLES, Draw, Style
+from evals.headline import digest, headline, mood
 from evals.identity import plan_identity
 from evals.intervals import Estimate
 from evals.summary import Row
@@ -62,7 +63,7 @@ def write_report(
 
 def markdown(rows: Sequence[Row], captions: dict[str, str], title: str) -> str:
     """Return the report in Markdown; figures lie beside it as `NAME.png`."""
-    lines = [f"# {title}", ""]
+    lines = [f"# {title}", "", f"**{headline(rows)}**", "", *_markdown(digest(rows))]
     for heading, table in _tables(rows):
         lines += [f"## {heading}", ""]
         for columns in (_FIDELITY, _COST):
@@ -134,13 +135,17 @@ def _page(rows: Sequence[Row], drawings: dict[str, tuple[str, Draw]], title: str
     sections = [
         {
             "heading": heading,
-            "rows": [{"name": row.name, "verdict": row.verdict, "mood": _mood(row)} for row in table],
+            "rows": [
+                {"name": row.name, "verdict": row.verdict, "mood": mood(row), "points": _points(row)} for row in table
+            ],
             "tables": [_cells(columns, table) for columns in (_WITHOUT_VERDICT, _COST)],
         }
         for heading, table in _tables(rows)
     ]
     return environment.from_string(TEMPLATE.read_text()).render(
         title=title,
+        headline=headline(rows),
+        digest=digest(rows),
         sections=sections,
         kinds=[{"heading": heading, "table": table} for heading, table in _by_kind(rows)],
         pictures=pictures,
@@ -191,16 +196,16 @@ def _by_kind(rows: Sequence[Row]) -> list[tuple[str, Table]]:
 
 
 def _markdown(table: Table) -> list[str]:
+    if not table["body"]:
+        return []
     head = [f"| {' | '.join(table['head'])} |", f"|{'---|' * len(table['head'])}"]
     return [*head, *(f"| {' | '.join(row)} |" for row in table["body"]), ""]
 
 
-def _mood(row: Row) -> str:
-    if row.name == "dense":
-        return "plain"
-    if row.verdict.startswith(("within", "better")):
-        return "good"
-    return "bad" if row.verdict.startswith(("worse", "void")) else "open"
+def _points(row: Row) -> str:
+    """How far from dense, as a large number."""
+    apart = row.score_difference
+    return "" if apart is None or row.name == "dense" else f"{apart.value:+.1f}"
 
 
 def _with_interval(estimate: Estimate | None, form: str = ".1f") -> str:
@@ -254,7 +259,7 @@ _READING = (
     "Every answer is decoded from the cache whose bytes and times are shown, first token included. It is then "
     "checked in one step from another fork of that cache; a method whose answers fail this is marked void.",
     "Peak is the most memory taken while the context was read: of the allocator on a GPU, of the process on a CPU, "
-    "which is coarse.",
+    "which is coarse; a dash where it saw less than is held.",
     "kvpress hides what a press drops and does not free it, so its resident bytes are those of dense; the share that "
     "it keeps is the plan's. It runs with its own, older transformers.",
 )

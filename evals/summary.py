@@ -38,7 +38,7 @@ class Row:
         token_s: Median seconds of each later token of each answer.
         tokens_per_s: Of all answers decoded together.
         resident_bytes, peak_bytes: Medians, of keys and values once the context is read, and of the most memory taken
-            on the way.
+            on the way; `None` where less was seen than is held.
         dense_share: Of the bytes that the dense cache holds.
     """
 
@@ -163,8 +163,8 @@ def _row(run: Run, kind: str, answers: dict[tuple[int, str], Answer], dense: dic
         top10=estimate(
             contexts, ([one["top10"] * n for one, n in zip(near, tokens, strict=True)], tokens), _ratio
         ).scaled(100),
-        kl=estimate(contexts, ([math.fsum(one["kl"]) for one in near], tokens), _ratio),
-        kl_p99=float(np.percentile([kl for one in near for kl in one["kl"]], 99)),
+        kl=_over_zero(estimate(contexts, ([math.fsum(one["kl"]) for one in near], tokens), _ratio)),
+        kl_p99=max(0.0, float(np.percentile([kl for one in near for kl in one["kl"]], 99))),
         perplexity_difference=estimate(
             contexts, ([one["nll"] for one in near], [one["dense_nll"] for one in near], tokens), _perplexities
         ),
@@ -173,9 +173,20 @@ def _row(run: Run, kind: str, answers: dict[tuple[int, str], Answer], dense: dic
         token_s=token_s,
         tokens_per_s=None if token_s is None else statistics.median(cost["batch"] for cost in costs) / token_s,
         resident_bytes=resident,
-        peak_bytes=_median(cost["peak_bytes"] for cost in costs),
+        peak_bytes=_believable(_median(cost["peak_bytes"] for cost in costs), resident),
         dense_share=None if held is None else resident / held,
     )
+
+
+def _over_zero(found: Estimate) -> Estimate:
+    """A KL that rounding has made negative is none."""
+    low, high = (None if end is None else max(0.0, end) for end in (found.low, found.high))
+    return Estimate(max(0.0, found.value), low, high)
+
+
+def _believable(peak: float | None, resident: float) -> float | None:
+    """A peak below what is held afterwards was not seen: a process takes memory that it has had before."""
+    return None if peak is None or peak < resident else peak
 
 
 def _ratio(total: Any, n: Any) -> Any:

@@ -115,7 +115,7 @@ def test_report_is_whole_in_one_page(tmp_path):
     assert any("width=device-width" in attrs.get("content", "") for tag, attrs in page.tags if tag == "meta")
     assert "<redknot>" in page.words
     tables = [tag for tag, _ in page.tags if tag == "table"]
-    assert len(tables) == sum(attrs.get("class") == "scroll" for _, attrs in page.tags) == 3
+    assert len(tables) == sum(attrs.get("class") == "scroll" for _, attrs in page.tags) == 4
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in figures)
     lines = [json.loads(line) for line in (tmp_path / "summary.jsonl").read_text().splitlines()]
     assert [line["method"]["name"] for line in lines if not line["kind"]] == ["dense", "<redknot>"]

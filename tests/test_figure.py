@@ -20,7 +20,7 @@ def test_a_panel_for_each_window_and_a_frame_for_each_global_head(errors):
         drawn = np.ma.filled(panel.images[0].get_array(), np.nan)
         expected = np.full((2, 3), np.nan)
         expected[0, :2], expected[1] = profile.table(window)
-        np.testing.assert_array_equal(drawn, expected)
+        np.testing.assert_array_equal(drawn, expected.T, "layers to the right, heads down")
         assert len(panel.lines) == plan.num_global == 2
     figure.canvas.draw()
     assert not heat_map(profile).axes[0].lines

@@ -22,7 +22,7 @@ def check_plotting() -> None:
 
 
 def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
-    """Draws the errors by layer and KV head, a panel for each choice, on a scale of powers of ten.
+    """Draws the errors, a panel for each choice: layers to the right, KV heads down, on a scale of powers of ten.
 
     Args:
         profile: What to draw.
@@ -37,24 +37,25 @@ def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     layers, heads = len(profile.heads_by_layer), max(profile.heads_by_layer)
-    width = 1.2 + 0.22 * heads
-    figure = Figure((1.2 + width * len(profile.choices), 1.2 + 0.2 * layers), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(profile.choices), sharey=True))
+    height = 0.9 + 0.22 * heads
+    figure = Figure((2.4 + 0.22 * layers, 0.6 + height * len(profile.choices)), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(len(profile.choices), 1, sharex=True))
     positive = profile.errors[profile.errors > 0]
     norm = LogNorm(np.quantile(positive, 0.02), positive.max()) if len(set(positive)) > 1 else None
     image = None
     for panel, choice in zip(panels, profile.choices, strict=True):
-        rows = [np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in profile.table(choice)]
-        image = panel.imshow(np.stack(rows), norm=norm, cmap="magma_r", aspect="auto", interpolation="none")
-        panel.set(title=name_of(choice), xlabel="KV head")
+        columns = [np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in profile.table(choice)]
+        image = panel.imshow(np.stack(columns, 1), norm=norm, cmap="magma_r", aspect="equal", interpolation="none")
+        panel.set(title=name_of(choice), ylabel="KV head")
+        panel.set_anchor("W")
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
         for layer, specs in enumerate(plan or ()):
             for head, spec in enumerate(specs):
                 if spec.is_global:
-                    x, y = np.array([0, 1, 1, 0, 0]) + head - 0.5, np.array([0, 0, 1, 1, 0]) + layer - 0.5
+                    x, y = np.array([0, 1, 1, 0, 0]) + layer - 0.5, np.array([0, 0, 1, 1, 0]) + head - 0.5
                     panel.plot(x, y, color="tab:cyan", linewidth=1.2, clip_on=False)
-    panels[0].set_ylabel("layer")
+    panels[-1].set_xlabel("layer")
     units = {
         "drift": "drift of the residual stream",
         "loss": "KL, nats a token",
