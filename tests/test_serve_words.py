@@ -1,6 +1,8 @@
 """From tokens to words: the same text in pieces as in one, cut at stop strings, with thoughts and calls told apart."""
 
+import asyncio
 import random
+import threading
 
 import pytest
 from transformers import GenerationConfig
@@ -8,11 +10,12 @@ from transformers.cli.serving.utils import ReasoningText, ToolCall, build_respon
 
 from redknot_hf.serving.request import Token
 from redknot_hf.serving.server.answers import Piece
-from redknot_hf.serving.server.bodies import CompletionBody, ResponseBody
+from redknot_hf.serving.server.bodies import CompletionBody, Message, ResponseBody
 from redknot_hf.serving.server.chat import _choice, _deltas
 from redknot_hf.serving.server.errors import RequestError
 from redknot_hf.serving.server.events import Likely, event
 from redknot_hf.serving.server.output import Output
+from redknot_hf.serving.server.post import Post
 from redknot_hf.serving.server.prompts import Prompts
 from redknot_hf.serving.server.sampling import model_defaults, sampling_of
 from redknot_hf.serving.server.turns import turns_of
@@ -141,14 +144,42 @@ def test_turns_of_a_response():
     assert [turn.role for turn in flat] == ["user"]
 
 
-@pytest.mark.anyio
-async def test_a_model_without_a_template_has_no_chat(byte_tokenizer):
-    with pytest.raises(RequestError) as refused:
-        await Prompts(byte_tokenizer).chat([], None, {})
-    assert "/v1/completions" in refused.value.detail
+def test_a_chat_needs_a_template_and_tools_one_that_knows_them(byte_tokenizer):
+    said = [Message(role="user", content="x"), Message(role="developer", content="y")]
+    with pytest.raises(RequestError, match="/v1/completions"):
+        asyncio.run(Prompts(byte_tokenizer).chat(said, None, {}))
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+    prompts = Prompts(byte_tokenizer, template)
+    assert byte_tokenizer.decode(asyncio.run(prompts.chat(said, None, {}))[1]) == "user xsystem y"
+    with pytest.raises(RequestError, match="knows no tools"):
+        asyncio.run(prompts.chat(said, [{"type": "function", "function": {"name": "look"}}], {}))
+    with pytest.raises(RequestError, match="refuses"):
+        asyncio.run(Prompts(byte_tokenizer, "{{ raise_exception('no') }}").chat(said, None, {}))
+    for template in ("{{ messages[0].content }}" * 2, "none"):
+        with pytest.raises(RequestError, match="no one place"):
+            asyncio.run(Prompts(byte_tokenizer, template).chat(said, None, {}, True))
+
+
+def test_an_event_is_a_line_of_its_kind():
     assert event({"a": "é"}, "x") == 'event: x\ndata: {"a":"é"}\n\n'
+    assert event({"a": "1\n2"}) == 'data: {"a":"1\\n2"}\n\n'
 
 
-@pytest.fixture
-def anyio_backend():
-    return "asyncio"
+def test_what_threads_leave_is_delivered_in_order_and_the_loop_is_woken_once():
+    async def deliver():
+        post, queues = Post(), [asyncio.Queue(), asyncio.Queue()]
+        woken, wake = [], post.loop.call_soon_threadsafe
+        post.loop.call_soon_threadsafe = lambda *work: (woken.append(1), wake(*work))
+        work = [threading.Thread(target=lambda: [post.put(queues[i % 2], i) for i in range(1000)])]
+        work[0].start()
+        work[0].join()
+        assert len(woken) == 1
+        found = [await queues[i % 2].get() for i in range(1000)]
+        post.put(queues[0], "again")
+        return found, await queues[0].get(), post
+
+    found, again, post = asyncio.run(deliver())
+    assert found == list(range(1000))
+    assert again == "again"
+    with pytest.raises(RuntimeError, match="closed"):
+        post.put(asyncio.Queue(), "nobody")

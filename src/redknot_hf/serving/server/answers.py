@@ -17,6 +17,7 @@ from redknot_hf.serving.inbox import QueueFullError
 from redknot_hf.serving.request import Request, Sampling, State, Token
 
 from .errors import RequestError, failed
+from .post import Post
 from .wording import Wording
 
 
@@ -40,21 +41,21 @@ class Piece:
 class Answers:
     """`n` answers to each of some prompts, in their order.
 
-    Iterating over it gives lists of pieces as they come; once only, and on the event loop that made it.
+    Iterating over it gives lists of pieces as they come; once only, and on the post's event loop.
 
     Args:
         engine: Serves them.
+        post: Brings tokens here.
         number: Of the HTTP request, for the log.
     """
 
-    def __init__(self, engine: Engine, number: str) -> None:
-        self.engine, self.number = engine, number
+    def __init__(self, engine: Engine, post: Post, number: str) -> None:
+        self.engine, self.number, self._post = engine, number, post
         self.requests: list[Request] = []
         self._firsts: list[Request] = []
         self._words: dict[int, Wording] = {}
         self._pieces: dict[int, Piece] = {}
         self._called: set[int] = set()
-        self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[Request, Token | None]] = asyncio.Queue()
 
     def ask(self, ids: Sequence[int], n: int, sampling: Sampling, word: Callable[[], Wording], **more: Any) -> None:
@@ -163,8 +164,8 @@ class Answers:
         return answers
 
     def _tell(self, request: Request, token: Token | None) -> None:
-        """By the engine's thread; of a loop that has ended, nobody listens any more."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, (request, token))
+        """By the engine's thread."""
+        self._post.put(self._queue, (request, token))
 
     def _take(self, request: Request, token: Token | None) -> None:
         piece, words = self._pieces[request.number], self._words[request.number]

@@ -84,18 +84,23 @@ class Prompts:
             raise RequestError(400, "the model's tokenizer cannot read this text", "unreadable_text") from e
 
     def _chat(self, turns: list[dict[str, Any]], tools: Any, options: dict[str, Any], parted: bool) -> Any:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                turns, tools=tools, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False,
-                **options,
-            )  # fmt: skip
-        except Exception as e:  # whatever a template raises of turns that it does not expect
-            raise RequestError(400, "the model's chat template refuses these messages", "chat_template") from e
+        text = self._written(turns, tools, options)
+        if tools and text == self._written(turns, None, options):
+            raise RequestError(400, "the model's chat template knows no tools: leave them out", param="tools")
         if not parted:
             return [], self._ids(text, False)
         if text.count(_HERE) != 1:
             raise RequestError(400, "the model's chat template has no one place for segments", "chat_template")
         return tuple(self._ids(part, False) for part in text.split(_HERE))
+
+    def _written(self, turns: list[dict[str, Any]], tools: Any, options: dict[str, Any]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tools=tools, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False,
+                **options,
+            )  # fmt: skip
+        except Exception as e:  # whatever a template raises of turns that it does not expect
+            raise RequestError(400, "the model's chat template refuses these messages", "chat_template") from e
 
     def _turn(self, message: Message) -> dict[str, Any]:
         """A message as chat templates take it."""

@@ -54,6 +54,7 @@ class Server(uvicorn.Server):
     ) -> None:
         # What is left when the engine has ended are the last words of each answer, which take no time.
         grace = int(drain) + 5
+        options = {"ws": "none", "server_header": False, **options}
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=grace, **options))
         self.app, self.engine, self.drain, self.tell = app, engine, drain, tell
 

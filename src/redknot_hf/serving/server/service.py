@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from .bodies import Asked
 from .errors import RequestError
 from .library import Context, Library
 from .metrics import Metrics
+from .post import Post
 from .prompts import Prompts
 from .sampling import model_defaults, sampling_of
 from .settings import Settings
@@ -63,6 +65,7 @@ class Service:
         self.started = time.time()
         self.draining = False
         self._ends = ends_of(engine.model)
+        self._post: Post | None = None
 
     @property
     def ready(self) -> bool:
@@ -128,7 +131,9 @@ class Service:
             raise RequestError(
                 400, f"{count} answers are more than the {self.settings.max_answers} of a request", param="n"
             )
-        answers = Answers(self.engine, number)
+        if self._post is None or self._post.loop is not asyncio.get_running_loop():
+            self._post = Post()
+        answers = Answers(self.engine, self._post, number)
         for one in questions:
             sampling = sampling_of(asked, self.defaults, one.new, logprobs)
             ends = [*sampling.stop_ids, *(() if sampling.ignore_eos else self._ends)]
