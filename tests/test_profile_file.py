@@ -13,6 +13,7 @@ ARGUMENTS = {
     "method": "drift", "heads_by_layer": (2, 1), "choices": (HeadSpec(4, 1), HeadSpec(storage="int8")),
     "errors": np.array([[0.125, 0.5], [0.25, 0.5], [1.0, 2.0]]), "length": 100, "head_dims": ((8, 8), (16, 8)),
     "itemsize": 2, "target": {"budget": 0.3}, "searched": (0, 2, 1), "provenance": {"model": "tiny"},
+    "sources": None,
 }  # fmt: skip
 PROFILE = SimpleNamespace(**ARGUMENTS, halves=(ARGUMENTS["errors"], 2 * ARGUMENTS["errors"]))
 
@@ -33,6 +34,12 @@ def test_what_is_written_is_read(path):
     found = profile_file.read(path, SimpleNamespace)
     assert vars(found).keys() == vars(PROFILE).keys()
     assert all(same(getattr(found, name), expected) for name, expected in vars(PROFILE).items())
+
+
+def test_layers_that_share_keys_are_told(path):
+    sharing = {"heads_by_layer": (2, 1, 2), "head_dims": ((8, 8),) * 3, "sources": (0, 1, 0)}
+    profile_file.write(path, SimpleNamespace(**{**vars(PROFILE), **sharing}))
+    assert profile_file.read(path, SimpleNamespace).sources == (0, 1, 0)
 
 
 def test_the_same_profile_gives_the_same_bytes(path):
@@ -63,6 +70,8 @@ def test_version_1_knew_windows_and_a_tokens_bytes(path):
         ({"errors": [1, 2]}, "is damaged .*errors is 1, no list"),
         ({"searched": [0, 1]}, "is damaged .*searched names 2 heads of 3"),
         ({"searched": [0, 1, 3]}, "is damaged .*searched is 3"),
+        ({"sources": [0, 2]}, "is damaged .*sources is 2"),
+        ({"sources": [0, 0]}, "is damaged .*share the keys of one with as many heads"),
         ({"choices": [{"window": 0}]}, "is damaged .*window is 0"),
         ({"target": []}, r"is damaged .*target is \[\], no mapping"),
         ({"heads_by_layer": [2**31]}, "is damaged .*heads_by_layer is 2147483648"),

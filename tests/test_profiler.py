@@ -125,5 +125,5 @@ def test_layers_may_differ_in_heads_and_dims(family, method):
     found = profile_heads(model, prompts(), windows=(4,), method=method, budget=0.6, steps=2, seconds=5)
     heads = tuple(map(len, found.plan()))
     assert heads == tuple(map(len, HeadPlan.uniform(model.config, HeadSpec())))
-    assert len(found.errors) == sum(heads)
+    assert len(found.errors) == sum(heads) - 8 * (family == "gemma4")  # two of its layers attend others' keys
     assert 0 < found.plan().num_global < sum(heads)

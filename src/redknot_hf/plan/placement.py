@@ -54,9 +54,7 @@ def balanced(plan: HeadPlan, ranks: int, length: int, head_dim: Any = 128) -> Pl
     Raises:
         ValueError: Some layer's heads are not a multiple of the ranks, or the config is another model's.
     """
-    dims, sources = dims_of(plan, head_dim), tuple(range(len(plan)))
-    if not isinstance(head_dim, (int, tuple)):
-        sources = kv_sources(head_dim)
+    dims, sources = dims_of(plan, head_dim), sources_of(plan, head_dim)
     costs = [[spec.nbytes(length, *dim, 2) for spec in layer] for layer, dim in zip(plan, dims, strict=True)]
     order, nbytes = leveled(costs, ranks, sources)
     heads = ((layer[head] for head in places) for layer, places in zip(plan, order, strict=True))
@@ -65,10 +63,19 @@ def balanced(plan: HeadPlan, ranks: int, length: int, head_dim: Any = 128) -> Pl
 
 def dims_of(plan: HeadPlan, head_dim: Any) -> tuple[tuple[int, int], ...]:
     """Elements of a key and of a value in each layer, of what is said for all, or of the model's config."""
-    if hasattr(head_dim, "num_hidden_layers") or hasattr(head_dim, "get_text_config"):
+    if _is_config(head_dim):
         plan.check(head_dim)
         return kv_dims(head_dim)
     return (head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim),) * len(plan)
+
+
+def sources_of(plan: HeadPlan, head_dim: Any) -> tuple[int, ...]:
+    """For each layer, that whose keys it attends: its own, unless the model's config says otherwise."""
+    return kv_sources(head_dim) if _is_config(head_dim) else tuple(range(len(plan)))
+
+
+def _is_config(head_dim: Any) -> bool:
+    return hasattr(head_dim, "num_hidden_layers") or hasattr(head_dim, "get_text_config")
 
 
 def leveled(costs: Sequence[Sequence[int]], ranks: int, sources: Sequence[int]) -> tuple[Order, tuple[int, ...]]:

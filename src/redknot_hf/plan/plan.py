@@ -20,7 +20,7 @@ from .duo_attention import at_hand
 from .formats import AnyPath, Rules
 from .per_layer import kv_heads
 from .picture import picture, shape
-from .placement import Placement, balanced, dims_of
+from .placement import Placement, balanced, dims_of, sources_of
 from .published import Published, without_dtype
 from .spec import HeadSpec
 from .storage import HOT, PAGE_SIZE, itemsize
@@ -214,15 +214,15 @@ class HeadPlan(Published):
         Args:
             length: Tokens of the sequence.
             head_dim: Elements of a key and of a value, or the pair (key, value) where they differ; or the model's
-                config, which says them for each layer.
+                config, which says them for each layer, and which layers keep nothing since they share others' keys.
             dtype: A torch or numpy dtype, its name, or the bytes of an element.
             page_size, hot: Those of the cache; they count where heads have a storage of their own.
 
         Raises:
             ValueError: The dtype is unknown, or the length negative.
         """
-        dims, size = dims_of(self, head_dim), itemsize(dtype)
-        counts = Counter((spec, dim) for layer, dim in zip(self, dims, strict=True) for spec in layer)
+        dims, sources, size = dims_of(self, head_dim), sources_of(self, head_dim), itemsize(dtype)
+        counts = Counter((spec, dims[i]) for i, layer in enumerate(self) if sources[i] == i for spec in layer)
         return sum(n * spec.nbytes(length, *dim, size, page_size, hot) for (spec, dim), n in counts.items())
 
     def balanced(self, ranks: int, length: int, head_dim: Any = 128) -> Placement:

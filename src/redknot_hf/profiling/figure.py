@@ -9,7 +9,8 @@ import numpy as np
 
 from redknot_hf.plan.plan import HeadPlan
 
-from .head_profile import HeadProfile, name_of
+from .choices import name_of
+from .head_profile import HeadProfile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

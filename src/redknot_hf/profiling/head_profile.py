@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,13 @@ from jaxtyping import Float, Int
 
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
-from redknot_hf.plan.storage import STORAGES
 
 from . import profile_file
 from .allocation import allocate, steps
+from .choices import Errors, falling, name_of
+from .holders import Holders
 
 Number = int | float
-Errors = Float[np.ndarray, "heads choices"]
 Options = Float[np.ndarray, "heads options"]  # the choices, and last to keep everything
 Picks = Int[np.ndarray, " heads"]
 
@@ -37,9 +36,10 @@ class HeadProfile:
 
     Attributes:
         method: How the errors were measured: "drift", "loss", "mass" or "gates".
-        heads_by_layer: KV heads of each layer; heads are counted layer by layer.
+        heads_by_layer: KV heads of each layer.
         choices: What a head may keep short of everything, the cheapest first.
-        errors: Error of every head under every choice; none grows where a choice keeps more.
+        errors: Error of every head that holds keys, counted layer by layer, under every choice; none grows where a
+            choice keeps more. What layers that share its keys lose counts with it.
         halves: The same over two disjoint halves of the prompts.
         length: Tokens of the longest prompt; budgets are reckoned at this length, unless another one is given.
         head_dims: Elements of a key and of a value, of each layer.
@@ -47,6 +47,7 @@ class HeadProfile:
         target: The bound that the profile was asked for: what `plan()` without arguments makes.
         searched: The choice of every head, `len(choices)` for everything, that a search found for the target.
         provenance: Model, calibration and cost, as JSON can hold it.
+        sources: The layer whose keys each layer attends, where some share those of others.
     """
 
     method: str
@@ -60,9 +61,10 @@ class HeadProfile:
     target: Mapping[str, Number] = field(default_factory=dict)
     searched: tuple[int, ...] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        shape = (sum(self.heads_by_layer), len(self.choices))
+        shape = (sum(self.holders.by_layer), len(self.choices))
         for name, errors in (("errors", self.errors), *(("halves", half) for half in self.halves)):
             if errors.shape != shape:
                 raise ValueError(f"{name} are {list(errors.shape)}: give a row for each of {shape[0]} heads")
@@ -71,8 +73,14 @@ class HeadProfile:
                 raise ValueError(f"the {self.method} of head {head} is {errors[head]}: it must be finite")
         if len(self.head_dims) != len(self.heads_by_layer):
             raise ValueError(f"head_dims are of {len(self.head_dims)} layers, of {len(self.heads_by_layer)}")
-        object.__setattr__(self, "errors", _falling(self.errors, self.choices))
-        object.__setattr__(self, "halves", tuple(_falling(half, self.choices) for half in self.halves))
+        object.__setattr__(self, "errors", falling(self.errors, self.choices))
+        object.__setattr__(self, "halves", tuple(falling(half, self.choices) for half in self.halves))
+
+    @property
+    def holders(self) -> Holders:
+        """The heads that hold keys."""
+        layers = range(len(self.heads_by_layer))
+        return Holders(self.heads_by_layer, tuple(layers) if self.sources is None else self.sources)
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -165,11 +173,11 @@ class HeadProfile:
         return [(float(bytes_ / dense), float(max(error, 0.0) ** (1 / power))) for bytes_, error in found]
 
     def table(self, window: int | HeadSpec | None = None) -> list[Float[np.ndarray, " heads"]]:
-        """Errors under one choice, or at one window, by default the last; an array for each layer."""
+        """Errors under one choice, or at one window, by default the last; an array a layer, empty if it shares."""
         if isinstance(window, int):
             window = next(spec for spec in self.choices if spec.window == window)
         column = len(self.choices) - 1 if window is None else self.choices.index(window)
-        return np.split(self.errors[:, column], np.cumsum(self.heads_by_layer)[:-1])
+        return np.split(self.errors[:, column], np.cumsum(self.holders.by_layer)[:-1])
 
     def save(self, path: AnyPath) -> None:
         """Writes the profile as JSON."""
@@ -216,7 +224,7 @@ class HeadProfile:
             [HeadPlan([[spec]]).nbytes(length, dims, self.itemsize) for spec in (*self.choices, HeadSpec())]
             for dims in self.head_dims
         ]
-        return np.repeat(np.array(rows, dtype=float), self.heads_by_layer, axis=0)
+        return np.repeat(np.array(rows, dtype=float), self.holders.by_layer, axis=0)
 
     def _picks(self, errors: Errors, bound: Mapping[str, Number], length: int) -> Picks:
         """The choice of every head under a bound."""
@@ -254,9 +262,7 @@ class HeadProfile:
         return np.where(allowed, costs, np.inf).argmin(1)
 
     def _plan_of(self, picks: Picks, provenance: Mapping[str, Any]) -> HeadPlan:
-        specs = self._specs(picks)
-        ends = np.cumsum((0, *self.heads_by_layer))
-        return HeadPlan(tuple(tuple(specs[a:b]) for a, b in pairwise(ends)), provenance=provenance)
+        return self.holders.plan(self._specs(picks), provenance=provenance)
 
 
 def check_target(bound: Mapping[str, Number]) -> None:
@@ -272,28 +278,3 @@ def check_target(bound: Mapping[str, Number]) -> None:
     top = 1 if name in ("budget", "global_ratio") else np.inf
     if not (0 <= value <= top) or (value == 0 and name in ("budget", "bytes_per_token")):
         raise ValueError(f"{name} is {value}: give a {'share from 0 to 1' if top == 1 else 'number above 0'}")
-
-
-def name_of(spec: HeadSpec) -> str:
-    """What a choice is called where people read it."""
-    if spec.window is not None:
-        return f"window {spec.window}"
-    return "everything" if spec.storage == "model" else spec.storage
-
-
-def _falling(errors: Errors, choices: Sequence[HeadSpec]) -> Errors:
-    """Who keeps more errs no more; noise must not say otherwise."""
-    found = errors.copy()
-    for column, spec in enumerate(choices):
-        more = [i for i, other in enumerate(choices) if _keeps_all_of(other, spec)]
-        found[:, column] = errors[:, more].max(1)
-    return found
-
-
-def _keeps_all_of(more: HeadSpec, less: HeadSpec) -> bool:
-    """Whether the first keeps all that the second keeps, and as well."""
-    if more.window is None and less.window is None:
-        return STORAGES.index(more.storage) <= STORAGES.index(less.storage)
-    if more.window is None or less.window is None:
-        return False  # few bits of everything and all bits of a window cannot be compared
-    return more.window >= less.window and more.sink + more.window >= less.sink + less.window

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from redknot_hf.plan.per_layer import kv_heads
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
 from .divergence import Divergence
 from .drift import drift, measure_drift
+from .holders import Holders
 from .prompt import Prompt
 from .search import Path, find_path, measure_path, refine
 
@@ -45,7 +45,8 @@ class LossSearch:
     ) -> None:
         self.model, self.windows, self.sink, self.tick = model, windows, sink, tick
         sums = measure_drift(model, prompts, [HeadSpec(window, sink) for window in windows], lambda: False)
-        self.drifts = drift(sums)
+        self.holders = Holders.of(model.config)
+        self.drifts = self.holders.fold(drift(sums) ** 2) ** 0.5
         self.divergence = Divergence(model, prompts)
         self.until: float | None = None
         self.finished = False
@@ -115,12 +116,11 @@ class LossSearch:
         return measure
 
     def plan(self, local: Sequence[int], spec: HeadSpec) -> HeadPlan:
-        """The plan that restricts these heads, counted layer by layer."""
-        places = [(layer, head) for layer, n in enumerate(kv_heads(self.model.config)) for head in range(n)]
-        restricted = set(local)
-        return HeadPlan.with_global(
-            self.model.config, [place for i, place in enumerate(places) if i not in restricted], spec
-        )
+        """The plan that restricts these of the heads that hold keys, counted layer by layer."""
+        specs = [HeadSpec()] * len(self.drifts)
+        for head in local:
+            specs[head] = spec
+        return self.holders.plan(specs)
 
     def _errors(self, path: Path) -> Float[np.ndarray, " heads"]:
         found = np.zeros(len(self.drifts))

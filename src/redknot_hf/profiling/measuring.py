@@ -20,6 +20,7 @@ from .clock import Clock
 from .drift import drift, measure_drift
 from .gates import train_gates
 from .head_profile import HeadProfile
+from .holders import Holders
 from .loss import LossSearch
 from .mass import measure_mass
 from .prompt import Prompt, fingerprint
@@ -55,9 +56,11 @@ def measured(profile: HeadProfile, job: Job) -> HeadProfile:
     """The profile with its errors, by its method."""
     steps = count(1)
     windows, sink = profile.windows, max(spec.sink for spec in profile.choices)
+    holders = Holders.of(job.model.config)
     if profile.method == "mass":
         tick = lambda: job.report("mass", next(steps), len(job.prompts))  # noqa: E731
         mass = measure_mass(job.model, job.prompts, windows, sink, tick)
+        mass = np.stack([holders.fold(each, np.maximum) for each in mass])
         return replace(profile, errors=mass.mean(0), halves=(mass[::2].mean(0), mass[1::2].mean(0)))
     if profile.method == "gates":
         tick = lambda: job.report("gates", next(steps), 2 * job.steps)  # noqa: E731
@@ -65,7 +68,7 @@ def measured(profile: HeadProfile, job: Job) -> HeadProfile:
         gates = train_gates(
             job.model, job.prompts, profile.choices[0], job.steps, tick, seconds=left, path=job.checkpoint
         )
-        first, second = (half[:, None] for half in gates)
+        first, second = (holders.fold(half[:, None], np.maximum) for half in gates)
         return replace(profile, errors=(first + second) / 2, halves=(first, second))
     by_bytes = bool(profile.target.keys() & {"budget", "bytes_per_token"})
     if profile.method == "loss" and not by_bytes:
@@ -85,7 +88,8 @@ def _by_drift(profile: HeadProfile, job: Job) -> HeadProfile:
         return done >= FEWEST and job.clock.left(_reserve(job, done)) < each
 
     sums = measure_drift(job.model, job.prompts, profile.choices, tick)
-    whole, *halves = (drift(part) for part in (sums, sums[::2], sums[1::2]))
+    holders = Holders.of(job.model.config)
+    whole, *halves = (holders.fold(drift(part) ** 2) ** 0.5 for part in (sums, sums[::2], sums[1::2]))
     used = provenance_of(job.model, job.prompts[: len(sums)])
     return replace(profile, errors=whole, halves=(halves[0], halves[1]), provenance=used)
 

@@ -26,6 +26,7 @@ def write(path: AnyPath, profile: Any) -> None:
     data |= {"heads_by_layer": profile.heads_by_layer, "head_dims": profile.head_dims, "itemsize": profile.itemsize}
     data |= {"length": profile.length, "choices": [_to_json(spec) for spec in profile.choices]}
     data |= {"target": dict(profile.target), "searched": profile.searched, "provenance": dict(profile.provenance)}
+    data |= {} if profile.sources is None else {"sources": profile.sources}
     data |= {"errors": _digits(profile.errors), "halves": [_digits(half) for half in profile.halves]}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry, allow_nan=False)}" for key, entry in data.items())
     Path(path).write_text("{\n" + lines + "\n}\n", encoding="utf-8")
@@ -67,16 +68,21 @@ def _arguments(data: Mapping[str, Any]) -> dict[str, Any]:
     searched = data["searched"]
     if searched is not None:
         searched = tuple(_count(pick, "searched", len(choices)) for pick in _list(searched, "searched"))
-        if len(searched) != sum(heads):
-            raise ValueError(f"searched names {len(searched)} heads of {sum(heads)}")
-    first, second = (_table(half) for half in data["halves"])
+    sources = data.get("sources")
+    if sources is not None:
+        sources = tuple(_count(source, "sources", i) for i, source in enumerate(_list(sources, "sources")))
+        if len(sources) != len(heads) or any(heads[i] != heads[j] or sources[j] != j for i, j in enumerate(sources)):
+            raise ValueError(f"sources are {reprlib.repr(sources)}: layers share the keys of one with as many heads")
+    errors, (first, second) = _table(data["errors"]), (_table(half) for half in data["halves"])
+    if searched is not None and len(searched) != len(errors):
+        raise ValueError(f"searched names {len(searched)} heads of {len(errors)}")
     target = {str(name): _number(bound) for name, bound in _mapping(data["target"], "target").items()}
     return {
-        "method": str(data["method"]), "heads_by_layer": heads, "choices": choices, "errors": _table(data["errors"]),
+        "method": str(data["method"]), "heads_by_layer": heads, "choices": choices, "errors": errors,
         "halves": (first, second), "length": _count(data["length"], "length"),
         "head_dims": tuple((_count(key, "head_dims"), _count(value, "head_dims")) for key, value in dims),
         "itemsize": _count(data["itemsize"], "itemsize"), "target": target, "searched": searched,
-        "provenance": _mapping(data["provenance"], "provenance"),
+        "provenance": _mapping(data["provenance"], "provenance"), "sources": sources,
     }  # fmt: skip
 
 

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from redknot_hf.attention.watching import check_model
 from redknot_hf.plan.formats import AnyPath
-from redknot_hf.plan.per_layer import kv_dims, kv_heads
+from redknot_hf.plan.per_layer import kv_dims
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
 from redknot_hf.plan.storage import STORAGES
 
 from .clock import Clock
 from .fidelity import MAX_KL, Confirmation
 from .head_profile import HeadProfile, Number, check_target
+from .holders import Holders
 from .measuring import FEWEST, Job, Report, measured, provenance_of
 from .prompt import Prompt, as_prompts, held_apart
 
@@ -107,13 +108,14 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
 
 def _blank(job: Job, method: str, choices: tuple[HeadSpec, ...], target: Mapping[str, Number]) -> HeadProfile:
     """A profile of which nothing is measured yet."""
-    shape = kv_heads(job.model.config)
+    holders = Holders.of(job.model.config)
     dims, size, length = kv_dims(job.model.config), job.model.dtype.itemsize, max(map(len, job.prompts))
     # Cheapest first.
     choices = tuple(sorted(choices, key=lambda spec: HeadPlan([[spec]]).nbytes(length, dims[0], size)))
-    zeros = np.zeros((sum(shape), len(choices)))
+    zeros = np.zeros((sum(holders.by_layer), len(choices)))
     return HeadProfile(
-        method=method, heads_by_layer=shape, choices=choices, errors=zeros, halves=(zeros, zeros),
+        method=method, heads_by_layer=holders.heads, sources=holders.sources if 0 in holders.by_layer else None,
+        choices=choices, errors=zeros, halves=(zeros, zeros),
         length=length, head_dims=dims, itemsize=size, target=target, provenance=provenance_of(job.model, job.prompts),
     )  # fmt: skip
 

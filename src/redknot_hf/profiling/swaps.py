@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from redknot_hf.attention.dense import dense_attention
 from redknot_hf.attention.devices import devices_of_layers
 from redknot_hf.attention.watching import Attended, Call, watching
-from redknot_hf.plan.per_layer import kv_heads
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
 from .allocation import allocate
 from .clock import Clock
 from .divergence import Divergence
 from .gates import checkpointed, frozen
+from .holders import Holders
 from .prompt import Prompt
 
 _SHARE = 0.15  # of the heads may change in the first round
@@ -40,8 +40,8 @@ class SwapSearch:
         model: The model.
         prompts: Two or more; every second one proposes, the others decide.
         choices: What a head may keep; everything is one choice more.
-        costs: Bytes of every choice, everything included.
-        squares: Squared drift of every choice, everything included.
+        costs: Bytes of every choice, everything included, of the heads that hold keys.
+        squares: Squared drift of every choice, likewise.
         tick: Called with the forward passes done so far.
 
     Attributes:
@@ -59,7 +59,7 @@ class SwapSearch:
         tick: Callable[[int], object],
     ) -> None:
         self.model, self.costs, self.squares, self.tick = model, costs, squares, tick
-        self.choices = (*choices, HeadSpec())
+        self.choices, self.holders = (*choices, HeadSpec()), Holders.of(model.config)
         self.proposing, self.deciding = Divergence(model, prompts[::2]), Divergence(model, prompts[1::2])
         self.kl: list[float] = []
         self.finished = False
@@ -98,11 +98,7 @@ class SwapSearch:
         return found
 
     def _plan(self, picks: Picks) -> HeadPlan:
-        specs, heads = [self.choices[pick] for pick in picks], []
-        for count in kv_heads(self.model.config):
-            heads.append(specs[:count])
-            specs = specs[count:]
-        return HeadPlan(heads)
+        return self.holders.plan([self.choices[pick] for pick in picks])
 
     def _proposal(self, picks: Picks, slopes: Table, budget: float, most: int) -> Picks:
         """The best choices for the budget by what they promise, at the least price a change that keeps to `most`.
@@ -133,7 +129,7 @@ class SwapSearch:
             mixture = _Mixture(self.model, self._plan(picks), self.choices)
             with torch.enable_grad(), light(self.model), watching(self.model, mixture):
                 self.proposing.loss(i).backward()
-            total += mixture.slopes()
+            total += self.holders.fold(mixture.slopes())
             self.tick(self.proposing.measured + self.deciding.measured)
         return total / len(self.proposing.prompts)
 
