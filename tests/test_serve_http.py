@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx2 as httpx
 import openai
@@ -11,6 +12,8 @@ import pytest
 import torch
 from listening import client_of, generated, listening, make_served, until
 from prometheus_client.parser import text_string_to_metric_families
+
+from redknot_hf.serving.server import service
 
 PROMPT = "Once there was a house by the sea, and nobody lived in it but the wind."
 # Of what a random model writes, which is no UTF-8 often.
@@ -97,6 +100,44 @@ def test_tools_and_thoughts_go_to_the_template(client, engine):
     flat = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}}
     answer = client.responses.create(model="tiny", input=items, tools=[flat], max_output_tokens=5, **more)
     assert answer.output_text == expected
+
+
+class Forced:
+    """A logits processor that makes a model write a text."""
+
+    def __init__(self, ids):
+        self.ids, self.first = ids, None
+
+    def __call__(self, seen, scores):
+        self.first = seen.shape[1] if self.first is None else self.first
+        at = min(seen.shape[1] - self.first, len(self.ids) - 1)
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([self.ids[at]]), 0.0)
+
+
+def test_thoughts_and_calls_of_tools_reach_the_client(client, engine, monkeypatch):
+    text = '<think>Well.</think><tool_call>\n{"name": "look", "arguments": {"a": 1}}\n</tool_call>'
+    ids = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+    of = service.sampling_of
+    force = lambda *given: replace(of(*given), processors=[Forced(ids)], max_new_tokens=len(ids))  # noqa: E731
+    monkeypatch.setattr(service, "sampling_of", force)
+    monkeypatch.setattr(engine.model.config, "model_type", "qwen3")  # whose answers transformers can take apart
+    function = {"name": "look", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    said = {"model": "tiny", "messages": [{"role": "user", "content": "Go."}], "max_tokens": 90}
+    said["tools"] = [{"type": "function", "function": function}]
+    whole = client.chat.completions.create(**said).choices[0]
+    (call,) = whole.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("look", {"a": 1})
+    assert (whole.message.reasoning_content, whole.finish_reason) == ("Well.", "tool_calls")
+    deltas = [x.choices[0].delta for x in client.chat.completions.create(**said, stream=True)]
+    (streamed_call,) = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert streamed_call.function.arguments == call.function.arguments
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "Well."
+    flat = {"model": "tiny", "input": "Go.", "max_output_tokens": 90, "tools": [{"type": "function", **function}]}
+    items = client.responses.create(**flat).output
+    assert [item.type for item in items] == ["reasoning", "function_call"]
+    assert items[1].arguments == call.function.arguments
+    events = list(client.responses.create(**flat, stream=True))
+    assert [item.type for item in events[-1].response.output] == ["reasoning", "function_call"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,21 +58,20 @@ class Answers:
         self._called: set[int] = set()
         self._queue: asyncio.Queue[tuple[Request, Token | None]] = asyncio.Queue()
 
-    def ask(self, ids: Sequence[int], n: int, sampling: Sampling, word: Callable[[], Wording], **more: Any) -> None:
-        """Asks for `n` answers to a prompt.
+    def ask(self, ids: Sequence[int], sampling: Sampling, words: Sequence[Wording], **more: Any) -> None:
+        """Asks for answers to a prompt.
 
         Args:
             ids: The prompt.
-            n: How many.
             sampling: How they are chosen.
-            word: Makes what puts an answer into words.
+            words: What puts each into words, of as many answers as are asked for.
             more: As `Engine.submit_many` has it.
 
         Raises:
             RequestError: The engine refuses it; what was asked before is given up.
         """
         try:
-            made = self.engine.submit_many(ids, n, sampling, callback=self._tell, **more)
+            made = self.engine.submit_many(ids, len(words), sampling, callback=self._tell, **more)
         except ValueError as e:
             self.cancel()
             raise RequestError(400, str(e), "invalid_value") from e
@@ -83,8 +82,8 @@ class Answers:
             self.cancel()
             raise RequestError(503, "the server is being shut down", "shutting_down", retry_after=5) from e
         self._firsts.append(made[0])
-        for request in made:
-            self._words[request.number] = word()
+        for request, word in zip(made, words, strict=True):
+            self._words[request.number] = word
             self._pieces[request.number] = Piece(len(self.requests))
             self.requests.append(request)
 

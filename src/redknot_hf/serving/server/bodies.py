@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import RequestError
 
-Text = Annotated[str, Field(max_length=1 << 26)]
 Id = Annotated[int, Field(ge=0, le=1 << 31)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
@@ -55,7 +54,7 @@ class Asked(Body):
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     # Documents that stand before the prompt: addresses, texts or ids; and what of them is recomputed there.
-    segments: Annotated[list[Text | list[Id]], Field(max_length=1024)] | None = None
+    segments: Annotated[list[str | list[Id]], Field(max_length=1024)] | None = None
     boundary: Amount | list[Amount] | None = None
     # Of no consequence for an answer.
     user: str | None = None
@@ -70,7 +69,7 @@ class Asked(Body):
 class CompletionBody(Asked):
     """Of `/v1/completions`."""
 
-    prompt: Text | list[Id] | list[Text] | list[list[Id]]
+    prompt: str | list[Id] | list[str] | list[list[Id]]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -83,8 +82,8 @@ class CompletionBody(Asked):
 class SegmentBody(Body):
     """Of `/v1/segments`."""
 
-    input: Text | list[Id] | list[Text] | list[list[Id]]
-    prefix: Text | list[Id] | None = None
+    input: str | list[Id] | list[str] | list[list[Id]]
+    prefix: str | list[Id] | None = None
     model: str | None = None
 
 
@@ -94,10 +93,10 @@ class Part(Body):
     model_config = ConfigDict(extra="ignore")
 
     type: Literal["text", "input_text", "output_text"]
-    text: Text
+    text: str
 
 
-Content = Text | list[Part] | None
+Content = str | list[Part] | None
 
 
 class Called(Body):
@@ -191,7 +190,7 @@ class TextOptions(Body):
 class ResponseBody(Asked):
     """Of `/v1/responses`; nothing is stored here, so that a conversation is sent anew each time."""
 
-    input: Text | list[dict[str, Any]]
+    input: str | list[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +15,6 @@ from .bodies import ChatBody
 from .errors import RequestError
 from .events import DONE, Likely, event, usage
 from .service import Question, Service
-from .wording import parser_of
 
 
 def routes(service: Service) -> APIRouter:
@@ -38,7 +36,7 @@ def routes(service: Service) -> APIRouter:
         number = request.state.request_id
         answers = service.ask(
             number, [Question(ids, new, context)], body.n or 1, body, _most(body),
-            partial(parser_of, service.engine.model, service.prompts.tokenizer, ids, tools),
+            await service.prompts.parser(service.engine.model, ids, tools),
         )  # fmt: skip
         base = {"id": f"chatcmpl-{number}", "created": int(time.time()), "model": service.settings.name}
         likely = Likely(service.prompts.tokenizer) if body.logprobs else None

@@ -15,8 +15,6 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 log = logging.getLogger("redknot_hf.serving")
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
 _FIELD = re.compile(r"(?!(str|int|float|bool)$)\w+")
 
 

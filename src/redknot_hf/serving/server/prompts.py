@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from transformers.cli.serving.utils import build_response_parser
+
 from .bodies import Content, Message
 from .errors import RequestError
 
@@ -73,6 +75,16 @@ class Prompts:
                 raise RequestError(400, "segments come before a user's words, and there are none", param="segments")
             user["content"] = _HERE + user["content"]
         return await self._apart(partial(self._chat, turns, tools, dict(options), parted))
+
+    async def parser(self, model: Any, ids: Sequence[int], tools: Any) -> Any:
+        """What tells thoughts and calls in an answer from text, by transformers; `None` where it does not know how.
+
+        Args:
+            model: That answers.
+            ids: The conversation, of which the template may have begun the answer.
+            tools: That the model may call.
+        """
+        return await self._apart(partial(build_response_parser, self.tokenizer, model, list(ids), tools=tools))
 
     async def _apart(self, make: Callable[[], _Made]) -> _Made:
         return await asyncio.get_running_loop().run_in_executor(self._thread, make)

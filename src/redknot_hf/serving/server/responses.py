@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +16,6 @@ from .events import Likely, event
 from .output import Output
 from .service import Question, Service
 from .turns import turns_of
-from .wording import parser_of
 
 
 def routes(service: Service) -> APIRouter:
@@ -40,7 +38,7 @@ def routes(service: Service) -> APIRouter:
         wanted = body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ())
         answers = service.ask(
             number, [Question(ids, new, context)], 1, body, (body.top_logprobs or 0) if wanted else None,
-            partial(parser_of, service.engine.model, service.prompts.tokenizer, ids, tools),
+            await service.prompts.parser(service.engine.model, ids, tools),
         )  # fmt: skip
         output = Output(number, Likely(service.prompts.tokenizer) if wanted else None)
         base = _base(body, number, service)

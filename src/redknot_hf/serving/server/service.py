@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class Service:
         n: int,
         asked: Asked,
         logprobs: int | None = None,
-        parser: Callable[[], Any] = lambda: None,
+        parser: Any = None,
     ) -> Answers:
         """Asks the engine.
 
@@ -122,7 +123,7 @@ class Service:
             n: Answers to each.
             asked: How they are chosen.
             logprobs: Of how many tokens beside the chosen one.
-            parser: Makes what tells thoughts and calls from text.
+            parser: Tells thoughts and calls from text; copied for each answer.
 
         Raises:
             RequestError: It is refused.
@@ -137,12 +138,12 @@ class Service:
         for one in questions:
             sampling = sampling_of(asked, self.defaults, one.new, logprobs)
             ends = [*sampling.stop_ids, *(() if sampling.ignore_eos else self._ends)]
-            word = lambda: Wording(self.prompts.tokenizer, sampling.stop, ends, parser())  # noqa: B023, E731
+            words = [Wording(self.prompts.tokenizer, sampling.stop, ends, copy.deepcopy(parser)) for _ in range(n)]
             more: dict[str, Any] = {"timeout": self.settings.timeout}
             if one.context.refs:
                 more |= {"segments": one.context.refs, "boundary": one.context.boundary}
             try:
-                answers.ask(one.ids, n, sampling, word, **more)
+                answers.ask(one.ids, sampling, words, **more)
             except RequestError as e:
                 if e.status_code == 429:
                     e.headers = {"retry-after": str(self.metrics.seconds_to_a_place)}

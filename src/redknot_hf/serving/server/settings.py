@@ -28,7 +28,7 @@ class Settings:
     name: str
     key: str | None = None
     hosts: Sequence[str] = ()
-    max_body: int = 16 << 20
+    max_body: int = 8 << 20
     max_answers: int = 128
     patience: float | int = 30
     timeout: float | int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cli.serving.utils import build_response_parser, response_events_to_chunks
+from transformers.cli.serving.utils import response_events_to_chunks
 
 # A letter has four bytes at most; tokens that make none in so many are no letter any more.
 _LETTER = 8
@@ -120,11 +120,6 @@ class Wording:
         if not text:
             return []
         return [text] if self._parser is None else response_events_to_chunks(self._parser.feed(text))
-
-
-def parser_of(model: Any, tokenizer: Any, ids: Sequence[int], tools: Any) -> Any:
-    """Transformers' parser of what a model answers to a conversation; `None` where it has no template for it."""
-    return build_response_parser(tokenizer, model, list(ids), tools=tools)
 
 
 def _overlap(text: str, string: str) -> int:
