@@ -128,6 +128,7 @@ def test_thoughts_and_calls_of_tools_reach_the_client(client, engine, monkeypatc
     (call,) = whole.message.tool_calls
     assert (call.function.name, json.loads(call.function.arguments)) == ("look", {"a": 1})
     assert (whole.message.reasoning_content, whole.finish_reason) == ("Well.", "tool_calls")
+    assert whole.message.content is None
     deltas = [x.choices[0].delta for x in client.chat.completions.create(**said, stream=True)]
     (streamed_call,) = [call for delta in deltas for call in delta.tool_calls or ()]
     assert streamed_call.function.arguments == call.function.arguments

@@ -160,6 +160,25 @@ def test_a_chat_needs_a_template_and_tools_one_that_knows_them(byte_tokenizer):
             asyncio.run(Prompts(byte_tokenizer, template).chat(said, None, {}, True))
 
 
+def test_an_answer_begins_where_the_template_says_or_with_itself(byte_tokenizer, monkeypatch):
+    def pieces(head, text):
+        ids = byte_tokenizer(head, add_special_tokens=False)["input_ids"]
+        parser = asyncio.run(Prompts(byte_tokenizer).parser(_Qwen, ids, None))
+        words = Wording(byte_tokenizer, (), (), parser)
+        parts = [part for i in byte_tokenizer(text, add_special_tokens=False)["input_ids"] for part in words.add(i)]
+        return [(type(part), str(part)) for part in [*parts, *words.rest()]]
+
+    def joined(parts, kind):
+        return "".join(text for found, text in parts if found is kind)
+
+    begun = pieces("Secret. <|im_start|>assistant\n<think>", "Well.</think>Yes.")
+    assert (joined(begun, ReasoningText), joined(begun, str)) == ("Well.", "Yes.")
+    other = pieces("Secret. [assistant]", "<think>Well.</think>Yes.")
+    assert (joined(other, ReasoningText), joined(other, str)) == ("Well.", "Yes.")
+    monkeypatch.setattr(_Qwen.config, "model_type", "llama")
+    assert asyncio.run(Prompts(byte_tokenizer).parser(_Qwen, [5], None)) is None
+
+
 def test_an_event_is_a_line_of_its_kind():
     assert event({"a": "é"}, "x") == 'event: x\ndata: {"a":"é"}\n\n'
     assert event({"a": "1\n2"}) == 'data: {"a":"1\\n2"}\n\n'

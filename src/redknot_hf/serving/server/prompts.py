@@ -6,13 +6,14 @@ import asyncio
 import copy
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from transformers.cli.serving.utils import build_response_parser
+from transformers.cli.serving.utils import build_response_parser, get_response_template
 
 from .bodies import Content, Message
 from .errors import RequestError
@@ -84,7 +85,7 @@ class Prompts:
             ids: The conversation, of which the template may have begun the answer.
             tools: That the model may call.
         """
-        return await self._apart(partial(build_response_parser, self.tokenizer, model, list(ids), tools=tools))
+        return await self._apart(partial(self._parser, model, list(ids), tools))
 
     async def _apart(self, make: Callable[[], _Made]) -> _Made:
         return await asyncio.get_running_loop().run_in_executor(self._thread, make)
@@ -114,6 +115,15 @@ class Prompts:
         except Exception as e:  # whatever a template raises of turns that it does not expect
             raise RequestError(400, "the model's chat template refuses these messages", "chat_template") from e
 
+    def _parser(self, model: Any, ids: list[int], tools: Any) -> Any:
+        template = get_response_template(self.tokenizer, model)
+        if template is None:
+            return None
+        # Where an answer begins is not to be found if the chat template is of another kind: all of the conversation
+        # would count as answer.
+        begun = _begins(template, self.tokenizer.decode(ids))
+        return build_response_parser(self.tokenizer, model, ids if begun else [], tools=tools)
+
     def _turn(self, message: Message) -> dict[str, Any]:
         """A message as chat templates take it."""
         role = message.role
@@ -136,6 +146,13 @@ def text_of(content: Content) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return " ".join(part.text for part in content)
+
+
+def _begins(template: Mapping[str, Any], text: str) -> bool:
+    """Whether a text has the place in it at which a response template looks for the beginning of an answer."""
+    anchors, pattern = template.get("start_anchor"), template.get("start_anchor_pattern")
+    literals = [anchors] if isinstance(anchors, str) else anchors or ()
+    return any(anchor in text for anchor in literals) or (pattern is not None and re.search(pattern, text) is not None)
 
 
 def _arguments(call: Any) -> Any:
