@@ -23,10 +23,10 @@ CHAT = (
 SIZES = {"max_batch": 4, "max_len": 200, "chunk": 24, "page_size": 16, "memory": 1 << 22}
 
 
-def make_served(tokenizer, stored=False, **sizes):
+def make_served(tokenizer, stored=False, device="cpu", **sizes):
     """An engine of a small model that writes what the tokenizer reads, and that stores documents or not."""
     tokenizer.chat_template = CHAT
-    model = make_model("llama", vocab_size=len(tokenizer), pad_token_id=None)
+    model = make_model("llama", vocab_size=len(tokenizer), pad_token_id=None).to(device)
     plan = HeadPlan.with_global(model.config, [(1, 1)], HeadSpec(window=20, sink=2))
     store = SegmentStore(model, plan, page_size=16) if stored else None
     return Engine(model, plan, tokenizer=tokenizer, store=store, **{**SIZES, **sizes})
@@ -36,7 +36,7 @@ def generated(engine, ids, new, **options):
     """What `generate` writes under the engine's plan."""
     cache = RedKnotCache(engine.model.config, engine.plan, page_size=16)
     options = {"do_sample": False, **options}
-    text = torch.tensor([ids])
+    text = torch.tensor([ids], device=engine.model.device)
     options |= {"attention_mask": torch.ones_like(text), "pad_token_id": 0}
     out = engine.model.generate(text, past_key_values=cache, max_new_tokens=new, **options)
     return engine.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)

@@ -211,7 +211,7 @@ def test_log_probabilities(client, engine):
         client.chat.completions.create(**said, top_logprobs=2)
 
 
-def test_many_clients_at_once_get_what_each_would_get_alone(client, engine):
+def test_many_clients_at_once_get_what_each_would_get_alone(client, address, engine):
     prompts = [f"{PROMPT} It had {i} windows." for i in range(10)]
     expected = [generated(engine, read(engine, text), 12) for text in prompts]
 
@@ -221,8 +221,13 @@ def test_many_clients_at_once_get_what_each_would_get_alone(client, engine):
             return streamed(client.completions.create(**asked, stream=True))
         return client.completions.create(**asked).choices[0].text
 
-    with ThreadPoolExecutor(10) as threads:
+    def look(path):
+        return [httpx.get(address + path).status_code for _ in range(5)]
+
+    with ThreadPoolExecutor(12) as threads:
+        looking = [threads.submit(look, path) for path in ("/metrics", "/status")]
         assert list(threads.map(ask, range(10))) == expected
+        assert [one.result() for one in looking] == [[200] * 5] * 2
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
