@@ -43,7 +43,7 @@ def generated(engine, ids, new, **options):
 
 
 @contextmanager
-def listening(engine, drain=5, **settings):
+def listening(engine, drain=20, **settings):
     """Gives the server and an address; both end with the block."""
     server = Server(app_for(engine, Settings(name="tiny", **settings)), engine, drain, log_level="error")
     socket = bound("127.0.0.1", 0)
@@ -55,7 +55,7 @@ def listening(engine, drain=5, **settings):
             yield server, f"http://127.0.0.1:{socket.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(40)
             assert not thread.is_alive()
 
 

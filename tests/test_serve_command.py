@@ -42,6 +42,7 @@ def test_what_readme_says_starts_it_and_it_ends_when_it_is_told():
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, process.stderr.read()
+        assert "32 requests at once" in process.stdout.readline()
         with httpx.stream("POST", f"{found.group()}/v1/completions", json=ASK, timeout=20) as answer:
             events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
         kept = httpx.post(f"{found.group()}/v1/segments", json={"input": "the code of the wooden school"}, timeout=20)

@@ -234,7 +234,7 @@ def test_many_clients_at_once_get_what_each_would_get_alone(client, address, eng
 def test_a_client_that_goes_away_frees_its_seat(address, engine, stream):
     body = {"prompt": PROMPT, "max_tokens": 150, "stream": stream}
     slow = engine.reader.run
-    engine.reader.run = lambda work: (time.sleep(0.02), slow(work))
+    engine.reader.run = lambda work: (time.sleep(0.05), slow(work))
     try:
         if stream:
             with httpx.stream("POST", f"{address}/v1/completions", json=body) as answer:
@@ -245,7 +245,7 @@ def test_a_client_that_goes_away_frees_its_seat(address, engine, stream):
                 httpx.post(f"{address}/v1/completions", json=body, timeout=0.3)
         steps = engine.steps
         until(lambda: engine.running == 0, 5)
-        assert engine.steps - steps < 20, "long before the answer would have ended"
+        assert engine.steps - steps < 40, "long before the answer would have ended"
     finally:
         engine.reader.run = slow
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from warnings import warn
 
 import typer
 
@@ -106,7 +107,18 @@ def _run(engine: Engine, settings: Settings, listening: Any, drain: float) -> No
 
     host, port = listening.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    ready = lambda: tell(f"{settings.name}: {where} is a page to look at, {where}/v1 the API")  # noqa: E731
-    server = Server(app_for(engine, settings), engine, drain, ready, log_level="warning")
+    app = app_for(engine, settings)
+    longest, pages = app.state.service.longest, engine.memory.used()["total"]
+
+    def ready() -> None:
+        tell(f"{settings.name}: {where} is a page to look at, {where}/v1 the API")
+        tell(f"{pages / 2**20:,.0f} MiB of pages: {engine.max_batch} requests at once, of up to {longest:,} tokens")
+
+    if longest < engine.max_len:
+        warn(
+            f"the memory holds requests of {longest:,} tokens, of the {engine.max_len:,} that --max-len allows",
+            stacklevel=1,
+        )
+    server = Server(app, engine, drain, ready, log_level="warning")
     with engine, suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
