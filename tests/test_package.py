@@ -45,6 +45,7 @@ def test_the_wheel_holds_the_library_its_kernels_and_the_harness(shipped):
     expected = {str(path.relative_to(source.parent)) for source in sources for path in source.rglob("*.py")}
     assert expected <= names
     assert {"redknot_hf/py.typed", "redknot_kernels/py.typed", "evals/page.html.jinja"} <= names
+    assert "redknot_hf/serving/server/page.html" in names
     assert not [name for name in names if name.startswith(("evals/results", "evals/tiny/")) and name[-3:] != ".py"]
     assert wheel.stat().st_size < 1e6
 

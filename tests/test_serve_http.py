@@ -199,6 +199,8 @@ def test_log_probabilities(client, engine):
     whole = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4, logprobs=2).choices[0].logprobs
     assert len(whole.tokens) == len(whole.token_logprobs) == len(whole.text_offset) == 4
     assert all(max(top.values()) == own for top, own in zip(whole.top_logprobs, whole.token_logprobs, strict=True))
+    biased = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2, logprobs=1, logit_bias={"77": 100})
+    assert [len(top) for top in biased.choices[0].logprobs.top_logprobs] == [2, 2], "and the chosen one"
     said = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4}
     chat = client.chat.completions.create(**said, logprobs=True, top_logprobs=2)
     entries = chat.choices[0].logprobs.content
@@ -280,7 +282,7 @@ def test_status_and_models_tell_no_text(address, engine):
     assert httpx.get(f"{address}/v1/models").json()["data"][0]["max_model_len"] == 200
     assert httpx.get(f"{address}/v1/models/tiny").json()["id"] == "tiny"
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{address}/ready").status_code == 200
+    assert httpx.get(f"{address}/ready").status_code == httpx.head(f"{address}/ready").status_code == 200
     page = httpx.get(address)
     assert "<html" in page.text
     assert "default-src 'none'" in page.headers["content-security-policy"]

@@ -89,5 +89,6 @@ class _Logprobs:
             "text_offset": offsets,
         }
 
-    def _top(self, token: Token) -> dict[str, float]:
-        return {self._likely.word(i): value for i, value in token.top}
+    def _top(self, token: Token) -> dict[str, float | None]:
+        """The likeliest, and the chosen one where it is none of them."""
+        return {self._likely.word(token.id): token.logprob, **{self._likely.word(i): x for i, x in token.top}}

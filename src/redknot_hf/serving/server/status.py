@@ -29,11 +29,13 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
     page = (files("redknot_hf.serving.server") / "page.html").read_text(encoding="utf-8")
 
+    @router.head("/", include_in_schema=False)
     @router.get("/", response_class=HTMLResponse)
     async def show() -> HTMLResponse:
         """A page that shows the load."""
         return HTMLResponse(page, headers={"content-security-policy": _POLICY, "x-content-type-options": "nosniff"})
 
+    @router.head("/health", include_in_schema=False)  # balancers ask with either
     @router.get("/health")
     async def health() -> JSONResponse:
         """Whether requests are served at all; if not, only a new start helps."""
@@ -41,6 +43,7 @@ def routes(service: Service) -> APIRouter:
             raise RequestError(503, "the engine has failed: start the server again", "engine_failed")
         return JSONResponse({"status": "ok"})
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> JSONResponse:
         """Whether requests are taken now."""
