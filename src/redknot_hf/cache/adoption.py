@@ -20,8 +20,8 @@ from .span import KeptLayer, Span
 Flags = Bool[Tensor, "batch slots"]
 
 
-def spans_of(layers: Sequence[Any], batch: int) -> list[Span]:
-    """What filled layers hold of each sequence.
+def spans_of(layers: Sequence[Any], batch: int, slack: bool = True) -> list[Span]:
+    """What filled layers hold of each sequence; without `slack`, what their windows need of it.
 
     Raises:
         ValueError: A layer keeps more than keys and values.
@@ -29,7 +29,7 @@ def spans_of(layers: Sequence[Any], batch: int) -> list[Span]:
     _check_packable(layers)
     held = {i: layer.storage for i, layer in _with_keys(layers) if layer.is_initialized}
     storages = [held.get(i) for i in range(len(layers))]
-    return [span_of(storages, b) for b in range(batch)]
+    return [span_of(storages, b, slack) for b in range(batch)]
 
 
 def extend(layers: Sequence[Any], spans: Sequence[Span]) -> None:

@@ -141,10 +141,11 @@ class RedKnotCache(Cache):
         """
         return deepcopy(self)
 
-    def spans(self) -> list[Span]:
+    def spans(self, *, slack: bool = True) -> list[Span]:
         """What the cache holds of each sequence, packed: to be sent, saved, and put into another cache by `extend`.
 
-        Copies, on the cache's device. Padding is left out.
+        Copies, on the cache's device. Padding is left out. With `slack` they have all that rows hold, also what lies
+        behind windows in pages that are not full, so that the other cache can be cropped as far as this one.
 
         Raises:
             ValueError: The cache holds nothing yet, or a layer keeps more than keys and values.
@@ -152,7 +153,7 @@ class RedKnotCache(Cache):
         self._catch_up()
         if not self._batch():
             raise ValueError("the cache holds nothing yet: spans are of what a model has read")
-        return spans_of(self.layers, self._batch())
+        return spans_of(self.layers, self._batch(), slack)
 
     def extend(self, spans: Sequence[Span]) -> None:
         """Goes on with what other caches held, one span a sequence; the cache is filled, and must have been empty.

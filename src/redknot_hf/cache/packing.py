@@ -71,8 +71,8 @@ def known(segment: PackedLayers, index: int, rules: HeadRules, start: int, first
     return segment.tokens - first, start + np.maximum(tails, segment.tokens - np.array(rules.as_seen.ring))
 
 
-def span_of(storages: Sequence[Storage | None], sequence: int) -> Span:
-    """What the storages of a cache's layers hold of one sequence, all of it."""
+def span_of(storages: Sequence[Storage | None], sequence: int, slack: bool = True) -> Span:
+    """What the storages of a cache's layers hold of one sequence; without `slack`, what their windows need of it."""
     kept, packed, length = [], [], 0
     for storage in storages:
         if storage is None:
@@ -81,7 +81,10 @@ def span_of(storages: Sequence[Storage | None], sequence: int) -> Span:
         rows, pages = storage.rows, storage.pool.pages
         length = int(rows.lengths[sequence])
         last = (length - np.maximum(rows.oldest()[sequence], 0)).tolist()
-        window = tuple(UNBOUNDED if w >= UNBOUNDED else n for w, n in zip(rows.rules.window, last, strict=True))
+        most = [length] * len(last) if slack else rows.rules.as_seen.window
+        window = tuple(
+            UNBOUNDED if w >= UNBOUNDED else min(n, m) for w, n, m in zip(rows.rules.window, last, most, strict=True)
+        )
         kept.append(KeptLayer(window, rows.rules.as_seen.sink, pages.keys.shape[-1], pages.values.shape[-1]))
         packed.append(storage.read(sequence, *kept[-1].packed(length)))
     home = packed[0][0].device

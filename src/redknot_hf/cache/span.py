@@ -13,6 +13,8 @@ from redknot_kernels import UNBOUNDED
 from torch import Tensor
 
 Packed = Int[np.ndarray, " kept"]
+# What is kept of each layer; `None` for a layer that has no keys of its own.
+Layers = tuple["KeptLayer | None", ...]
 # First element of a tensor in the data, and its shape.
 Extent = tuple[int, tuple[int, int]]
 
@@ -129,6 +131,18 @@ def places(layers: tuple[KeptLayer | None, ...], tokens: int) -> tuple[tuple[tup
     half = len(layers)
     found = tuple(tuple(zip(starts[i : i + half], shapes[i // half], strict=True)) for i in (0, half)) if half else ()
     return found, starts[-1]
+
+
+def same_places(a: Layers, b: Layers, tokens: int) -> bool:
+    """Whether two ways to keep layers keep the same of a text of `tokens`, in the same order."""
+    return len(a) == len(b) and all(
+        x is y or (x is not None and y is not None and _same(x, y, tokens)) for x, y in zip(a, b, strict=True)
+    )
+
+
+def _same(a: KeptLayer, b: KeptLayer, tokens: int) -> bool:
+    dims = (a.key_dim, a.value_dim) == (b.key_dim, b.value_dim)
+    return dims and all(np.array_equal(x, y) for x, y in zip(a.packed(tokens), b.packed(tokens), strict=True))
 
 
 @lru_cache(maxsize=1024)

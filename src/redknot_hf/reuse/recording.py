@@ -18,9 +18,11 @@ from redknot_hf.cache.layer import RECORDED, lengths_of
 from redknot_hf.cache.span import KeptLayer
 from redknot_hf.plan.plan import HeadPlan
 
-from .segment import Segment, empty
+from .segment import Segment, SegmentRef, empty
 
 Keep = Literal["plan", "full"]
+# Tokens, padding included, that are prefilled in one batch.
+_BATCH_TOKENS = 8192
 # Tokens of one forward pass.
 CHUNK = 2048
 
@@ -134,3 +136,15 @@ def _collect(cache: RedKnotCache, sequence: int, segment: Segment, done: int, en
         place = torch.from_numpy(new).to(segment.data.device)
         for target, source in zip((segment.keys(i), segment.values(i)), read_out, strict=True):
             target.index_copy_(0, place, source.to(target.device))
+
+
+def batches(refs: Sequence[SegmentRef]) -> Iterator[list[SegmentRef]]:
+    """Texts by prefix, in order of length, so many together that a batch has at most so many tokens with padding."""
+    batch: list[SegmentRef] = []
+    for ref in refs:
+        if batch and (ref.prefix != batch[0].prefix or (len(batch) + 1) * len(ref) > _BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(ref)
+    if batch:
+        yield batch

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, get_args
 
 from redknot_hf.attention.devices import input_device
+from redknot_hf.cache.span import Span, same_places
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.plan import HeadPlan, as_plan
 
@@ -18,7 +19,7 @@ from .encoding import outline
 from .gate import Verdict, gate
 from .identity import model_identity, segment_address, weights_state
 from .ids import Ids, as_ids
-from .recording import Keep, record
+from .recording import Keep, batches, record
 from .segment import Segment, SegmentRef
 from .shelf import Entry
 from .shelves import opened
@@ -27,8 +28,6 @@ from .texts import TakesTexts
 from .tiers import Held, Tiers
 
 GIB = 2**30
-# Tokens, padding included, that are prefilled in one batch.
-_BATCH_TOKENS = 8192
 
 
 class SegmentStore(TakesTexts):
@@ -128,7 +127,7 @@ class SegmentStore(TakesTexts):
         self._named.update({ref.address: ref for ref in refs})
         with self._computing:
             absent = {ref.address: ref for ref in refs if not self._has(ref.address)}
-            for batch in _batches(sorted(absent.values(), key=lambda ref: (ref.prefix, len(ref)))):
+            for batch in batches(sorted(absent.values(), key=lambda ref: (ref.prefix, len(ref)))):
                 self.counts.add("computed", len(batch))
                 self._compute(batch)
         return refs
@@ -176,6 +175,30 @@ class SegmentStore(TakesTexts):
         for i, future in reading.items():
             held[i] = future.result()
         return [one or self._again(ref) for one, ref in zip(held, refs, strict=True)]
+
+    def keep_read(self, ids: Ids, span: Span) -> SegmentRef:
+        """Keeps what a cache has read of a text, as `add` would have read it with nothing before it.
+
+        Args:
+            ids: All tokens that the span is of.
+            span: Of a cache of this model and plan, from its first token on. Not changed; its data may become the
+                store's.
+
+        Raises:
+            ValueError: The span is of another length, or lacks what the store keeps of a text.
+        """
+        ref = self.ref(ids)
+        wanted = self._outline(ref)
+        if span.tokens != len(ref) or not same_places(span.layers, wanted.layers, span.tokens):
+            raise ValueError(
+                f"a span of {span.tokens} tokens cannot stand for a text of {len(ref)} in a store that keeps "
+                f"{self.keep!r}: give the ids of all that the cache has read, under the store's plan"
+            )
+        self.check_weights()
+        self._named[ref.address] = ref
+        segment = Segment(ref.address, ref.ids, (), wanted.layers, span.data)
+        self._keep(segment.coarsened(self.coarse))
+        return ref
 
     def drop(self, ref: SegmentRef | str) -> None:
         """Forgets a text, or what lies at an address, in memory, on disk and in the remote tier.
@@ -270,15 +293,3 @@ class SegmentStore(TakesTexts):
         """Brings a text from a shelf to the device; `None` if none has a good one."""
         found = self.shelves.read(wanted, self.tiers.buffer)
         return None if found is None else self.tiers.read_in(*found)
-
-
-def _batches(refs: Sequence[SegmentRef]) -> Iterator[list[SegmentRef]]:
-    """Texts by prefix, in order of length, so many together that a batch has at most so many tokens with padding."""
-    batch: list[SegmentRef] = []
-    for ref in refs:
-        if batch and (ref.prefix != batch[0].prefix or (len(batch) + 1) * len(ref) > _BATCH_TOKENS):
-            yield batch
-            batch = []
-        batch.append(ref)
-    if batch:
-        yield batch
