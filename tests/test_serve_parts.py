@@ -1,5 +1,6 @@
 """Parts of the server by themselves: routes, room for answers, what is counted, and where it listens."""
 
+import asyncio
 import copy
 import time
 
@@ -11,7 +12,7 @@ from redknot_hf.serving.load import Load
 from redknot_hf.serving.server import chat, completions, models, responses, segments, status
 from redknot_hf.serving.server.app import app_for
 from redknot_hf.serving.server.errors import RequestError
-from redknot_hf.serving.server.guard import _name
+from redknot_hf.serving.server.guard import Guard, _name
 from redknot_hf.serving.server.metrics import Metrics
 from redknot_hf.serving.server.running import bound
 from redknot_hf.serving.server.service import Service, _longest
@@ -91,6 +92,25 @@ def test_an_address_that_is_taken_is_said_at_once():
         first.listen()
         with pytest.raises(OSError, match="choose another port"):
             bound("127.0.0.1", first.getsockname()[1])
+
+
+def test_what_is_open_is_open_where_it_is_mounted():
+    counted, sent = [], []
+
+    async def answer(_, __, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message.get("status"))
+
+    guard = Guard(answer, Settings(name="x", key="k"), lambda *told: counted.append(told))
+    for path in ("/x/health", "/x/status"):
+        scope = {"type": "http", "path": path, "root_path": "/x", "headers": []}
+        asyncio.run(guard(scope, receive, send))
+    assert counted == [("/health", 200), ("/status", 401)]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         number = given if _ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = number
-
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # under which it may be mounted
         started = False
 
         async def numbered(message: Message) -> None:
@@ -51,11 +51,11 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
-                self.count(scope["path"], message["status"])
+                self.count(path, message["status"])
             await send(message)
 
         try:
-            self._check(scope["path"], headers)
+            self._check(path, headers)
             body = await self._body(headers, receive)
             if body is not None:
                 await self.app(scope, _once(body, receive), numbered)
