@@ -57,7 +57,7 @@ def at_hand(source: AnyPath) -> Iterator[Path]:
                 with text as remote:
                     Path(copied, file).write_text(remote.read(), encoding="utf-8")  # pyright: ignore
             except FileNotFoundError as e:
-                raise FileNotFoundError(f"{folder}/{file} is missing: the scores are {' and '.join(_FILES)}") from e
+                raise FileNotFoundError(f"{folder}/{file} is missing, or cannot be reached") from e
         try:
             yield Path(copied)
         except ValueError as e:
