@@ -194,14 +194,6 @@ def test_an_engine_takes_the_file_of_a_plan(model, tmp_path):
     assert np.array(engine.generate([[5, 6]], Sampling(3))[0].ids).shape == (3,)
 
 
-@pytest.mark.parametrize("storage", ["int8", "int4"])
-def test_stored_heads_are_refused(storage):
-    model = make_model("llama")
-    plan = HeadPlan.with_global(model.config, [(1, 1)], HeadSpec(20, 2)).stored(storage)
-    with pytest.raises(ValueError, match=f"layer 1, head 1 is stored in {storage}, .* do not hold yet"):
-        Engine(model, plan, memory="1MiB")
-
-
 def test_an_inbox_keeps_groups_together_and_has_an_end():
     inbox = Inbox(4)
     made = [Sequence(Request([3], Sampling()), [3]) for _ in range(4)]

@@ -95,14 +95,14 @@ class ColdRows:
                 pool.grow(self._whole(rows))
             pool.make_room(rows, self.lengths(tokens))
 
-    def advance(self, tokens: Int[np.ndarray, " batch"]) -> None:
-        """Counts what kernels have let grow cold when sequences came to so many tokens."""
+    def advance(self, tokens: Int[np.ndarray, " batch"], elsewhere: bool = False) -> None:
+        """Counts what has grown cold when sequences came to so many tokens, if elsewhere by other counts."""
         if not self.parts:
             return
         lengths, known = self.lengths(tokens), self._known is self.counts
         if (lengths != self.counts * self.rules.page_size).any():
             self._count(lengths // self.rules.page_size)
-        self._known = self.counts if known else None
+        self._known = self.counts if known and not elsewhere else None
 
     def missing_after(self, tokens: Int[np.ndarray, " batch"]) -> int:
         """By how many tokens cuts to so many would reach into what is cold; 0 if none does."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -10,14 +10,28 @@ from jaxtyping import Int
 from redknot_kernels import HeadRules, Kernels
 from torch import Tensor
 
-from .cold import ColdRows
+from .cold import ColdPool, ColdRows, Part
 from .history import SlotHistory, Slots
 from .mirror import Mirror
 from .pool import PagePool
 from .rows import Rows
 
 Lengths = Int[np.ndarray, " batch"]
-Held = TypeVar("Held", bound="Ledger")
+Mine = TypeVar("Mine", bound="Ledger")
+
+
+class Held(NamedTuple):
+    """Rows in a pool.
+
+    Attributes:
+        rows: Which pages they list.
+        pool: The pages.
+        lengths: That their sequences are to come to, as these rows count.
+    """
+
+    rows: Rows
+    pool: PagePool
+    lengths: Lengths
 
 
 class Ledger:
@@ -162,7 +176,7 @@ class Ledger:
                 self.pool.to(device)
             self.cold.to(device)
 
-    def fork(self: Held) -> Held:
+    def fork(self: Mine) -> Mine:
         """Another holder of the same pages, copied when either side writes to them; if reserved, with its own."""
         self.catch_up()
         other = object.__new__(type(self))
@@ -175,6 +189,31 @@ class Ledger:
             other.cold.under(other.pool.lock)
         other._settle()
         return other
+
+    def settle(self, pages: int, columns: int) -> None:
+        """Gives empty rows pools of a fixed size, which all forks will share: so many pages, and cold ones a row."""
+        dims = (self.pool.pages.keys.shape[-1], self.pool.pages.values.shape[-1])
+        self.pool = PagePool(self.page_size, dims, self.pool.pages.keys.dtype, self.device, pages)
+        self.pool.hold(self.rows)
+        for bits, (rows, old) in self.cold.parts.items():
+            most = columns * len(rows.rules.global_heads)
+            pool = ColdPool(bits, self.page_size, dims, old.pages.codes.device, most)
+            pool.hold(rows)
+            self.cold.parts[bits] = Part(rows, pool)
+        self.cold.under(self.pool.lock)
+
+    def told(self, tokens: int) -> None:
+        """Counts tokens of its one sequence that were written by tables and counts which are not the mirror's."""
+        with self.pool.lock:
+            self.rows.advance(np.array([tokens]))
+            self.cold.advance(self.rows.lengths, elsewhere=True)
+            self.history.add(tokens)
+
+    def held(self, tokens: int) -> list[Held]:
+        """By pool, what its rows hold, and what those of one sequence will when the page of so many tokens is full."""
+        wanted = -(-np.array([tokens]) // self.page_size) * self.page_size
+        parts = self.cold.parts.values()
+        return [Held(self.rows, self.pool, wanted), *(Held(*part, self.cold.lengths(wanted)) for part in parts)]
 
     def __getstate__(self) -> dict[str, Any]:
         """With the pages of its own rows only, whoever else holds pages of the pool."""

@@ -232,6 +232,13 @@ class Rows:
         )
         return other
 
+    def become(self, other: Rows, pages: Ids) -> None:
+        """Holds what other rows hold, of which page i is page `pages[i]` here; these rows must hold nothing."""
+        self.page_table.ids = np.where(other.table == ABSENT, ABSENT, pages[other.table]).astype(np.int32)
+        self.lengths, self._floor = other.lengths.copy(), other._floor.copy()
+        self._room = np.zeros_like(self.lengths)
+        self.page_table.version += 1
+
     def _reserved(self, lengths: Int[np.ndarray, " batch"]) -> None:
         """Remembers that rows of sequences that grow to these lengths have pages of their own for them."""
         size = self.rules.page_size

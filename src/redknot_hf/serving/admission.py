@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from redknot_hf.cache.takeover import switch_of
-from redknot_hf.plan.plan import HeadPlan
 from redknot_hf.reuse.schedule import Boundary, Reused
 
 from .documents import Documents, Named
@@ -84,21 +83,6 @@ def check_request(
             f"{engine.memory.used()['total']:,} in all: shorten the prompt, lower "
             "max_new_tokens, or give the engine more memory"
         )
-
-
-def refuse_stored(plan: HeadPlan) -> None:
-    """Checks that a plan's heads are all held as the model made them.
-
-    Raises:
-        ValueError: Some are stored in fewer bits.
-    """
-    for i, layer in enumerate(plan):
-        for h, spec in enumerate(layer):
-            if spec.storage != "model":
-                raise ValueError(
-                    f"layer {i}, head {h} is stored in {spec.storage}, which an engine's pages do not hold yet: pass "
-                    'plan.stored("model"), or serve one batch with RedKnotCache'
-                )
 
 
 def check_arguments(

@@ -7,18 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
-from redknot_hf.cache.handle import RedKnotHandle
 from redknot_hf.cache.pool import staged
-from redknot_hf.cache.step import Output, Query, Step
 from redknot_hf.cache.storage import Storage
 
 from .memory import SeatMemory
 from .scheduler import Sequence
+from .stepping import Batch, ColdCounts
 
 # Batches for which steps are captured; a step of fewer seats runs in the next one, whose other seats are not real.
 GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -30,6 +27,7 @@ class Seats:
     Attributes:
         last: The token of each seat that is read next.
         lengths: Tokens that the rows of each seat hold.
+        cold: Cold pages that each stored row of a seat has, in all layers alike.
         captures: Whether steps are captured.
 
     Args:
@@ -43,22 +41,47 @@ class Seats:
         self.memory, self.model = memory, memory.model
         first = next(iter(memory.layers.values()))
         self.device = first.device
-        columns = -(-longest // memory.page_size)
-        shapes = {i: (x.rows.rules.heads, _columns(x, columns)) for i, x in memory.layers.items()}
-        self._width = sum(heads * columns for heads, columns in shapes.values())
-        with torch.inference_mode(False):
-            flat = torch.zeros(seats, self._width, dtype=torch.int32, device=self.device)
-            self.last = torch.zeros(seats, dtype=torch.long, device=self.device)
-            self.lengths = torch.zeros(seats, dtype=torch.int32, device=self.device)
-        self._flat, self._tables, self._places, at = flat, {}, {}, 0
-        for i, (heads, width) in shapes.items():
-            self._places[i] = at, heads, width
-            self._tables[i] = flat[:, at : at + heads * width].view(seats, heads, width)
-            at += heads * width
+        self._lay_out(seats, -(-longest // memory.page_size))
         self._who: list[tuple[Sequence, int, int] | None] = [None] * seats
         self.captures = capture and self.device.type == "cuda" and first.kernels.captured is not None
         self._graphs: dict[int, _Graph] = {}
         self.replays = 0
+
+    def _lay_out(self, seats: int, columns: int) -> None:
+        """Makes the tables of all layers, hot and cold, in one tensor: a row of numbers a seat."""
+        self._places: dict[tuple[int, bool], tuple[int, int, int]] = {}
+        at = 0
+        for i, storage in self.memory.layers.items():
+            rules = storage.rows.rules
+            for cold, wide in ((False, _columns(storage, columns)), (True, columns if rules.stored_heads else 0)):
+                if wide:
+                    self._places[i, cold] = at, rules.heads, wide
+                    at += rules.heads * wide
+        with torch.inference_mode(False):
+            self._flat = torch.zeros(seats, at, dtype=torch.int32, device=self.device)
+            self.last = torch.zeros(seats, dtype=torch.long, device=self.device)
+            self.lengths = torch.zeros(seats, dtype=torch.int32, device=self.device)
+            self.cold = torch.zeros(seats, dtype=torch.int32, device=self.device)
+
+    def _table(self, sequence: Sequence) -> Int[np.ndarray, " width"]:
+        """The tables of a sequence, as they stand in a row of numbers."""
+        row = np.zeros(self._flat.shape[1], np.int32)
+        for (i, cold), (at, heads, width) in self._places.items():
+            storage = sequence.held.layers[i].storage
+            for rows in [part.rows for part in storage.cold.parts.values()] if cold else [storage.rows]:
+                table = rows.table[0, :, :width]
+                row[at : at + heads * width].reshape(heads, width)[:, : table.shape[1]] += np.maximum(table, 0)
+        return row
+
+    def _version(self, sequence: Sequence) -> int:
+        """Another number for every change of the tables."""
+        return sum(x.rows.version for i in self.memory.kinds for x in sequence.held.layers[i].storage.held(0))
+
+    def _cold_pages(self, sequence: Sequence) -> int:
+        """Cold pages of each stored row of a sequence."""
+        held = [sequence.held.layers[i].storage.cold for i in self.memory.kinds]
+        tokens = np.array([sequence.done])
+        return max((int(x.lengths(tokens)[0]) // x.rules.page_size for x in held if x.parts), default=0)
 
     def place(self, sequence: Sequence, first: Int[Tensor, " 1"] | None) -> None:
         """Brings a sequence's table to its seat where it has changed, and its length and next token where it is new.
@@ -69,22 +92,20 @@ class Seats:
         """
         seat = sequence.seat
         assert seat is not None
-        version = sum(sequence.held.layers[i].storage.rows.version for i in self.memory.kinds)
+        version = self._version(sequence)
         who = self._who[seat]
         if who is None or who[0] is not sequence or who[1] != version or who[2] != id(sequence.held):
-            row = np.zeros(self._width, np.int32)
-            for i, (at, heads, width) in self._places.items():
-                table = sequence.held.layers[i].storage.rows.table[0]
-                row[at : at + heads * width].reshape(heads, width)[:, : table.shape[1]] = np.maximum(table, 0)
-            self._flat[seat].copy_(staged(row, self.device), non_blocking=True)
+            self._flat[seat].copy_(staged(self._table(sequence), self.device), non_blocking=True)
             if who is None or who[0] is not sequence or who[2] != id(sequence.held):
                 self.lengths[seat].fill_(sequence.done)
+                self.cold[seat].fill_(self._cold_pages(sequence))
                 if first is None:
                     self.last[seat].fill_(sequence.tokens[-1])
         self._who[seat] = sequence, version, id(sequence.held)
         if first is not None:
             self.last[seat : seat + 1].copy_(first)
             self.lengths[seat].fill_(sequence.done)
+            self.cold[seat].fill_(self._cold_pages(sequence))
 
     def forget(self, seat: int) -> None:
         """Whoever takes the seat next is new to it."""
@@ -101,6 +122,9 @@ class Seats:
             else:
                 logits = self._run(at)
         self.lengths.index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+        if self.memory.stored is not None:  # what kernels have counted for these seats, in every layer
+            grown: Any = self.memory.stored.cold_pages(self.lengths)
+            torch.maximum(self.cold, grown.to(torch.int32), out=self.cold)
         for sequence in sequences:
             sequence.done += 1
         return logits
@@ -115,15 +139,23 @@ class Seats:
         optimized = getattr(self.model, "_optimize_model_for_decode", None)
         return nullcontext() if optimized is None else optimized()
 
+    def tables(self, flat: Int[Tensor, "seats width"]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Of each layer the tables of some seats, hot ones and cold ones, as views of their numbers."""
+        found: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
+        for (i, cold), (at, heads, width) in self._places.items():
+            found[cold][i] = flat[:, at : at + heads * width].unflatten(1, (heads, width))
+        return found
+
     def _run(self, at: Int[Tensor, " sequences"]) -> Float[Tensor, "sequences words"]:
-        lengths = self.lengths.index_select(0, at)
-        tables = {i: table.index_select(0, at) for i, table in self._tables.items()}
-        counts = torch.cat([lengths, lengths.new_zeros(1)]).repeat(len(tables), 1)
-        batch = _Batch(self.memory, tables, dict(zip(tables, counts, strict=True)), None)
+        lengths, flat, cold = (x.index_select(0, at) for x in (self.lengths, self._flat, self.cold))
+        counts = torch.cat([lengths, lengths.new_zeros(1)]).repeat(len(self.memory.layers), 1)
+        frozen = ColdCounts(self.memory.layers, len(at), self.device)
+        frozen.set(cold)
+        batch = Batch(self.memory, *self.tables(flat), counts, frozen, None)
         ids = self.last.index_select(0, at)[:, None]
         return self._forward(ids, lengths.long()[:, None], batch)
 
-    def _forward(self, ids: Tensor, positions: Tensor, batch: _Batch) -> Float[Tensor, "sequences words"]:
+    def _forward(self, ids: Tensor, positions: Tensor, batch: Batch) -> Float[Tensor, "sequences words"]:
         mask = torch.ones(len(ids), 1, 1, 1, dtype=torch.bool, device=self.device)
         out = self.model(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{self.memory.name: batch}
@@ -139,6 +171,7 @@ class Seats:
         torch.mul(self.lengths[:size], graph.real[:, 0], out=graph.lengths)
         graph.positions.copy_(graph.lengths[:, None])
         graph.counts[:, :size] = graph.lengths
+        graph.cold.set(self.cold[:size] * graph.real[:, 0])
         graph.replay()
         self.replays += 1
         return graph.logits.index_select(0, at)
@@ -154,9 +187,9 @@ class _Graph:
             self.positions = torch.zeros(size, 1, dtype=torch.long, device=device)
             self.lengths = torch.zeros(size, dtype=torch.int32, device=device)
             self.real = torch.zeros(size, 1, dtype=torch.bool, device=device)
-            self.counts = torch.zeros(len(seats._tables), size + 1, dtype=torch.int32, device=device)
-        tables = {i: table[:size] for i, table in seats._tables.items()}
-        batch = _Batch(seats.memory, tables, dict(zip(tables, self.counts, strict=True)), self.real)
+            self.counts = torch.zeros(len(seats.memory.layers), size + 1, dtype=torch.int32, device=device)
+            self.cold = ColdCounts(seats.memory.layers, size, device)
+        batch = Batch(seats.memory, *seats.tables(seats._flat[:size]), self.counts, self.cold, self.real)
         run = lambda: seats._forward(self.ids, self.positions, batch.renewed())  # noqa: E731
         run()  # no seat is real, so this changes nothing but compiles what it calls
         torch.cuda.synchronize()
@@ -166,76 +199,6 @@ class _Graph:
 
     def replay(self) -> None:
         self._graph.replay()
-
-
-class _Batch(Cache):
-    """What the model takes for its cache in a step of decoding: it hands keys on to the rows of the seats."""
-
-    def __init__(
-        self,
-        memory: SeatMemory,
-        tables: dict[int, Int[Tensor, "seats heads columns"]],
-        counts: dict[int, Int[Tensor, " seats_and_one"]],
-        real: Bool[Tensor, "seats 1"] | None,
-    ) -> None:
-        self._made_of = memory, tables, counts, real
-        layers = [
-            _BatchLayer(memory.layers[i], tables[i], counts[i], real) if i in tables else layer
-            for i, layer in enumerate(memory.root.layers)
-        ]
-        super().__init__(layers=layers)
-
-    def renewed(self) -> _Batch:
-        """Another for the next step."""
-        return _Batch(*self._made_of)
-
-
-class _BatchLayer(CacheLayerMixin):
-    """A layer of seats. Every one of them has a single new token, so there is nothing to say about masks."""
-
-    is_sliding = False
-
-    def __init__(
-        self,
-        storage: Storage,
-        table: Int[Tensor, "seats heads columns"],
-        counts: Int[Tensor, " seats_and_one"],
-        real: Bool[Tensor, "seats 1"] | None,
-    ) -> None:
-        super().__init__()
-        self.storage, self.table, self.counts, self.real = storage, table, counts, real
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the pools are there."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Handles whose step is attended by this layer."""
-        step = Step(self.storage, key_states, value_states, 1, 0, attend=self.attend)
-        return RedKnotHandle.wrap(key_states, step), RedKnotHandle.wrap(value_states, step)
-
-    def attend(self, step: Step, query: Query, mask: Any, options: dict[str, Any]) -> Output:
-        """Writes the tokens to the rows of their seats, and attends them; layers that share keys attend alone."""
-        storage = self.storage
-        rules, pages = storage.rows.rules, storage.pool.pages
-        if step.written:
-            return storage.kernels.decode(query, pages, self.table, self.counts[:-1], rules, **options)
-        step.written = True
-        return storage.kernels.step(
-            query, pages, step.key, step.value, self.table, self.counts, self.real, rules, **options
-        )
-
-    def get_seq_length(self) -> int:
-        """No mask describes the past."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The new token alone."""
-        return query_length, 0
-
-    def get_max_length(self) -> int:
-        """None."""
-        return -1
 
 
 def _columns(storage: Storage, columns: int) -> int:

@@ -20,7 +20,7 @@ from redknot_hf.reuse.segment import SegmentRef
 from redknot_hf.reuse.store import SegmentStore
 
 from . import scheduler as scheduling
-from .admission import check_arguments, check_request, refuse_stored, scheduled, store_of
+from .admission import check_arguments, check_request, scheduled, store_of
 from .batch import Seats
 from .documents import Documents, Named
 from .loop import Loop
@@ -85,7 +85,6 @@ class Engine(Loop):
         self.max_len = max_len or limit or 0
         check_arguments(config, self.max_len, (max_batch, chunk, park_every, queue), preempt, parked)
         self.model, self.plan, self.tokenizer = model, as_plan(plan, config), tokenizer
-        refuse_stored(self.plan)
         self.words, self.max_batch = config.vocab_size, max_batch
         self.memory = SeatMemory(
             model, self.plan, memory, max_batch, self.max_len,

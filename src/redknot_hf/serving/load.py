@@ -109,7 +109,7 @@ def _held(memory: SeatMemory, caches: Sequence[RedKnotCache] | None = None) -> d
     alike = {x.rows.rules: [i for i, y in layers.items() if y.rows.rules == x.rows.rules] for x in layers.values()}
     for rules, indices in alike.items():
         root = layers[indices[0]]
-        keeps = np.isin(np.arange(rules.heads), list(rules.global_heads))
+        keeps = np.isin(np.arange(rules.heads), list(rules.as_seen.global_heads))
         mine = None if caches is None else [dict(row_layers(cache))[indices[0]].storage for cache in caches]
         for name in _rows_of(root):
             pool = _rows_of(root)[name][1]

@@ -17,11 +17,12 @@ import torch
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache, row_layers
 from redknot_hf.cache.layer import RedKnotLayer
-from redknot_hf.cache.pool import PagePool
 from redknot_hf.cache.span import Span
 from redknot_hf.cache.storage import Storage
 from redknot_hf.plan.plan import HeadPlan
 
+from .host import Away
+from .pages import column_bytes, missing, needed, page_bytes, ring_bytes, ring_pages
 from .prefixes import Prefixes
 from .scheduler import Sequence
 from .sizes import Sizes, bytes_of
@@ -69,10 +70,13 @@ class SeatMemory:
         self.page_size, self.host, self.host_used = page_size, host, 0
         self.freed = 0
         self.sizes = self._sizes(bytes_of(memory, device), seats, longest, 2 if parked else 1)
-        for storage in self.layers.values():
-            self._settle_pool(storage)
+        for storage in self.layers.values():  # all forks share these pools
+            rings, columns = self.sizes.rings, self.sizes.columns
+            storage.settle(rings * ring_pages(storage) + columns * len(storage.rows.rules.global_heads), columns)
         # Layers of equal rules hold the same pages of every sequence, so that one of them speaks for all.
         self.kinds = list({storage.rows.rules: i for i, storage in self.layers.items()}.values())
+        # Rules by which rows grow cold, which are the same in all layers with stored heads; `None` without any.
+        self.stored = next((x.rows.rules for x in self.layers.values() if x.rows.rules.stored_heads), None)
         self.prefixes = Prefixes(int(self.sizes.nbytes * parked), page_size, _reaches)
 
     # What the scheduler asks
@@ -95,19 +99,20 @@ class SeatMemory:
 
     def fits(self, sequence: Sequence, tokens: int) -> bool:
         """Whether there are free pages for so many tokens, copies of shared ones included."""
-        if sequence.swapped:
-            wanted = np.array([tokens])
-            return all(self.layers[i].rows.pages_needed(wanted).sum() <= self.layers[i].pool.free for i in self.kinds)
-        layers = sequence.held.layers
-        return all(_missing(layers[i].storage, tokens) <= self.layers[i].pool.free for i in self.kinds)
+        held = sequence.held
+        if isinstance(held, Away):
+            wanted = [(held.needs(i, self.layers[i], tokens), self.layers[i]) for i in self.kinds]
+            return all(n <= x.pool.free for counts, s in wanted for n, x in zip(counts, s.held(0), strict=True))
+        if sequence.swapped:  # what was made elsewhere
+            return all(needed(x) <= x.pool.free for i in self.kinds for x in self.layers[i].held(tokens))
+        return all(missing(x) <= x.pool.free for i in self.kinds for x in _storage(held, i).held(tokens))
 
     def grow(self, sequence: Sequence, tokens: int) -> None:
         """Gives a sequence pages of its own for so many tokens."""
         self.sync(sequence)
-        lengths = np.array([tokens])
-        for i in self.layers:
-            sequence.held.layers[i].storage.reserve(lengths)
         sequence.reserved = -(-tokens // self.page_size) * self.page_size
+        for storage in self._storages(sequence.held).values():
+            storage.reserve(np.array([sequence.reserved]))
 
     def release(self, sequence: Sequence) -> None:
         """Takes everything from a sequence."""
@@ -130,18 +135,22 @@ class SeatMemory:
         room = self.host - self.host_used
         if self.needs(sequence.done) > room:
             return False
-        span = sequence.held.spans()[0]
-        data = torch.empty(span.data.shape, dtype=span.data.dtype, pin_memory=span.data.device.type == "cuda")
-        data.copy_(span.data)
+        away = Away.of(self._storages(sequence.held))
         self._drop(sequence.held)
-        sequence.held = Span(span.tokens, span.layers, data)
-        self.host_used += data.nbytes
+        sequence.held = away
+        self.host_used += away.nbytes
         return True
 
     def swap_in(self, sequence: Sequence) -> None:
         """Brings it back."""
         self._left_host(sequence)
-        sequence.held = self._adopt(sequence.held)
+        held, cache = sequence.held, self.root.fork()
+        if isinstance(held, Away):
+            held.back(self._storages(cache))
+        else:
+            device = next(iter(self.layers.values())).device
+            cache.extend([Span(held.tokens, held.layers, held.data.to(device, non_blocking=True))])
+        sequence.held = cache
 
     # What the engine asks besides
 
@@ -151,9 +160,7 @@ class SeatMemory:
             storage = sequence.held.layers[i].storage
             more = sequence.done - int(storage.rows.lengths[0])
             if more > 0:
-                with storage.pool.lock:
-                    storage.rows.advance(np.array([more]))
-                    storage.history.add(more)
+                storage.told(more)
 
     def park(self, sequence: Sequence) -> None:
         """Keeps what a sequence holds now for others that begin alike, if there is room for it to go on."""
@@ -174,30 +181,25 @@ class SeatMemory:
 
     def needs(self, tokens: int) -> int:
         """Bytes of a sequence of so many tokens that shares nothing."""
-        wanted = np.array([tokens])
-        return sum(int(x.rows.pages_needed(wanted).sum()) * _page_bytes(x) for x in self.layers.values())
+        return sum(needed(x) * page_bytes(x.pool) for s in self.layers.values() for x in s.held(tokens))
 
     def ever_fits(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens fits where nothing else is held."""
-        wanted = np.array([tokens])
-        return all(x.rows.pages_needed(wanted).sum() <= x.pool.size for x in self.layers.values())
+        return all(needed(x) <= x.pool.size for s in self.layers.values() for x in s.held(tokens))
 
     def used(self) -> dict[str, int]:
-        """Bytes: of all pages, of those in use, of those of local and of other heads, and on the host."""
-        total = sum(x.pool.nbytes for x in self.layers.values())
-        free = sum(x.pool.free * _page_bytes(x) for x in self.layers.values())
+        """Bytes: of all pages, of those in use, of parked prefixes, and on the host."""
+        pools = [x.pool for s in self.layers.values() for x in s.held(0)]
+        total = sum(pool.nbytes for pool in pools)
+        free = sum(pool.free * page_bytes(pool) for pool in pools)
         return {"total": total, "used": total - free, "host": self.host_used, "parked": self.prefixes.nbytes}
 
-    def _left_host(self, sequence: Sequence) -> None:
-        if sequence.held is not sequence.request.source:
-            self.host_used -= sequence.held.data.nbytes
+    def _storages(self, cache: RedKnotCache) -> dict[int, Storage]:
+        return {i: _storage(cache, i) for i in self.layers}
 
-    def _adopt(self, span: Span) -> RedKnotCache:
-        """A cache in the pools that holds a span; pages must be free."""
-        cache = self.root.fork()
-        device = next(iter(self.layers.values())).device
-        cache.extend([Span(span.tokens, span.layers, span.data.to(device, non_blocking=True))])
-        return cache
+    def _left_host(self, sequence: Sequence) -> None:
+        if isinstance(sequence.held, Away):
+            self.host_used -= sequence.held.nbytes
 
     def _drop(self, cache: RedKnotCache) -> None:
         self.freed += 1
@@ -205,11 +207,11 @@ class SeatMemory:
             storage = _storage(cache, i)
             with storage.pool.lock:
                 storage.rows.cut(np.zeros(1, np.int64))
+                storage.cold.cut(np.zeros(1, np.int64))
 
     def _sizes(self, budget: int, seats: int, longest: int, times: int) -> Sizes:
         """As many columns as the budget buys beside the rings; no more than can ever be used."""
-        ring = sum(_page_bytes(x) * _local_pages(x) for x in self.layers.values())
-        column = sum(_page_bytes(x) * len(x.rows.rules.global_heads) for x in self.layers.values())
+        ring, column = ring_bytes(self.layers.values()), column_bytes(self.layers.values())
         whole = -(-longest // self.page_size)
         rings = seats * times
         if column == 0:
@@ -228,52 +230,16 @@ class SeatMemory:
             )
         return sizes
 
-    def _settle_pool(self, storage: Storage) -> None:
-        """Gives a layer of the root the pool of its final size, which all forks will share."""
-        rows, old = storage.rows, storage.pool.pages
-        pages = self.sizes.rings * _local_pages(storage) + self.sizes.columns * len(rows.rules.global_heads)
-        dims = old.keys.shape[-1], old.values.shape[-1]
-        storage.pool = PagePool(self.page_size, dims, old.keys.dtype, storage.device, pages)
-        storage.pool.hold(rows)
-
 
 def _storage(cache: RedKnotCache, index: int) -> Storage:
     layer: Any = cache.layers[index]
     return layer.storage
 
 
-def _missing(storage: Storage, tokens: int) -> int:
-    """Pages that rows of one sequence lack for so many tokens, copies of those that others list too included."""
-    rows, references = storage.rows, storage.pool.references
-    wanted = np.array([tokens])
-    missing = rows.pages_missing(wanted)
-    if not references.shared or rows.has_room(wanted):
-        return missing
-    table, size = rows.table[0], rows.rules.page_size
-    first = np.zeros(rows.rules.heads, np.int64)
-    first[list(rows.rules.global_heads)] = int(rows.lengths[0]) // size
-    written = (np.arange(table.shape[1]) >= first[:, None]) & (table >= 0)
-    return missing + int((references.counts[table[written]] > 1).sum())
-
-
 def _reaches(cache: RedKnotCache, cut: int) -> bool:
     """Whether all rows of a sequence can be cut back by so many tokens."""
     layers = (layer for _, layer in row_layers(cache) if layer.is_initialized)
     return cut == 0 or all(layer.storage.missing_after_cut(cut) == 0 for layer in layers)
-
-
-def _local_pages(storage: Storage) -> int:
-    rules = storage.rows.rules
-    return sum(rules.max_pages[h] for h in range(rules.heads) if h not in rules.global_heads)
-
-
-def _page_bytes(storage: Storage) -> int:
-    return sum(part[:1].numel() * part.element_size() for part in _one_page(storage))
-
-
-def _one_page(storage: Storage) -> list[torch.Tensor]:
-    pages = storage.pool.pages
-    return [part.new_empty(1, *part.shape[1:]) if not len(part) else part for part in pages]
 
 
 def _check_layers(cache: RedKnotCache) -> None:
