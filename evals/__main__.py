@@ -14,6 +14,7 @@ from evals.fidelity import AuditError
 
 # Modules of `evals.benchmarks`; each is imported when it is asked for.
 BENCHMARKS = (
+    "break_even",
     "speed",
     "speed_gpu",
     "new_lengths",

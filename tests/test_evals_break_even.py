@@ -1,0 +1,38 @@
+"""The benchmark of fetching against reading: its arithmetic, and that the rate is kept."""
+
+import json
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from evals.benchmarks import break_even
+from evals.benchmarks.break_even import Sender, fetched
+
+
+def test_fetching_is_held_against_reading(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    words = ["--shape", "toy", "--length", "600", "--runs", "1", "--device", "cpu", "--out", str(out)]
+    rates = [word for rate in (20, 100, 1000) for word in ("--rate", str(rate))]
+    done = CliRunner().invoke(break_even.app, words + rates)
+    assert done.exit_code == 0, done.output
+    (line,) = out.read_text().splitlines()
+    dense, planned = json.loads(line)["rows"]
+    assert planned["bytes"] < dense["bytes"]
+    for row in (dense, planned):
+        assert row["break_even_mb_per_s"] == pytest.approx(row["bytes"] / 1e6 / row["read_s"])
+        assert [one["mb_per_s"] for one in row["fetched"]] == [20, 100, 1000]
+        slowest = row["fetched"][0]
+        assert slowest["fetch_s"] >= 0.9 * (row["bytes"] - 2e5) / 20e6
+    assert CliRunner().invoke(break_even.app, [*words, "--rate", "0"]).exit_code == 2
+
+
+def test_a_sender_keeps_its_rate():
+    data = bytes(range(256)) * 400
+    with Sender(memoryview(data), 1e6) as sender:
+        start = time.perf_counter()
+        came = fetched(sender.port, len(data))
+        assert time.perf_counter() - start >= 0.08
+        assert bytes(came.numpy()) == data
+        with pytest.raises(ConnectionError, match="bytes came of"):
+            fetched(sender.port, len(data) + 1)
