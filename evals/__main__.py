@@ -24,6 +24,7 @@ BENCHMARKS = (
     "reuse_gpu",
     "reuse_real",
     "serving",
+    "storages",
 )
 
 
