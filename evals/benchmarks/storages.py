@@ -4,8 +4,8 @@
     python -m evals bench storages --out evals/results/storages.jsonl
 
 Every head sees everything, and is stored as a cache stores it: the first page and the hot tail as the model made them,
-the pages between in fewer bits. `attention` is the error of what attention gives to the last half of the tokens, in its
-norm, against full pages: on a model the median and the most over layers, each given the input that it has in full.
+the pages between in fewer bits. `attention` is the error of what attention gives to the last half of the tokens, in
+its norm, against full pages: on a model the median and the most over layers, each given the input that it has in full.
 `kl` is that of the next token, in nats, where all layers are stored; `agree` is the share of tokens whose likeliest
 next one is the same. A line of JSON each; `--out` appends them to a file.
 """
