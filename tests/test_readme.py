@@ -33,6 +33,7 @@ def test_answers_are_those_of_the_real_model():
     for name, method, budget in (
         ("RedKnot, plan for 28 %", "drift", 0.28),
         ("RedKnot, plan for 20 %", "drift", 0.2),
+        ("every head in int8", "int8 everywhere", 0.53),
         ("every head in int4", "int4 everywhere", 0.28),
         ("windows by attention mass", "mass", 0.2),
         ("a sliding window with sink", "streaming", 0.2),

@@ -105,10 +105,10 @@ def main(
 def _texts(length: int, real: Path, device: torch.device) -> Any:
     """Name, model and a text of up to so many tokens, of each model that there is."""
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "redknot"}
-    bundled = AutoModelForCausalLM.from_pretrained(TINY, **options).to(device)
-    yield "bundled", bundled, torch.tensor([Corpus(Lexicon(), 0).collection(length, 5).context])
+    bundled: Any = AutoModelForCausalLM.from_pretrained(TINY, **options)
+    yield "bundled", bundled.to(device), torch.tensor([Corpus(Lexicon(), 0).collection(length, 5).context])
     if (real / "config.json").exists():
-        model = AutoModelForCausalLM.from_pretrained(real, **options).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(real, **options)
         text = python_texts()[0][: 8 * length]
         ids = AutoTokenizer.from_pretrained(real)(text, return_tensors="pt")["input_ids"]
-        yield real_model.NAME, model, ids[:, :length]
+        yield real_model.NAME, model.to(device), ids[:, :length]
