@@ -12,12 +12,13 @@ from redknot_hf.serving.apart import answer, read_ahead
 NEW = Sampling(max_new_tokens=8)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma4", "mistral_sliding"])
-@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize(
+    ("family", "local"), [("llama", True), ("llama", False), ("gemma4", True), ("mistral_sliding", True)]
+)
 def test_prompts_read_elsewhere_are_answered_alike(family, local, tmp_path):
     reader_model, model = make_model(family), make_model(family)
     plan = plan_of(model, local)
-    prompts = [prompt for prompt in prompts_of(3, 3)[0] if len(prompt) > 1]
+    prompts = [prompt for prompt in prompts_of(3, 2)[0] if len(prompt) > 1]
     reads = SegmentStore(reader_model, plan, path=tmp_path)
     addresses = read_ahead(reads, prompts)
     assert len({*addresses}) == len({tuple(prompt[:-1]) for prompt in prompts})
