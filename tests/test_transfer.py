@@ -108,6 +108,8 @@ def test_what_cannot_be_parked_or_resumed_is_refused(model):
         model(ids, use_cache=True, **cache_argument(model, cache))
     with pytest.raises(ValueError, match="a span of 40 tokens cannot stand for a text of 39"):
         park(cache, ids[:, 1:], store)
+    with pytest.raises(ValueError, match="another plan"):
+        park(cache, ids, SegmentStore(model, random_plan(model.config, seed=1)))
     with pytest.raises(ValueError, match="1 sequences"):
         park(cache, [[1], [2]], store)
     with pytest.raises(ValueError, match="keeps 'full'"):

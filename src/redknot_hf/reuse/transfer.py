@@ -102,8 +102,11 @@ def park(cache: RedKnotCache, texts: Texts, store: SegmentStore) -> list[Segment
         store: Keeps it under the address of these ids; those who share its tiers find it by `store.ref(ids)`.
 
     Raises:
-        ValueError: There is not a text for each sequence, or it is not what the cache holds.
+        ValueError: There is not a text for each sequence, it is not what the cache holds, or that was read under
+            another plan than the store's.
     """
+    if cache.plan.stored("model") != store.plan.stored("model"):
+        raise ValueError("the cache has another plan than the store, whose segments are named by it: give both one")
     spans = cache.spans(slack=False)
     return [store.keep_read(ids, span) for ids, span in zip(one_for_each(texts, spans, "texts"), spans, strict=True)]
 
