@@ -47,8 +47,8 @@ class Away:
     def of(cls, storages: Mapping[int, Storage]) -> Away:
         """Copies what one sequence holds to the host; waits until it is there."""
         sizes = [_trimmed(x) for x in storages.values()]
-        device = next(iter(storages.values())).device
-        flat = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        devices = {x.device for x in storages.values() if x.device.type == "cuda"}
+        flat = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=bool(devices))
         at, layers = 0, {}
         for i, storage in storages.items():
             layers[i] = []
@@ -60,7 +60,7 @@ class Away:
                     pages.append(_copied(tensor, flat[at : at + tensor.nbytes]))
                     at += _whole(tensor.nbytes)
                 layers[i].append(Part(mine, tuple(pages)))
-        if device.type == "cuda":
+        for device in devices:
             torch.cuda.current_stream(device).synchronize()
         return cls(layers, {i: x.cold.counts for i, x in storages.items()}, len(flat))
 

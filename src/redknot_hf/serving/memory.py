@@ -5,6 +5,8 @@ forks take their pages from the same pools. How many pages a length needs is kno
 counted by the pools, so what fits is exact, shared pages included.
 
     budget = rings x (pages of all local rows of a sequence) + columns x (one page of every row that keeps everything)
+
+Rows stored in fewer bits have part in both: their hot ends are as local rows, and a column has a cold page of each.
 """
 
 from __future__ import annotations
