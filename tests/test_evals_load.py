@@ -193,5 +193,7 @@ def test_what_the_command_cannot_do_is_said_in_a_line(fake, monkeypatch):
     ):
         with pytest.raises(SystemExit, match=told):
             main(["serve", fake.url, "--requests", "2", "--warm", "0", *more])
+    with pytest.raises(SystemExit, match="Is a server there"):
+        main(["serve", f"http://127.0.0.1:{free_port()}/v1"])
     with pytest.raises(ValueError, match="the server has the models a, b: name one"):
         command._only(["a", "b"])

@@ -100,20 +100,29 @@ async def send(server: Server, load: Workload, told: Callable[[Answer], Any] = l
 
 
 async def models_of(server: Server) -> list[str]:
-    """The names of what a server serves."""
-    async with server.client() as client:
-        return [model.id async for model in client.models.list()]
+    """The names of what a server serves.
+
+    Raises:
+        ConnectionError: There is no such server, or it does not say.
+    """
+    from openai import OpenAIError
+
+    try:
+        async with server.client() as client:
+            return [model.id async for model in client.models.list()]
+    except OpenAIError as e:
+        raise ConnectionError(f"{server.url}/models: {e} Is a server there, and does it want a --key?") from e
 
 
 async def _store(client: Any, server: Server, load: Workload) -> list[str]:
     if not load.documents:
         return []
-    from openai import APIStatusError
+    from openai import OpenAIError
 
     body = {"input": [list(ids) for ids in load.documents], "model": server.model}
     try:
         found = await client.post("/segments", cast_to=dict[str, Any], body=body)
-    except APIStatusError as e:
+    except OpenAIError as e:
         raise ValueError(f"the server stores no segments ({e}): leave out --segment-share") from e
     return [one["id"] for one in found["data"]]
 
