@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import inspect
 import threading
 import time
 
@@ -12,8 +13,10 @@ from served import SIZES, all_free, alone, plan_of, prompts_of
 from transformers import LogitsProcessor
 
 from redknot_hf import HeadPlan, HeadSpec
-from redknot_hf.serving import Engine, QueueFullError, Sampling, State
+from redknot_hf.serving import Engine, QueueFullError, Sampling, State, reading
 from redknot_hf.serving.loop import Loop
+from redknot_hf.serving.request import Request
+from redknot_hf.serving.sampling import choose
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,46 @@ def test_bad_arguments(model, options, told):
 def test_bad_samplings(asked):
     with pytest.raises(ValueError, match=next(iter(asked))):
         Sampling(**asked)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_new_tokens": 2.5}, {"max_new_tokens": "5"}, {"max_new_tokens": None}, {"top_k": 1.5}, {"seed": 0.5},
+        {"seed": 1 << 64}, {"logprobs": 2.0}, {"temperature": "hot"}, {"temperature": torch.nan},
+        {"logit_bias": {5: torch.nan}}, {"logit_bias": {"5": 1}}, {"logit_bias": {5: "1"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_of_a_wrong_kind_are_told_before_any_work(asked):
+    sampling = Sampling()
+    vars(sampling).update(asked)  # as where types are not checked
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(asked))}=.*: give"):
+        sampling.__post_init__()
+
+
+def test_a_priority_of_no_rank_is_told():
+    begin = inspect.unwrap(Request.__init__)  # as where types are not checked
+    with pytest.raises(TypeError, match="priority=None: give a whole number"):
+        begin(object.__new__(Request), [5], Sampling(), priority=None)
+
+
+def test_a_choice_that_fails_ends_who_chose_and_not_the_engine(model, monkeypatch):
+    plan, left = plan_of(model), iter(range(100))
+
+    def breaks(logits, choosers):
+        if next(left) == 3:  # none of the first ones, which are chosen one by one
+            raise RuntimeError("no luck")
+        return choose(logits, choosers)
+
+    monkeypatch.setattr(reading, "choose", breaks)
+    prompts, _ = prompts_of(13, 2)
+    engine = Engine(model, plan, **SIZES)
+    first = engine.generate([prompts[0][:9]], Sampling(12))[0]
+    assert "no luck" in str(first.error)
+    assert len(first.ids) == 3
+    assert engine.generate([prompts[1]], Sampling(12))[0].ids == alone(model, plan, prompts[1], 12)
+    assert all_free(engine)
 
 
 def test_models_that_keep_more_than_keys_are_refused():

@@ -51,6 +51,25 @@ def test_every_request_chooses_in_its_own_way(model, asked, options):
     assert len(hot.ids) == 25
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"temperature": 1e-37, "top_p": 0.9},
+        {"temperature": 1e-300, "seed": 5},
+        {"temperature": 1, "logit_bias": {9: torch.inf}},
+    ],
+    ids=["overflows", "rounds_to_0", "forced"],
+)
+def test_what_overflows_takes_the_likeliest_and_ends_nobody_else(model, asked):
+    plan = plan_of(model)
+    prompts, _ = prompts_of(12, 2, longest=30)
+    engine = Engine(model, plan, **SIZES)
+    mine, other = engine.generate(prompts[:2], [Sampling(12, **asked), Sampling(12)])
+    assert not mine.error, mine.error
+    assert mine.ids == ([9] * 12 if "logit_bias" in asked else alone(model, plan, prompts[0], 12))
+    assert other.ids == alone(model, plan, prompts[1], 12)
+
+
 def test_presence_and_frequency_are_of_the_answer(model):
     prompt = prompts_of(8, 1)[0][0]
     engine = Engine(model, plan_of(model), **SIZES)

@@ -98,12 +98,12 @@ class Reader:
             self.seats.place(sequence, None)
         try:
             logits = self.seats.decode(sequences)
+            self.decoded += len(sequences)
+            kept, chosen = self._choose(sequences, logits)
         except Exception as e:  # of whom it came is not known
             for sequence in sequences:
                 self.finish(sequence, State.FAILED, "error", e)
             return
-        self.decoded += len(sequences)
-        kept, chosen = self._choose(sequences, logits)
         if kept:
             self.seats.choose(kept, chosen)
 

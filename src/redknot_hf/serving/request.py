@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
+from math import isnan
+from numbers import Integral, Real
 from threading import Condition
 from typing import Any
 
@@ -67,13 +69,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, least, most in _BOUNDS:
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
+            kind: Any = Integral if name in _WHOLE else Real
+            if not isinstance(value, kind) and not (value is None and name in _OPTIONAL):
+                raise TypeError(f"{name}={value!r}: give {'a whole number' if kind is Integral else 'a number'}")
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name}={value}: give a number from {least:g} to {most:g}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty}: give a number above 0")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop={self.stop!r}: give a list of strings, none of them empty")
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, Integral) or not isinstance(bias, Real) or isnan(bias):
+                raise ValueError(f"logit_bias={{{token!r}: {bias!r}}}: give a number for each id of a token")
 
     @property
     def plain(self) -> bool:
@@ -88,6 +96,8 @@ class Sampling:
 
 
 _INFINITE = float("inf")
+_WHOLE = ("max_new_tokens", "top_k", "seed", "logprobs")
+_OPTIONAL = ("seed", "logprobs")
 _BOUNDS = (
     ("max_new_tokens", 1, _INFINITE),
     ("temperature", 0, _INFINITE),
@@ -98,6 +108,7 @@ _BOUNDS = (
     ("presence_penalty", -100, 100),
     ("frequency_penalty", -100, 100),
     ("logprobs", 0, 100),
+    ("seed", -(1 << 63), (1 << 64) - 1),
 )
 
 
@@ -142,6 +153,8 @@ class Request:
         timeout: float | int | None = None,
         callback: Callable[[Request, Token | None], Any] | None = None,
     ) -> None:
+        if not isinstance(priority, Integral):
+            raise TypeError(f"priority={priority!r}: give a whole number")
         self.number = next(_NUMBERS)
         self.prompt, self.sampling, self.priority = list(prompt), sampling, priority
         self.arrived = time.monotonic()

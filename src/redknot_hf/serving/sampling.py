@@ -112,7 +112,7 @@ def choose(logits: Logits, choosers: Sequence[Chooser]) -> Chosen:
         at = torch.tensor(drawing, device=logits.device)
         asked = [choosers[i] for i in drawing]
         warped = warp(scores.index_select(0, at), [chooser.sampling for chooser in asked])
-        chosen = chosen.index_copy(0, at, _draw(warped.softmax(-1), asked))
+        chosen = chosen.index_copy(0, at, _draw(_shares(warped, scores.index_select(0, at)), asked))
     for i, chooser in enumerate(choosers):
         if chooser.sampling.shaped:
             chooser.saw(chosen[i : i + 1])
@@ -147,6 +147,16 @@ def log_probabilities(
     all_of = logits.float().log_softmax(-1)
     values, ids = all_of.topk(most, -1)
     return all_of.gather(1, chosen[:, None])[:, 0], values, ids
+
+
+def _shares(warped: Logits, scores: Logits) -> Logits:
+    """What each token is drawn by. Where a temperature next to 0 overflows, the likeliest one has all, as at 0.
+
+    To draw from NaN raises, or ends the device's context: one request's numbers would end all others.
+    """
+    shares = warped.softmax(-1)
+    likeliest = torch.zeros_like(shares).scatter(1, scores.argmax(-1, keepdim=True), 1)
+    return torch.where(shares.isnan().any(-1, keepdim=True), likeliest, shares)
 
 
 def _draw(shares: Logits, choosers: Sequence[Chooser]) -> Chosen:
