@@ -128,6 +128,17 @@ def test_texts_that_are_no_bodies(web, text):
     told(web.post("/v1/completions", content=text.encode(), headers={"content-type": "application/json"}), 400)
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", r'"\ud800"'], ids=["nan", "infinite", "half"])
+def test_what_would_be_said_back_is_json(web, value):
+    for field in (
+        f'"metadata": {{"a": {value}}}',
+        f'"tools": [{{"type": "function", "name": "f", "parameters": {{"a": {value}}}}}]',
+    ):
+        text = f'{{"input": "x", "max_output_tokens": 1, {field}}}'
+        answer = web.post("/v1/responses", content=text, headers={"content-type": "application/json"})
+        assert field[1:6] in told(answer, 400)["param"]
+
+
 def test_chats_that_are_off(web):
     said = [{"role": "user", "content": "x"}]
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": SECRET}}]}]
@@ -139,11 +150,15 @@ def test_chats_that_are_off(web):
         {"messages": said, "response_format": {"type": "json_object"}},
         {"messages": said, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
         {"messages": said, "chat_template_kwargs": {"tokenize": False}},
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]},
+        *(
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": text}}]}]}
+            for text in ("{", "[" * 4_000)
+        ),
     ]
     for body in bodies:
         told(web.post("/v1/chat/completions", json=body), 400)
     inputs = [[], [{"type": "computer_call"}], [{"role": "user", "content": 3}], [{"type": "function_call"}]]
+    inputs += [[{"type": "reasoning", "content": 5}]]
     for given in inputs:
         told(web.post("/v1/responses", json={"input": given}), 400)
     told(web.post("/v1/responses", json={"input": "x", "previous_response_id": "resp_1"}), 400)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from .errors import RequestError
 
 Id = Annotated[int, Field(ge=0, le=1 << 31)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
+
+
+def _sayable(given: Any) -> Any:
+    """What is said back to clients must be JSON; Python's parser lets more by."""
+    try:
+        json.dumps(given, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as e:
+        raise ValueError("it holds what is no JSON: NaN, an infinity, half a letter, or far too many levels") from e
+    return given
 
 
 Amount = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | Literal["all"]
@@ -58,7 +68,7 @@ class Asked(Body):
     boundary: Amount | list[Amount] | None = None
     # Of no consequence for an answer.
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, Any], AfterValidator(_sayable)] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -159,7 +169,7 @@ class ChatBody(Asked):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream_options: StreamOptions | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], BeforeValidator(_sayable)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
     response_format: TextFormat | None = None
@@ -195,7 +205,7 @@ class ResponseBody(Asked):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
-    tools: list[FlatTool] | None = None
+    tools: Annotated[list[FlatTool], BeforeValidator(_sayable)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
     reasoning: Reasoning | None = None

@@ -160,5 +160,5 @@ def _arguments(call: Any) -> Any:
     given = call.function.arguments
     try:
         return json.loads(given) if isinstance(given, str) else given
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise RequestError(400, "the arguments of a tool call are no JSON", param="messages") from e

@@ -40,7 +40,10 @@ def _add_items(turns: list[dict[str, Any]], items: list[dict[str, Any]]) -> None
     for item in items:
         kind = item.get("type", "message")
         if kind == "reasoning":
-            thoughts = "".join(str(x.get("text", "")) for x in item.get("content") or () if isinstance(x, dict))
+            content = item.get("content") or []
+            if not isinstance(content, list):
+                raise RequestError(400, "input: the content of a reasoning is a list of texts", param="input")
+            thoughts = "".join(str(x.get("text", "")) for x in content if isinstance(x, dict))
         elif kind == "message" and "role" in item:
             turn = {name: item[name] for name in ("role", "content") if name in item}
             turns.append(turn)
