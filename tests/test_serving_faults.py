@@ -148,6 +148,14 @@ def test_numbers_of_a_wrong_kind_are_told_before_any_work(asked):
         sampling.__post_init__()
 
 
+@pytest.mark.parametrize("prompt", [[[5, 6]], torch.tensor([[5, 6]]), [5.5, 6.0]], ids=["batch", "tensor", "floats"])
+def test_prompts_that_are_no_ids_of_one_text_are_told(model, prompt):
+    engine = Engine(model, plan_of(model), **SIZES)
+    with pytest.raises(TypeError, match="neither a text nor the ids of one: give"):
+        inspect.unwrap(Engine._ids)(engine, prompt, True)  # as where types are not checked
+    assert inspect.unwrap(Engine._ids)(engine, torch.tensor([5, 6]), True) == [5, 6]
+
+
 def test_a_priority_of_no_rank_is_told():
     begin = inspect.unwrap(Request.__init__)  # as where types are not checked
     with pytest.raises(TypeError, match="priority=None: give a whole number"):

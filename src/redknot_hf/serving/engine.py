@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
+from operator import index
 from typing import Any
 
 import torch
@@ -272,7 +273,13 @@ class Engine(Loop):
             if self.tokenizer is None:
                 raise ValueError("the prompt is text: give ids, or make the engine with a tokenizer")
             return list(self.tokenizer(prompt, add_special_tokens=first)["input_ids"])
-        return [int(i) for i in prompt]
+        try:
+            return [index(i) for i in prompt]
+        except TypeError as e:
+            raise TypeError(
+                "the prompt is neither a text nor the ids of one: give a str, or a flat list as "
+                'tokenizer(text)["input_ids"] is one'
+            ) from e
 
 
 def _bar(total: int) -> Any:
