@@ -55,11 +55,11 @@ def test_a_store_of_a_model_whose_weights_stay_elsewhere(offload, tmp_path):
 @pytest.mark.parametrize("method", ["drift", "mass", "loss", "gates"])
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_heads_of_a_model_whose_weights_stay_elsewhere(method, offload, tmp_path):
-    found, windows = [], (8,) if method == "gates" else (8, 16)
+    found, options = [], {"windows": (8,), "steps": 6} if method == "gates" else {"windows": (8, 16)}
     for place in (None, offload):
         model = make_model("llama", tie_word_embeddings=False, num_hidden_layers=2)
         model = model if place is None else place(model, tmp_path)
-        found.append(profile_heads(model, texts(60, 60, 60), windows=windows, sink=1, method=method, budget=0.5))
+        found.append(profile_heads(model, texts(60, 60, 60), sink=1, method=method, budget=0.5, **options))
     np.testing.assert_allclose(found[0].errors, found[1].errors, rtol=1e-4)
 
 

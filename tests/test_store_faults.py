@@ -168,8 +168,10 @@ class Session:
 
 @pytest.fixture
 def session(tmp_path, monkeypatch):
-    model = make_model("llama", num_hidden_layers=1)
-    return Session(model, random_plan(model.config, seed=2), tmp_path, Disk(monkeypatch), monkeypatch)
+    model, others = make_model("llama", num_hidden_layers=1), segments_alive()
+    made = Session(model, random_plan(model.config, seed=2), tmp_path, Disk(monkeypatch), monkeypatch)
+    made.others = others  # which tests before it still hold
+    return made
 
 
 def open_files() -> int:
@@ -194,7 +196,7 @@ def test_a_store_survives_ten_thousand_operations(session):
     assert all(issubclass(one.category, RuntimeWarning) for one in said)
     assert open_files() <= files
     del session.store
-    assert segments_alive() == 0
+    assert segments_alive() <= session.others
 
 
 def test_threads_share_a_failing_store(session):
