@@ -7,7 +7,7 @@ import torch
 from families import make_model
 from oracle import random_plan
 
-from redknot_hf import Seams, SegmentStore, ask, assemble, prompt
+from redknot_hf import RedKnotCache, Seams, SegmentStore, ask, assemble, prompt
 from redknot_hf.reuse.ask import answers, generated
 from redknot_hf.reuse.texts import TakesTexts
 
@@ -94,3 +94,14 @@ def test_what_is_off_is_told(model, cache, seams):
         ask(model, cache, QUESTIONS, seams, num_return_sequences=2, **NEW)
     with pytest.raises(ValueError, match="return_dict_in_generate=True"):
         generated(model, {}, return_dict_in_generate=True)
+
+
+def test_a_cache_that_was_not_assembled_is_told(model, store, seams):
+    with pytest.raises(TypeError, match="ask takes a cache of assemble, and got a RedKnotCache"):
+        ask(model, RedKnotCache(model.config, store.plan), QUESTIONS[0], seams)
+
+
+@pytest.mark.parametrize("ids", [[-5, 6], [5, 99_999]])
+def test_ids_that_the_model_does_not_know_are_told(store, ids):
+    with pytest.raises(ValueError, match=r"the text has ids from .*: the model knows 0 to"):
+        store.add(ids)

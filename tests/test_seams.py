@@ -113,3 +113,12 @@ def test_what_is_off_is_told(byte_tokenizer):
     with pytest.raises(TypeError, match="'gpt2' is no tokenizer"):
         Seams.of("gpt2")
     assert Seams.of(seams) is seams
+
+
+def test_a_vocabulary_of_words_lends_one_of_its_own():
+    vocabulary = {word: i for i, word in enumerate(["<s>", "house", "green", "the", "is", ".", "who", "?"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    seams = Seams(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert seams.document("the house is green .") == (3, 1, 4, 2, 5)
+    assert seams.question("who ?") == (6, 7)

@@ -18,7 +18,7 @@ from .ids import left_padded
 
 
 def ask(
-    model: Any, cache: AssembledCache, questions: str | Sequence[str], tokenizer: Any, *, batch_size: int = 1,
+    model: Any, cache: RedKnotCache, questions: str | Sequence[str], tokenizer: Any, *, batch_size: int = 1,
     **options: Any,
 ) -> Any:  # fmt: skip
     """Answers questions about an assembled context: `ask(model, cache, "Who?", tokenizer, max_new_tokens=20)`.
@@ -37,8 +37,13 @@ def ask(
         The answer as text; a list of them for a list of questions.
 
     Raises:
+        TypeError: The cache was not assembled, so nobody knows the tokens of its context.
         ValueError: A question is no text, there is not one for each sequence, or an option asks for more than text.
     """
+    if not isinstance(cache, AssembledCache):
+        raise TypeError(
+            f"ask takes a cache of assemble, and got a {type(cache).__name__}: give it to generate instead"
+        )
     seams, alone = Seams.of(tokenizer), isinstance(questions, str)
     suffixes = seams.questions(questions)
     if len(cache.reused) == 1:

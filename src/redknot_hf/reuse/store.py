@@ -11,6 +11,7 @@ from typing import Any, get_args
 from redknot_hf.attention.devices import input_device
 from redknot_hf.cache.span import Span, same_places
 from redknot_hf.plan.formats import AnyPath
+from redknot_hf.plan.per_layer import text_config
 from redknot_hf.plan.plan import HeadPlan, as_plan
 
 from .coarse import Coarse
@@ -139,6 +140,9 @@ class SegmentStore(TakesTexts):
         tokens = as_ids(ids)
         if not tokens:
             raise ValueError("the text has no tokens: leave it out")
+        words = text_config(self.model).vocab_size
+        if not 0 <= min(tokens) <= max(tokens) < words:
+            raise ValueError(f"the text has ids from {min(tokens)} to {max(tokens)}: the model knows 0 to {words - 1}")
         if behind and stand_in:
             behind += self.stand_in.before(tokens)
         storage = "model" if self.coarse is None else self.coarse.storage

@@ -17,7 +17,7 @@ from typing import Any
 from .chat import ChatTemplate
 
 Ids = tuple[int, ...]
-# The word on the other side of a separator: a token in every vocabulary that has letters.
+# The word on the other side of a separator, in every vocabulary that has letters; others lend a word of theirs.
 _WORD = "x"
 
 
@@ -45,6 +45,7 @@ class Seams:
                 "a system's message needs a chat template: leave system out, or begin the context with it"
             )
         self.tokenizer, self.separator = tokenizer, separator
+        self._word = _word_of(tokenizer)
         self.template = ChatTemplate.of(tokenizer, system) if chat else None
 
     @classmethod
@@ -75,7 +76,7 @@ class Seams:
         Raises:
             ValueError: It is no text, or has no tokens.
         """
-        return self._between(_checked(text, "document") + self.separator, _WORD if self.separator else "")
+        return self._between(_checked(text, "document") + self.separator, self._word if self.separator else "")
 
     def question(self, text: str) -> Ids:
         """What follows the context, up to where the answer begins.
@@ -97,8 +98,9 @@ class Seams:
     def _between(self, text: str, after: str) -> Ids:
         """The tokens of a text behind a separator and before a word; alone, where a token would lie across."""
         if self.separator:
-            before = self._ids(_WORD + self.separator + _WORD)[:-1]
-            ids, end = self._ids(_WORD + self.separator + text + after), self._ids(_WORD)[-1:] if after else ()
+            opening = self._word + self.separator
+            before = self._ids(opening + self._word)[:-1]
+            ids, end = self._ids(opening + text + after), self._ids(self._word)[-1:] if after else ()
             stop = len(ids) - len(end)
             if ids[: len(before)] == before and ids[stop:] == end:
                 return _some(ids[len(before) : stop], text)
@@ -106,6 +108,11 @@ class Seams:
 
     def _ids(self, text: str, special: bool = False) -> Ids:
         return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _word_of(tokenizer: Any) -> str:
+    words = getattr(tokenizer, "get_vocab", dict)()
+    return _WORD if _WORD in words else next(filter(str.isalpha, sorted(words)), _WORD)
 
 
 def _checked(text: Any, what: str) -> str:
