@@ -4,9 +4,11 @@ import importlib.util
 import os
 
 import pytest
+import quick_shapes
 import torch
 from quick_interpreter import quicken
 
+quick_shapes.quicken()
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before the modules are imported
     if importlib.util.find_spec("triton"):

@@ -14,8 +14,7 @@ def model():
     return make_model("llama")
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
+@pytest.mark.parametrize("local", [False, pytest.param(True, marks=pytest.mark.core)], ids=["global", "local"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_generate(family, local):
     model = make_model(family)

@@ -5,7 +5,8 @@ from oracle import random_plan
 from texts import LONG, texts
 from typer.testing import CliRunner
 
-from redknot_hf import HeadPlan, HeadSpec, cli
+from redknot_cli import app
+from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.profiling import calibration_prompts
 from redknot_hf.reuse.trial import Context, reuse_costs
 
@@ -45,10 +46,10 @@ def test_the_gate_says_what_share_is_needed(tmp_path, byte_tokenizer):
     assert calibration_prompts(byte_tokenizer, length=2048, count=1, kinds=["passkey"])
     gate = ["gate", str(tmp_path), "--plan", str(tmp_path / "plan.json"), "--reuse", "--dtype", "float32"]
     gate += ["--length", "2048", "--prompts", "1", "--device", "cpu"]
-    passed = CliRunner().invoke(cli.app, [*gate, "--max-kl", "10"])
+    passed = CliRunner().invoke(app, [*gate, "--max-kl", "10"])
     assert passed.exit_code == 0, passed.output
     assert "share=0 with a stand-in" in passed.output
-    failed = CliRunner().invoke(cli.app, [*gate, "--max-kl", "1e-12"])
+    failed = CliRunner().invoke(app, [*gate, "--max-kl", "1e-12"])
     assert failed.exit_code == 1, failed.output
     assert "none of these shares" in failed.output
     assert failed.output.count("recomputed: KL") == 4
