@@ -13,7 +13,7 @@ from transformers.cli.serving.utils import ReasoningText, ToolCall
 from .answers import Answers, Piece, Stream
 from .bodies import ChatBody
 from .errors import RequestError
-from .events import DONE, Likely, event, usage
+from .events import Likely, chunks, event, usage
 from .service import Question, Service
 
 
@@ -63,19 +63,8 @@ async def _events(answers: Answers, base: dict[str, Any], likely: Likely | None,
     for index in range(len(answers.requests)):
         delta = {"role": "assistant", "content": ""}
         yield event({**base, "choices": [{"index": index, "delta": delta, "finish_reason": None}]})
-    try:
-        async for pieces in answers:
-            yield "".join(
-                event({**base, "choices": [choice]})
-                for piece in pieces
-                for choice in _deltas(piece, number, likely, calls)
-            )
-    except RequestError as e:
-        yield event(e.content)
-        return
-    if wanted:
-        yield event({**base, "choices": [], "usage": usage(answers)})
-    yield DONE
+    async for text in chunks(answers, base, lambda piece: _deltas(piece, number, likely, calls), wanted):
+        yield text
 
 
 def _deltas(piece: Piece, number: str, likely: Likely | None, calls: dict[int, int]) -> list[dict[str, Any]]:

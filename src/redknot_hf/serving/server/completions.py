@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,10 +10,9 @@ from fastapi.responses import JSONResponse, Response
 
 from redknot_hf.serving.request import Token
 
-from .answers import Answers, Piece, Stream
+from .answers import Piece, Stream
 from .bodies import CompletionBody, listed
-from .errors import RequestError
-from .events import DONE, Likely, event, usage
+from .events import Likely, chunks, usage
 from .service import Question, Service
 
 # What OpenAI's API says where a client says nothing.
@@ -41,23 +39,11 @@ def routes(service: Service) -> APIRouter:
         likely = _Logprobs(service.prompts.tokenizer, body.logprobs)
         if body.stream:
             wanted = bool(body.stream_options and body.stream_options.include_usage)
-            return Stream(_events(answers, base, likely, wanted), answers)
+            return Stream(chunks(answers, base, lambda piece: [_choice(piece, likely)], wanted), answers)
         choices = [_choice(piece, likely) for piece in await answers.whole(request)]
         return JSONResponse({**base, "choices": choices, "usage": usage(answers)})
 
     return router
-
-
-async def _events(answers: Answers, base: dict[str, Any], likely: _Logprobs, wanted: bool) -> AsyncIterator[str]:
-    try:
-        async for pieces in answers:
-            yield "".join(event({**base, "choices": [_choice(piece, likely)]}) for piece in pieces)
-    except RequestError as e:
-        yield event(e.content)
-        return
-    if wanted:
-        yield event({**base, "choices": [], "usage": usage(answers)})
-    yield DONE
 
 
 def _choice(piece: Piece, likely: _Logprobs) -> dict[str, Any]:

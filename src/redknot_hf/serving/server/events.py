@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator, Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
 from redknot_hf.serving.request import Token
 
-from .answers import Answers
+from .answers import Answers, Piece
+from .errors import RequestError
 
 DONE = "data: [DONE]\n\n"
 
@@ -28,6 +30,28 @@ def usage(answers: Answers) -> dict[str, Any]:
         "total_tokens": prompt + new,
         "prompt_tokens_details": {"cached_tokens": answers.cached_tokens},
     }
+
+
+async def chunks(
+    answers: Answers, base: dict[str, Any], choices: Callable[[Piece], Iterable[dict[str, Any]]], wanted: bool
+) -> AsyncIterator[str]:
+    """The events of a stream of completions, to its end or the error that ended it.
+
+    Args:
+        answers: That come.
+        base: What every event says.
+        choices: What they say of a piece of an answer, each in an event of its own.
+        wanted: Whether the last says the usage.
+    """
+    try:
+        async for pieces in answers:
+            yield "".join(event({**base, "choices": [choice]}) for piece in pieces for choice in choices(piece))
+    except RequestError as e:
+        yield event(e.content)
+        return
+    if wanted:
+        yield event({**base, "choices": [], "usage": usage(answers)})
+    yield DONE
 
 
 class Likely:
