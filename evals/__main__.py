@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from transformers.utils.logging import disable_progress_bar
-from typer.core import TyperGroup
 
-from evals.fidelity import AuditError
+from evals.audit import AuditError
+from evals.commands import app
 
-# Modules of `evals.benchmarks`; each is imported when it is asked for.
+# Modules of `evals.benchmarks`; each is imported when it is asked for, since machines that measure have no more than a
+# model needs.
 BENCHMARKS = (
     "break_even",
     "speed",
@@ -28,31 +28,6 @@ BENCHMARKS = (
 )
 
 
-class Commands(TyperGroup):
-    """`bench`, and behind it what `evals.commands` has.
-
-    Benchmarks run on machines that have no more than a model needs. So the other commands, which need `datasets`,
-    `evaluate` and scipy, are imported when one of them is asked for, or their list.
-    """
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return [*_others(), *super().list_commands(ctx)]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return super().get_command(ctx, cmd_name) or _others().get(cmd_name)
-
-
-def _others() -> dict[str, Any]:
-    group: Any = typer.main.get_command(import_module("evals.commands").app)
-    return group.commands
-
-
-app = typer.Typer(
-    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__
-)
-app.callback()(disable_progress_bar)
-
-
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     ctx: typer.Context,
@@ -65,6 +40,7 @@ def bench(
     if name not in BENCHMARKS:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(BENCHMARKS)}")
     program = import_module(f"evals.benchmarks.{name}").app
+    import_module("transformers.utils.logging").disable_progress_bar()
     program(ctx.args, prog_name=f"python -m evals bench {name}")
 
 

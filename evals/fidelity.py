@@ -10,10 +10,6 @@ import torch
 from torch import Tensor
 
 
-class AuditError(RuntimeError):
-    """Answers were reported that the method's own cache does not give."""
-
-
 @dataclass(frozen=True)
 class Fidelity:
     """A method against the dense cache, both given the question and the dense answer.

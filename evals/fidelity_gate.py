@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from evals import tasks
 from evals.bench import Bench, make_bench
+from evals.limits import Limits
 from evals.method import Method, dense
 from evals.methods.redknot import redknot
 from evals.records import RecordFile
@@ -20,21 +21,6 @@ from evals.running import Plan, run
 from evals.summary import Row, summarize
 from evals.task import Task
 from redknot_hf import HeadPlan
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a plan must keep to.
-
-    Attributes:
-        points: Most points of score that may be lost to dense: the lower end of the 95 % interval must not pass it.
-        top1: Least share of tokens that are those of dense, in points.
-        kl: Most mean KL(dense || method) of a token, in nats.
-    """
-
-    points: float = 5.0
-    top1: float = 95.0
-    kl: float = 0.05
 
 
 @dataclass(frozen=True)

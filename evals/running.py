@@ -11,8 +11,8 @@ import torch
 from rich.progress import Progress
 
 from evals import metrics
+from evals.audit import AuditError
 from evals.bench import Bench
-from evals.fidelity import AuditError
 from evals.identity import hardware, model_identity, versions
 from evals.measuring import Reference, measure
 from evals.method import Method, dense

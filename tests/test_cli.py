@@ -20,7 +20,8 @@ from redknot_hf.profiling import HeadProfile
 from redknot_hf.profiling.fidelity import MAX_KL
 
 SHORT = ("--kinds", "repeats", "--length", "100")
-TINY = str(Path(__file__).parents[1] / "evals" / "tiny")
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "evals" / "tiny")
 
 
 def run(*arguments):
@@ -204,16 +205,19 @@ def test_help_imports_no_library_of_models():
     program = """
 import sys
 from redknot_cli import app
-for words in ([], ["profile"], ["gate"], ["plan"], ["plan", "diff"]):
+for words in ([], ["profile"], ["gate"], ["plan"], ["plan", "diff"], ["serve"], ["eval"], ["eval", "run"], ["bench"]):
+    if words == ["eval"]:
+        assert "evals" not in sys.modules
     try:
         app([*words, "--help"])
     except SystemExit as left:
         assert left.code == 0, words
-heavy = {"torch", "transformers", "datasets", "numpy", "matplotlib", "redknot_hf", "evals"} & sys.modules.keys()
+heavy = {"torch", "transformers", "datasets", "numpy", "matplotlib", "redknot_hf"} & sys.modules.keys()
 assert not heavy, heavy
 """
-    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert "Compare two plans" in told.stdout
+    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
+    for said in ("Compare two plans", "Draw fidelity over resident bytes", "examples of each task", "speed_gpu"):
+        assert said in told.stdout
 
 
 def test_the_words_of_the_command():

@@ -96,6 +96,7 @@ def test_a_method_that_fails_says_why_and_the_others_go_on(tmp_path, monkeypatch
 
 def test_tasks_are_listed_and_mistakes_told(tmp_path):
     assert "tiny/plain" in invoke("tasks").stdout.splitlines()
+    assert invoke("methods").stdout.splitlines() == list(METHODS)
     done = invoke("run", "tiny/plain", "--method", "nothing", "--out", tmp_path / "x.jsonl", *SMALL)
     assert done.exit_code == 1
     assert "no method is called 'nothing'" in str(done.exception) + done.output
