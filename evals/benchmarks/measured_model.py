@@ -13,6 +13,7 @@ from evals.benchmarks.random_llama import random_llama
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument, captured_decoding
 
 LOCAL = HeadSpec(window=256, sink=4)
+STORAGES = "int8", "int4"
 # Tokens behind the longest prompt that a reserved cache of ours has room for: it is gone on with often.
 ROOM = 512
 
@@ -45,6 +46,7 @@ class MeasuredModel:
             "all global": HeadPlan.uniform(config, HeadSpec()),
             "1/8 global": HeadPlan.with_global(config, [(i, i % heads) for i in layers], local=LOCAL),
         }
+        self.plans |= {f"1/8 global {storage}": self.plans["1/8 global"].stored(storage) for storage in STORAGES}
 
     def cache(self, method: str, slots: int | None = None) -> Any:
         """A fresh cache, the attention it needs set: `dynamic`, `static`, or a plan, growing or reserved."""

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, StaticCache
 
 from evals.benchmarks.bars import bars
@@ -30,7 +31,8 @@ from redknot_hf import cache_argument
 
 app = command()
 
-CHUNK = 2048  # tokens of each sequence that a batch reads at once
+CHUNK = 8192  # tokens that are read at once where a batch is filled
+HELD = 10**11  # bytes of pages
 # Tokens behind the prompt that a dense reserved cache has room for: it reads them all.
 DENSE_ROOM = 256
 METHODS = [
@@ -86,7 +88,8 @@ class Contest(MeasuredModel):
                 self.reset_peak()
                 first, more = self.captured(cache, ids, 32)
             row = {"method": method, "batch": 1, "length": length, "first_s": first, "peak": self.peak()}
-            rows.append({**row, "token_s": self.captured_token(cache, more), "kv_bytes": kv_bytes})
+            row |= {"token_s": self.captured_token(cache, more), "kv_bytes": kv_bytes}
+            rows.append({**row, "kernels_ms": self.kernels(cache, ids)})
             print(_line(rows[-1]), flush=True)
         self.forget(cache)
         return rows
@@ -103,24 +106,50 @@ class Contest(MeasuredModel):
             seconds.append((long - short) / 64)
         return statistics.median(seconds)
 
+    def kernels(self, cache: Any, ids: torch.Tensor, tokens: int = 32) -> dict[str, float]:
+        """Milliseconds that a captured token behind a prompt spends in each kernel, the longest first; `""` in all."""
+        cache.reset()
+        _, ids = self.captured(cache, ids, 8)
+        on = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
+        with profile(activities=[on]) as profiled:
+            self.captured(cache, ids, tokens)
+        found = {event.key: event.device_time_total / 1e3 / tokens for event in profiled.key_averages()}
+        longest = sorted(found, key=lambda name: -found[name])[:12]
+        return {"": sum(found.values()), **{name[:80]: found[name] for name in longest}}
+
     def batch_row(self, method: str, batch: int, length: int) -> list[dict]:
-        """Measures decoding of a batch whose every sequence has been read, captured."""
+        """Measures decoding of a batch, captured."""
         self.collect()
-        ids, before, start = self.ids(batch, length), self.held(), time.perf_counter()
+        ids, before = self.ids(1, length).expand(batch, -1), self.held()
         cache = self.cache(method, length + ROOM)
         try:
             kv_bytes = self.reserve(cache, ids) - before
+            cache.extend(self.span(method, ids[:1, :-1]) * batch)
             self.reset_peak()
-            with torch.no_grad():
-                for chunk in ids[:, :-1].split(CHUNK, 1):
-                    self.model(chunk, logits_to_keep=1, **cache_argument(self.model, cache))
-            self.wait()
-            row = {"method": method, "batch": batch, "length": length, "first_s": time.perf_counter() - start}
             _, ids = self.captured(cache, ids, 16)  # compiles
+            row = {"method": method, "batch": batch, "length": length}
             row |= {"token_s": self.captured_token(cache, ids), "peak": self.peak(), "kv_bytes": kv_bytes}
         finally:
             self.forget(cache)
         return [with_rate(row)]
+
+    @torch.no_grad()
+    def span(self, method: str, ids: torch.Tensor) -> list[Any]:
+        """What a cache keeps of one sequence that it has read."""
+        cache = self.cache(method.partition(", ")[0])
+        for chunk in ids.split(CHUNK, 1):
+            self.model(chunk, logits_to_keep=1, **cache_argument(self.model, cache))
+        spans = cache.spans(slack=False)
+        self.forget(cache)
+        return spans
+
+    def held_row(self, method: str, length: int) -> list[dict]:
+        """Measures decoding of the most sequences whose reserved pages take `HELD` bytes."""
+        one = self.cache(method, length + ROOM)
+        self.reserve(one, self.ids(1, 128))
+        batch = HELD // one.nbytes
+        self.forget(one)
+        return [{**row, "held_in": HELD} for row in self.batch_row(method, batch, length)]
 
     def largest_row(self, method: str, length: int, new: int) -> list[dict]:
         """Measures decoding of the largest dense batch that fits; the cache is filled, no prompt is read."""
@@ -182,8 +211,9 @@ def with_rate(row: dict) -> dict:
 
 
 def _line(row: dict) -> str:
+    first = f"{row['first_s']:7.2f} s" if "first_s" in row else "not read"
     return (
-        f"{row['method']:22} {row['batch']:3} x {row['length']:6}: first token {row['first_s']:7.2f} s, "
+        f"{row['method']:22} {row['batch']:3} x {row['length']:6}: first token {first}, "
         f"{1e3 * row['token_s']:7.2f} ms a token, KV {row['kv_bytes'] / 2**30:6.2f} GiB, "
         f"peak {row['peak'] / 2**30:6.1f} GiB"
     )
@@ -209,6 +239,7 @@ def main(
     methods: Annotated[list[str], typer.Option("--method", help=f"of {', '.join(METHODS)}")] = METHODS,
     batch: Annotated[int, typer.Option(help="sequences of the batch rows; 0 leaves them out")] = 32,
     batch_length: int = 32768,
+    stored: Annotated[bool, typer.Option(help="also batches of int8 and int4, and the most that 100 GB hold")] = False,
     tokens: Decoded = 24,
     device: Device = DEVICE,
     out: Out = None,
@@ -219,7 +250,11 @@ def main(
     bench = Contest(shape, max(lengths), place)
     bench.run(bench.cache("dynamic"), torch.ones(1, 300, dtype=torch.long, device=place), 8)
     measures: list[Callable[[], list[dict]]] = [lambda m=m: bench.row(m, lengths, tokens) for m in methods]
-    if batch:
+    if batch and stored:
+        ours = [f"1/8 global{storage}, captured" for storage in ("", " int8", " int4")]
+        measures += [lambda m=m: bench.batch_row(m, batch, batch_length) for m in ours]
+        measures += [lambda m=m: bench.held_row(m, batch_length) for m in ours]
+    elif batch:
         # Ours first: what it leaves behind is the least. Reserved dense batches are slower, and take longest to find.
         measures[4:4] = [
             lambda: bench.batch_row("1/8 global, captured", batch, batch_length),

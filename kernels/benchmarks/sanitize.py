@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 
 import torch
-from redknot_kernels import UNBOUNDED, HeadRules, Pages, implementation
+from redknot_kernels import UNBOUNDED, Cold, HeadRules, Pages, cold_pool, implementation
 
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
 
 
 def steps() -> None:
-    """Runs steps of one and of several tokens on rows of very different length, with shuffled pages."""
+    """Runs steps of one and of several tokens on rows of very different length, pages shuffled; then cold ones."""
     kernels, device = implementation("triton"), torch.device("cuda")
     rules = HeadRules.make((UNBOUNDED, 30), (0, 4), page_size=16, slack=40)
     lengths, room = [0, 1, 700, 33], 768
@@ -39,8 +39,41 @@ def steps() -> None:
         kernels.step(query, pages, k_new, v_new, table, counts, real, rules, scale=0.2)
     long = torch.randn(4, 2, 50, 24, device=device, dtype=torch.bfloat16)
     kernels.append(pages, long, long, table, torch.tensor([0, 1, 700, 33], device=device), rules)
+    print(counts.tolist(), stored_steps())
+
+
+def stored_steps() -> list[int]:
+    """Runs steps on rows whose heads are int8, int4, and windows; pages cool in the midst of them."""
+    kernels, device, heads = implementation("triton"), torch.device("cuda"), 4
+    windows, sinks, bits = (UNBOUNDED, UNBOUNDED, 30, UNBOUNDED), (0, 0, 4, 0), (8, 4, 0, 8)
+    rules = HeadRules.make(windows, sinks, page_size=16, slack=40, storage=bits, hot=32)
+    room = 768
+    held = [min(-(-room // 16), most) for most in rules.max_pages]
+    table = torch.zeros(2, heads, max(held), dtype=torch.int32, device=device)
+    order = torch.randperm(2 * sum(held), device=device).int()
+    for row, part in zip(table, order.split(sum(held)), strict=True):
+        for pages, mine in zip(row, part.split(held), strict=True):
+            pages[: len(mine)] = mine
+    pages = Pages(*torch.zeros(2, len(order), 16, 32, device=device, dtype=torch.bfloat16))
+    columns, pools = -(-room // 16), {}
+    cold_table = torch.zeros(2, heads, columns, dtype=torch.int32, device=device)
+    for kind, group in rules.stored_groups:
+        pools[kind] = cold_pool(2 * len(group) * columns, kind, 16, (32, 32), device)
+        every = torch.randperm(len(pools[kind].codes), device=device).int()
+        cold_table[:, list(group)] = every.view(2, len(group), columns)
+    cold = Cold(pools[8], pools[4], cold_table, torch.zeros(2, heads, dtype=torch.int32, device=device))
+    counts = torch.zeros(3, dtype=torch.int32, device=device)
+    long = torch.randn(2, 600, heads, 32, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    kernels.append(pages, long, long, table, counts[:-1], rules, cold)
+    counts += 600
+    for tokens in (1, 5, 16, 40, 1):
+        query, k_new, v_new = (
+            torch.randn(2, tokens, h, 32, device=device, dtype=torch.bfloat16).transpose(1, 2)
+            for h in (2 * heads, heads, heads)
+        )
+        kernels.step(query, pages, k_new, v_new, table, counts, None, rules, cold=cold, scale=0.2)
     torch.cuda.synchronize()
-    print(counts.tolist())
+    return [*counts.tolist(), *cold.counts.flatten().tolist()]
 
 
 def check(tool: str) -> dict:
