@@ -175,11 +175,11 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
     made = Table("method", title="time to the first token")
     for name in ("seconds", "dense / it", *(f"{stage}, host ms" for stage in STAGES), "copies, ms"):
         made.add_column(name, justify="right")
-    dense = found["dense"]["first_token_s"]
+    dense = found["dense"]["first_token_s"] if "dense" in found else None
     for name, one in found.items():
         seconds = one["first_token_s"]
         made.add_row(
-            name, f"{seconds:.3f}", f"{dense / seconds:.2f}", *(f"{one['host_ms'][s]:.1f}" for s in STAGES),
+            name, f"{seconds:.3f}", f"{dense / seconds:.2f}" if dense else "", *(f"{one['host_ms'][s]:.1f}" for s in STAGES),
             f"{one['copies_to_device_ms']:.1f}",
         )  # fmt: skip
     return made
