@@ -178,8 +178,9 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
     dense = found["dense"]["first_token_s"] if "dense" in found else None
     for name, one in found.items():
         seconds = one["first_token_s"]
+        ratio = f"{dense / seconds:.2f}" if dense else ""
         made.add_row(
-            name, f"{seconds:.3f}", f"{dense / seconds:.2f}" if dense else "", *(f"{one['host_ms'][s]:.1f}" for s in STAGES),
+            name, f"{seconds:.3f}", ratio, *(f"{one['host_ms'][s]:.1f}" for s in STAGES),
             f"{one['copies_to_device_ms']:.1f}",
         )  # fmt: skip
     return made
