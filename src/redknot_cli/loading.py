@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Source:
         dtype, device: As the command line has them.
 
     Raises:
-        ValueError: There is no such dtype or device.
+        ValueError: There is no such dtype or device, or the folder is none of a model.
         ImportError: Reading GGUF needs a package that is not installed.
     """
 
@@ -47,6 +48,8 @@ class Source:
             raise ValueError(f"--device {self._device}: {reason}; give cpu, or leave it out") from e
         if self.gguf and not find_spec("gguf"):
             raise ImportError("reading GGUF needs the package gguf: pip install 'redknot-hf[gguf]'")
+        if reason := _amiss(self.name, self.gguf):
+            raise ValueError(reason)
 
     @property
     def _dtype(self) -> Any:
@@ -71,6 +74,24 @@ class Source:
             self.name, dtype=self._dtype, attn_implementation="redknot", **self._where
         )
         return loaded.to(self._device)
+
+
+def _amiss(name: str, gguf: str | None) -> str | None:
+    """Why a path holds no model to load, in words; None if it may, or if it can only be an id on the Hub."""
+    path = Path(name)
+    if path.is_file():
+        file = f", and --gguf-file {path.name}" if path.suffix == ".gguf" else ""
+        return f"{path} is a file: give its folder, {path.parent}{file}"
+    if not path.is_dir():
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+        return f"there is no folder {path}; a model on the Hub is ORG/NAME" if looks_local else None
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    if gguf and not (path / gguf).is_file():
+        return f"{path} has no file {gguf}" + (f"; in this format it has {', '.join(files)}" if files else "")
+    if not gguf and not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
+        hint = f"give --gguf-file {files[0]}" if files else "save_pretrained of a model writes one"
+        return f"{path} has no config.json: {hint}"
+    return None
 
 
 @dataclass(frozen=True)
