@@ -85,6 +85,25 @@ def check_request(
         )
 
 
+def check_answered(answered: Sequence[int], sampling: Sampling, n: int, words: int) -> None:
+    """Checks the beginning of an answer that is to go on.
+
+    Raises:
+        ValueError: It is longer than the answer may be, of several, or no text of the model's.
+    """
+    if not len(answered):
+        return
+    if n > 1:
+        raise ValueError(f"answered is the beginning of one answer, and n={n}: ask for each by itself")
+    if len(answered) > sampling.max_new_tokens:
+        raise ValueError(
+            f"{len(answered)} tokens were answered, more than max_new_tokens={sampling.max_new_tokens}, which counts "
+            "them: raise it"
+        )
+    if not 0 <= min(answered) <= max(answered) < words:
+        raise ValueError(f"answered has ids from {min(answered)} to {max(answered)}: the model knows 0 to {words - 1}")
+
+
 def check_arguments(
     config: Any, longest: int, counts: tuple[int, ...], preempt: str | None, parked: float | int
 ) -> None:

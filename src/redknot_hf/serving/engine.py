@@ -21,13 +21,13 @@ from redknot_hf.reuse.segment import SegmentRef
 from redknot_hf.reuse.store import SegmentStore
 
 from . import scheduler as scheduling
-from .admission import check_arguments, check_request, scheduled, store_of
+from .admission import check_answered, check_arguments, check_request, scheduled, store_of
 from .batch import Seats
 from .documents import Documents, Named
 from .loop import Loop
 from .memory import SeatMemory
-from .reading import Reader
-from .request import Request, Sampling, State
+from .reading import Reader, ended
+from .request import Request, Sampling, State, Token
 from .stops import ends_of
 
 
@@ -113,6 +113,7 @@ class Engine(Loop):
         timeout: float | int | None = None,
         callback: Callable[[Request, Any], Any] | None = None,
         source: Callable[[], Any] | None = None,
+        answered: Sequence[int] = (),
     ) -> Request:
         """Hands a request in, from any thread; it is served by `start`ed engines, and by calls of `step`.
 
@@ -127,6 +128,9 @@ class Engine(Loop):
             callback: Called with the request and each `Token` as it comes, and `None` at the end, by the engine's
                 thread; what it raises ends the request.
             source: Makes the `Span` that the prompt begins with, read elsewhere under the same plan.
+            answered: Ids of an answer that another engine has begun, which goes on behind them as it would have there:
+                they count for its length, its penalties, its stop strings and the draws of its seed, and are not
+                called back. Without a seed what follows is drawn anew.
 
         Raises:
             ValueError: The request can never be served; says what it needs and what there is, or which segment is
@@ -135,6 +139,7 @@ class Engine(Loop):
             RuntimeError: The engine has ended, or is being drained.
         """
         more: Any = {"priority": priority, "timeout": timeout, "callback": callback, "source": source}
+        more["answered"] = answered
         return self.submit_many(prompt, 1, sampling, segments=segments, boundary=boundary, **more)[0]
 
     def submit_many(  # noqa: PLR0913
@@ -149,19 +154,23 @@ class Engine(Loop):
         timeout: float | int | None = None,
         callback: Callable[[Request, Any], Any] | None = None,
         source: Callable[[], Any] | None = None,
+        answered: Sequence[int] = (),
     ) -> list[Request]:
         """`n` answers to one prompt, which is read once: the others are forks. Seeds are the first one's and on."""
         sampling = sampling or Sampling()
         parts = scheduled(segments, boundary, source, self)
         ids = self._ids(prompt, first=not parts)
         check_request(ids, sampling, n, self, parts)
+        check_answered(answered, sampling, n, self.words)
         ids = [*chain.from_iterable(part.ref.ids for part in parts), *ids]
         made: list[scheduling.Sequence] = []
         for i in range(n):
             mine = sampling if sampling.seed is None or not i else replace(sampling, seed=sampling.seed + i)
             request = Request(ids, mine, priority, timeout, callback)
             request.source, request.segments = source, parts
-            made.append(scheduling.Sequence(request, list(ids), after=made[0] if made else None))
+            request.tokens = [Token(i) for i in answered]
+            begun = {"sampled": len(answered), "after": made[0] if made else None}
+            made.append(scheduling.Sequence(request, [*ids, *answered], **begun))
         self._inbox.put(made, len(self.scheduler.waiting))
         return [sequence.request for sequence in made]
 
@@ -240,6 +249,9 @@ class Engine(Loop):
                 self.reader.begin(sequence, self._ends, self.tokenizer)
             except Exception as e:  # what makes a prompt's beginning may fail
                 sequence.request.end(State.FAILED, "error", e)
+                continue
+            if sequence.sampled and (reason := ended(sequence)):  # all but the end of it had been told
+                self._finish(sequence, State.DONE, reason, None)
             else:
                 self.scheduler.add(sequence)
 

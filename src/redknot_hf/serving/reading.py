@@ -70,7 +70,7 @@ class Reader:
     def begin(self, sequence: Served, ends: Sequence[int], tokenizer: Any) -> None:
         """Gives a sequence what it needs to choose and to end."""
         request = sequence.request
-        sequence.chooser = Chooser(request.sampling, request.prompt, self.seats.device)
+        sequence.chooser = Chooser(request.sampling, request.prompt, self.seats.device, request.ids)
         sequence.stopper = Stopper(request.sampling, ends, tokenizer)
         if callable(request.source):
             request.source = request.source()
@@ -191,15 +191,21 @@ class Reader:
         request.emit(token)
         since = request.arrived if before is None else before
         self.observe("first" if before is None else "next", (request.last_token or since) - since)
-        if sequence.stopper.ends(request.ids):
-            self._end(sequence, "stop")
-        elif len(request.tokens) >= request.sampling.max_new_tokens:
-            self._end(sequence, "length")
+        if reason := ended(sequence):
+            self._end(sequence, reason)
 
     def _end(self, sequence: Served, reason: str) -> None:
         if sequence.seat is not None and sequence.done <= len(sequence.tokens) and not sequence.swapped:
             self.memory.park(sequence)  # a conversation goes on from here
         self.finish(sequence, State.DONE, reason, None)
+
+
+def ended(sequence: Served) -> str | None:
+    """Why an answer ends with its last token; `None` if it goes on."""
+    request = sequence.request
+    if sequence.stopper.ends(request.ids):
+        return "stop"
+    return "length" if len(request.tokens) >= request.sampling.max_new_tokens else None
 
 
 def _on_its_way(

@@ -26,14 +26,18 @@ class Chooser:
         sampling: What was asked.
         prompt: Ids.
         device: Of the logits.
+        answered: Ids that were chosen before, elsewhere: they are seen, and drawn.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], device: torch.device, answered: Sequence[int] = ()
+    ) -> None:
         self.sampling, self.device = sampling, device
         self.generator: torch.Generator | None = None
         if sampling.seed is not None and sampling.temperature > 0:
             self.generator = torch.Generator(device).manual_seed(sampling.seed)
-        self._prompt = prompt
+        self._prompt, self._answered = prompt, answered
+        self._drawn = 0 if self.generator is None else len(answered)
         self._ids: Int[Tensor, " seen"] | None = None
         self._counts: Int[Tensor, " words"] | None = None  # of the answer
         self._seen: Bool[Tensor, " words"] | None = None  # of prompt and answer
@@ -72,6 +76,15 @@ class Chooser:
         self._counts = torch.zeros(words, dtype=torch.long, device=self.device)
         self._seen = torch.zeros(words, dtype=torch.bool, device=self.device)
         self._seen[self._ids] = True
+        for token in self._answered:
+            self.saw(torch.tensor([token], device=self.device))
+
+    def draw(self, shares: Float[Tensor, "1 words"]) -> Int[Tensor, " 1"]:
+        """Draws by the request's own seed; what a draw takes of the generator depends on the number of words alone."""
+        for _ in range(self._drawn):
+            torch.multinomial(torch.ones_like(shares), 1, generator=self.generator)
+        self._drawn = 0
+        return torch.multinomial(shares, 1, generator=self.generator)[0]
 
 
 class Refusals(Exception):  # noqa: N818 - it carries others
@@ -167,7 +180,7 @@ def _draw(shares: Logits, choosers: Sequence[Chooser]) -> Chosen:
         at = torch.tensor(free, device=shares.device)
         chosen.index_copy_(0, at, torch.multinomial(shares.index_select(0, at), 1)[:, 0])
     for i in own:  # as each would draw alone
-        chosen[i : i + 1] = torch.multinomial(shares[i : i + 1], 1, generator=choosers[i].generator)[0]
+        chosen[i : i + 1] = choosers[i].draw(shares[i : i + 1])
     return chosen
 
 
