@@ -15,7 +15,8 @@ from redknot_hf.serving.server.errors import RequestError
 from redknot_hf.serving.server.guard import Guard, _name
 from redknot_hf.serving.server.metrics import Metrics
 from redknot_hf.serving.server.running import bound
-from redknot_hf.serving.server.service import Service, _longest
+from redknot_hf.serving.server.served import Served
+from redknot_hf.serving.server.service import Service, longest
 from redknot_hf.serving.server.settings import Settings
 
 
@@ -27,6 +28,7 @@ def engine(byte_tokenizer):
 def test_an_app_starts_nothing_and_has_the_routes_of_its_parts(engine):
     app = app_for(engine, Settings(name="x"))
     assert engine._thread is None
+    assert isinstance(engine, Served)
     paths = set(app.openapi()["paths"])
     for part in (chat, completions, models, responses, segments, status):
         own = {route.path.replace(":path", "") for route in part.routes(app.state.service).routes}
@@ -45,7 +47,7 @@ def test_room_is_what_the_longest_sequence_leaves(engine):
             service.room([1] * prompt, new)
         assert refused.value.code == "context_length_exceeded"
     for most in range(9):
-        assert _longest(lambda n, most=most: n <= most, 8) == most
+        assert longest(lambda n, most=most: n <= most, 8) == most
 
 
 def test_what_is_held_is_told_by_class_and_once(engine):
@@ -82,8 +84,10 @@ def test_a_place_is_free_when_requests_have_ended_as_before(engine, monkeypatch)
     assert metrics.seconds_to_a_place == 3
     monkeypatch.setattr(time, "monotonic", lambda: 9_999.0)
     metrics.observe("stop", 1)
+    metrics.observe("moved", 2)
     assert metrics.seconds_to_a_place == 60
-    assert told == ["length"] * 4 + ["stop"], "whoever observed before still does"
+    assert told == ["length"] * 4 + ["stop", "moved"], "whoever observed before still does"
+    assert b"redknot_requests_moved_total 2.0" in metrics.text()
 
 
 def test_an_address_that_is_taken_is_said_at_once():

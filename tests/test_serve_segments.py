@@ -115,3 +115,7 @@ def test_what_was_taken_from_segments_is_counted(address, stored, engine):
     text = httpx.get(f"{address}/metrics").text
     assert f"redknot_segment_hit_tokens_total {float(engine.reader.reused)}" in text
     assert engine.reader.reused > 0
+    counts = engine.documents.store.counts
+    assert f'redknot_store_hits_total{{tier="device"}} {float(counts.hits["device"])}' in text
+    assert f"redknot_store_computed_total {float(counts.computed)}" in text
+    assert "redknot_store_unreachable_total 0.0" in text

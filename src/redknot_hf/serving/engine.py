@@ -102,7 +102,7 @@ class Engine(Loop):
 
     # Requests
 
-    def submit(
+    def submit(  # noqa: PLR0913
         self,
         prompt: Sequence[int] | str,
         sampling: Sampling | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +14,30 @@ from redknot_hf.cache.cold import NAMES
 from redknot_hf.cache.pool import PagePool
 from redknot_hf.cache.rows import Rows
 from redknot_hf.cache.storage import Storage
+from redknot_hf.reuse.counts import Counts
 
 from .memory import SeatMemory
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of a store, since its start; `redknot_hf.reuse.counts.Counts` says what each is."""
+
+    hits: dict[str, int]
+    computed: int
+    recomputed: int
+    damaged: int
+    failed_writes: int
+    unreachable: int
+
+    @classmethod
+    def of(cls, counts: Counts) -> Counted:
+        """A store's."""
+        plain = {x.name: getattr(counts, x.name) for x in fields(cls) if x.name != "hits"}
+        return cls(dict(counts.hits), **plain)
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,7 @@ class Load:
         reused: Tokens of prompts that were taken from stored segments, since the start.
         preemptions: By how, since the start.
         requests: Those that hold pages, as numbers: no text of anybody's.
+        store: What the store of segments has done; `None` where there is none.
     """
 
     waiting: int
@@ -52,6 +72,7 @@ class Load:
     reused: int
     preemptions: dict[str, int]
     requests: list[dict[str, Any]]
+    store: Counted | None = None
 
     @property
     def used(self) -> int:
@@ -86,6 +107,7 @@ class Load:
             reused=reader.reused,
             preemptions=dict(engine.scheduler.preemptions),
             requests=[_told(x.request) for x in running],
+            store=None if engine.documents is None else Counted.of(engine.documents.store.counts),
         )
 
 

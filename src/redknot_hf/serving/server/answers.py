@@ -12,12 +12,12 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from transformers.cli.serving.utils import ToolCall
 
-from redknot_hf.serving.engine import Engine
 from redknot_hf.serving.inbox import QueueFullError
 from redknot_hf.serving.request import Request, Sampling, State, Token
 
 from .errors import RequestError, failed
 from .post import Post
+from .served import Served
 from .wording import Wording
 
 
@@ -49,7 +49,7 @@ class Answers:
         number: Of the HTTP request, for the log.
     """
 
-    def __init__(self, engine: Engine, post: Post, number: str) -> None:
+    def __init__(self, engine: Served, post: Post, number: str) -> None:
         self.engine, self.number, self._post = engine, number, post
         self.requests: list[Request] = []
         self._firsts: list[Request] = []

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from fastapi import FastAPI
 
-from redknot_hf.serving.engine import Engine
+from redknot_hf.serving.load import Load
 
 from . import chat, completions, models, responses, segments, status
 from .errors import tell_errors
 from .guard import Guard
+from .served import Served
 from .service import Service
 from .settings import Settings
 
 
-def app_for(engine: Engine, settings: Settings) -> FastAPI:
+def app_for(engine: Served, settings: Settings, load: Callable[[Any], Load] = Load.of) -> FastAPI:
     """An app that hands its requests to an engine.
 
     The engine is observed (`Metrics`), and neither started nor ended: whoever runs the app does both.
@@ -21,11 +25,12 @@ def app_for(engine: Engine, settings: Settings) -> FastAPI:
     Args:
         engine: With a tokenizer; started, by the time that requests come.
         settings: Name, key and limits.
+        load: Tells what the engine has to do and holds.
 
     Raises:
         ValueError: The engine has no tokenizer.
     """
-    service = Service(engine, settings)
+    service = Service(engine, settings, load)
     app = FastAPI(title="redknot", docs_url=None, redoc_url=None)
     tell_errors(app)
     for part in (status, models, completions, chat, responses, segments):

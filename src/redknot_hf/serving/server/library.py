@@ -13,11 +13,11 @@ from redknot_hf.serving.documents import is_address
 from .bodies import Asked
 from .errors import RequestError
 from .prompts import Prompts
+from .served import Served
 
 if TYPE_CHECKING:
     from redknot_hf.reuse.segment import SegmentRef
     from redknot_hf.serving.documents import Documents
-    from redknot_hf.serving.engine import Engine
 
 _Made = TypeVar("_Made")
 
@@ -45,7 +45,7 @@ class Library:
         prompts: Reads texts.
     """
 
-    def __init__(self, engine: Engine, prompts: Prompts) -> None:
+    def __init__(self, engine: Served, prompts: Prompts) -> None:
         self.engine, self.prompts = engine, prompts
 
     async def before(self, asked: Asked, head: Sequence[int] = ()) -> Context:

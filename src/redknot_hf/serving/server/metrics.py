@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from redknot_hf.serving.engine import Engine
 from redknot_hf.serving.load import Load
+
+from .served import Served
 
 FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -31,15 +33,26 @@ _ALIASES = {
 }
 
 
+# Of a store's counts, those that are no one tier's.
+_STORE = {
+    "computed": "Segments that were read for the first time",
+    "recomputed": "Segments that were read again because they were lost",
+    "damaged": "Stored values that were refused",
+    "failed_writes": "Segments that could not be written",
+    "unreachable": "Times that a remote tier did not answer, or was left alone since it had not",
+}
+
+
 class Metrics(Collector):
     """Of one engine, in a registry of its own.
 
     Args:
         engine: Is observed from now on, besides whoever does already.
+        load: Tells what it has to do and holds.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Served, load: Callable[[Any], Load] = Load.of) -> None:
+        self.engine, self._load = engine, load
         self._first = Histogram(
             "redknot_time_to_first_token_seconds", "From a request's arrival to its first token",
             buckets=_SECONDS, registry=None,
@@ -49,6 +62,9 @@ class Metrics(Collector):
             buckets=_BETWEEN, registry=None,
         )  # fmt: skip
         self._ended = Counter("redknot_requests_ended", "Requests that have ended, by why", ["reason"], registry=None)
+        self._moved = Counter(
+            "redknot_requests_moved", "Answers that went on elsewhere, since who gave them was gone", registry=None
+        )
         self._answered = Counter(
             "redknot_http_responses", "Responses, by route and status", ["route", "status"], registry=None
         )
@@ -65,6 +81,8 @@ class Metrics(Collector):
             self._first.observe(value)
         elif name == "next":
             self._between.observe(value)
+        elif name == "moved":
+            self._moved.inc(value)
         else:
             self._ended.labels(name).inc()
             self._ends.append(time.monotonic())
@@ -97,10 +115,11 @@ class Metrics(Collector):
                 yield _renamed(family, _ALIASES[family.name])
 
     def _families(self) -> Iterator[Metric]:
-        load = Load.of(self.engine)
+        load = self._load(self.engine)
         yield from _plain(load)
         yield from _labelled(load)
-        for own in (self._first, self._between, self._ended, self._answered):
+        yield from _stored(load)
+        for own in (self._first, self._between, self._ended, self._moved, self._answered):
             yield from map(_undated, own.collect())
         sizes = self.engine.memory.sizes
         blocks = GaugeMetricFamily(
@@ -141,6 +160,18 @@ def _labelled(load: Load) -> Iterator[Metric]:
         preempted.add_metric([how], count)
     yield preempted
     yield total
+
+
+def _stored(load: Load) -> Iterator[Metric]:
+    if load.store is None:
+        return
+    counter = CounterMetricFamily
+    hits = counter("redknot_store_hits", "Segments that the store had, by tier", labels=["tier"])
+    for tier, count in load.store.hits.items():
+        hits.add_metric([tier], count)
+    yield hits
+    for name, what in _STORE.items():
+        yield counter(f"redknot_store_{name}", what, getattr(load.store, name))
 
 
 def _undated(family: Metric) -> Metric:

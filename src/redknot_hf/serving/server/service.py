@@ -7,9 +7,10 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from redknot_hf.serving.engine import Engine
+from redknot_hf.serving.load import Load
 from redknot_hf.serving.stops import ends_of
 
 from .answers import Answers
@@ -20,6 +21,7 @@ from .metrics import Metrics
 from .post import Post
 from .prompts import Prompts
 from .sampling import model_defaults, sampling_of
+from .served import Served
 from .settings import Settings
 from .wording import Wording
 
@@ -49,20 +51,22 @@ class Service:
     Args:
         engine: With a tokenizer.
         settings: Of the server.
+        load: Tells what the engine has to do and holds.
 
     Raises:
         ValueError: The engine has no tokenizer.
     """
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Served, settings: Settings, load: Callable[[Any], Load] = Load.of) -> None:
         if engine.tokenizer is None:
             raise ValueError("a server reads and writes text: make the engine with tokenizer=")
         self.engine, self.settings = engine, settings
+        self.load = partial(load, engine)
         self.prompts = Prompts(engine.tokenizer, settings.chat_template)
         self.library = Library(engine, self.prompts)
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, load)
         self.defaults = model_defaults(engine.model.generation_config)
-        self.longest = _longest(engine.memory.ever_fits, engine.max_len)
+        self.longest = longest(engine.memory.ever_fits, engine.max_len)
         self.started = time.time()
         self.draining = False
         self._ends = ends_of(engine.model)
@@ -151,7 +155,7 @@ class Service:
         return answers
 
 
-def _longest(fits: Callable[[int], bool], most: int) -> int:
+def longest(fits: Callable[[int], bool], most: int) -> int:
     """Tokens of the longest sequence that fits where nothing else is held."""
     low, high = 0, most
     while low < high:

@@ -59,7 +59,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/status")
     async def status() -> JSONResponse:
         """What the page shows."""
-        load = await asyncio.to_thread(Load.of, service.engine)
+        load = await asyncio.to_thread(service.load)
         return JSONResponse(_told(service, load))
 
     return router
