@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,12 @@ from .evidence import evidence
 
 if TYPE_CHECKING:
     from .plan import HeadPlan
+    from .spec import HeadSpec
 
 # Global heads are blocks, the lighter the fewer bits they hold. A local head's glyph grows with its window.
 _GLOBAL_GLYPHS = {"model": "█", "int8": "▓", "int4": "▒"}
 _LOCAL_GLYPHS = "·▁▂▃▄▅▆"
-_MAX_ROWS = 20
-_MAX_WIDTH = 100
+_MAX_LAYERS = 96  # side by side, in a terminal of usual width
 # What the share of bytes is told for; it matters for scales of cold pages alone.
 _HEAD_DIM, _ITEMSIZE = 128, 2
 
@@ -43,7 +44,7 @@ def _header(plan: HeadPlan) -> str:
 
 
 def _glyphs(plan: HeadPlan) -> list[str]:
-    """Return a row of glyphs for each layer, in columns, and the legend."""
+    """Return the map of heads, layers to the right and heads down as in figures, and the legend."""
     windows = sorted({spec.window for spec in chain.from_iterable(plan) if spec.window is not None})
     stored = [
         s for s in _GLOBAL_GLYPHS if s == "model" or any(s == spec.storage for spec in chain.from_iterable(plan))
@@ -51,17 +52,34 @@ def _glyphs(plan: HeadPlan) -> list[str]:
     glyphs: dict[tuple[int | None, str], str] = {(None, storage): _GLOBAL_GLYPHS[storage] for storage in stored}
     for i, window in enumerate(windows):
         glyphs[window, "model"] = _LOCAL_GLYPHS[i * len(_LOCAL_GLYPHS) // len(windows)]
-    digits, width = len(str(len(plan) - 1)), max(map(len, plan.heads))
-    rows_of = ("".join(glyphs[spec.window, spec.storage] for spec in layer) for layer in plan)
-    cells = [f"  {i:>{digits}}  {row:<{width}}" for i, row in enumerate(rows_of)]
-    columns = min(-(-len(cells) // _MAX_ROWS), max(1, _MAX_WIDTH // len(cells[0])))
-    rows = -(-len(cells) // columns)
+    bands = -(-len(plan) // _MAX_LAYERS)
+    layers = -(-len(plan) // bands)  # of a band
+    rows = [
+        line
+        for first in range(0, len(plan), layers)
+        for line in _band(plan.heads[first : first + layers], first, glyphs)
+    ]
     legend = "".join(f"  {_GLOBAL_GLYPHS[s]} {'global' if s == 'model' else s}" for s in stored)
     legend += "   window:" if windows else ""
     for glyph in _LOCAL_GLYPHS:
         if shared := [window for window in windows if glyphs[window, "model"] == glyph]:
             legend += f"  {glyph} {shared[0]}" + (f" to {shared[-1]}" if len(shared) > 1 else "")
-    return [*("  ".join(cells[row::rows]).rstrip() for row in range(rows)), legend]
+    return [*rows, legend]
+
+
+def _band(
+    plan: tuple[tuple[HeadSpec, ...], ...], first: int, glyphs: dict[tuple[int | None, str], str]
+) -> Iterator[str]:
+    """Layers side by side: their numbers, every fifth, and a line for each KV head."""
+    most = max(map(len, plan))
+    digits = len(str(most - 1))
+    ruler = "".join(f"{i:<5}" for i in range(-(-first // 5) * 5, first + len(plan), 5))
+    yield f"  {'layer':>{digits + 5}} {' ' * (-first % 5)}{ruler}".rstrip()
+    for head in range(most):
+        cells = "".join(
+            glyphs[layer[head].window, layer[head].storage] if head < len(layer) else " " for layer in plan
+        )
+        yield f"  {'' if head else 'head':<4} {head:>{digits}} {cells}".rstrip()
 
 
 def _saving(plan: HeadPlan) -> str:
