@@ -4,7 +4,9 @@ import torch
 from redknot_kernels import UNBOUNDED
 
 from redknot_hf.cache.span import KeptLayer, places
+from redknot_hf.reuse.coarse import Coarse
 from redknot_hf.reuse.segment import Segment, empty
+from redknot_hf.reuse.tiers import Held
 
 LAYER = KeptLayer((UNBOUNDED, 4, 4, 1), (0, 2, 0, 0), 3, 5)
 
@@ -42,6 +44,27 @@ def test_views_tile_the_data():
     assert "7 tokens" in repr(segment)
     with pytest.raises(ValueError, match="no keys of its own"):
         segment.keys(1)
+
+
+@pytest.mark.parametrize("storage", ["model", "int8", "int4"])
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_parts_of_layers_are_the_data(parts, storage):
+    layers = (KeptLayer((UNBOUNDED, 4), (0, 2), 4, 6), None, *[KeptLayer((2,), (1,), 4, 4)] * 3)
+    coarse = None if storage == "model" else Coarse(storage, torch.bfloat16)
+    segment = empty("address", tuple(range(40)), (), layers, torch.zeros(0, dtype=torch.bfloat16), coarse)
+    for part in range(parts):
+        for where in segment.extents(part, parts):
+            segment.data[where] += 1
+    assert (segment.data == 1).all()
+    held = Held(segment, tuple(range(parts)))
+    for i in (0, 2, 3, 4):  # all of a layer is in the part that one waits for
+        filled = segment.with_data(torch.zeros_like(segment.data))
+        for part in range(held.part(i) + 1):
+            for where in segment.extents(part, parts):
+                filled.data[where] = segment.data[where]
+        assert all(torch.equal(*pair) for pair in zip(filled.pair(i), segment.pair(i), strict=True))
+    assert held.part(0) == 0
+    assert held.part(-1) == -1
 
 
 def test_a_segment_moves_with_its_data():

@@ -92,6 +92,16 @@ class PackedLayers:
         """Keys and values of a layer, packed; views where they are held as they are."""
         return self.keys(layer), self.values(layer)
 
+    def extents(self, part: int, parts: int) -> list[slice]:
+        """Where in the data the layers of one part lie, of so many that hold as many layers each.
+
+        The parts of all layers together are the data, and every element is in one of them.
+        """
+        first, stop = (-(-len(self.layers) * i // parts) for i in (part, part + 1))
+        starts = [*(start for half in self._places for start, _ in half), len(self.data)]
+        halves = range(0, len(starts) - 1, max(1, len(self.layers)))
+        return [slice(starts[at + first], starts[at + stop]) for at in halves]
+
     @cached_property
     def _places(self) -> tuple[tuple[Extent, ...], ...]:
         return places(self.layers, self.tokens)[0]

@@ -113,7 +113,7 @@ class Assembly(ScatteredPass):
                 where: turns_of(part, self._held[part.ref.address].segment, relocation)
                 for where, part in parts.items()
             }
-        self._here: dict[str, Segment] = {}
+        self._here: set[tuple[str, int]] = set()  # parts of segments that the current stream may use
         self._where: dict[tuple[int, torch.device], Int[Tensor, " tokens"]] = {}
         self._grown: dict[Any, Any] = {}
 
@@ -122,7 +122,7 @@ class Assembly(ScatteredPass):
         longest = max(map(len, self.places))
         if not longest:
             if (first := next((chunk.part for chunks in self.batch for chunk in chunks), None)) is not None:
-                initialize(self.cache, self.model, self._segment(first), len(self.batch))
+                initialize(self.cache, self.model, self._held[first.ref.address].segment, len(self.batch))
             for index, layer in row_layers(self.cache):
                 self._splice(index, layer)
             return
@@ -198,7 +198,7 @@ class Assembly(ScatteredPass):
         pages = Pages(flat[0][:, None], flat[1][:, None])
         with record_function("redknot: splice"):
             for part in (chunk.part for chunk in chunks if chunk.rest):
-                segment, turn = self._segment(part), self._turns[spot(part)][index]
+                segment, turn = self._segment(part, index), self._turns[spot(part)][index]
                 lay_out(storage, index, segment, pages, table, rules, (len(part.ref), part.boundary, part.start), turn)
         return keys, values
 
@@ -222,7 +222,7 @@ class Assembly(ScatteredPass):
             for chunk in chunks:
                 grown.append((chunk.stop - chunk.first, all_known))
                 if chunk.rest:
-                    part, segment = chunk.part, self._segment(chunk.part)
+                    part, segment = chunk.part, self._held[chunk.part.ref.address].segment
                     # Sequences of the same segments grow alike, and so do layers of the same rules.
                     which = spot(part), part.boundary, segment.layers[index], rows.rules
                     if which not in self._grown:
@@ -239,15 +239,19 @@ class Assembly(ScatteredPass):
             for chunk in chunks:
                 layer.storage.reserve(self.room)
                 with record_function("redknot: splice"):
-                    splice(layer.storage, index, b, self._segment(chunk.part), self._turns[spot(chunk.part)][index])
+                    splice(
+                        layer.storage, index, b, self._segment(chunk.part, index), self._turns[spot(chunk.part)][index]
+                    )
         layer.storage.left_align()
 
-    def _segment(self, part: Reused) -> Segment:
-        """The stored tokens, which the current stream may use from now on."""
+    def _segment(self, part: Reused, layer: int) -> Segment:
+        """A segment whose layer, and those before it, the current stream may use from now on."""
         address = part.ref.address
-        if address not in self._here:
-            self._here[address] = self._held[address].here()
-        return self._here[address]
+        held = self._held[address]
+        if (known := (address, held.part(layer))) not in self._here:
+            self._here.add(known)
+            held.here(layer)
+        return held.segment
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,6 +79,11 @@ class Coarse:
         """Bytes of a text."""
         return _starts(self, shape)[-1]
 
+    def extents(self, shape: Shape, part: int, parts: int) -> list[slice]:
+        """Where in the bytes the layers of one part lie, of so many that hold as many layers each."""
+        starts, layers = _starts(self, shape), len(shape.layers)
+        return [slice(*(starts[-(-layers * i // parts)] for i in (part, part + 1)))]
+
     def packed(self, pairs: Sequence[tuple[Tensor, Tensor] | None], shape: Shape) -> UInt8[Tensor, " bytes"]:
         """Keys and values of every layer, as `PackedLayers` has them, as one run of bytes."""
         device = next(pair[0].device for pair in pairs if pair is not None)

@@ -96,6 +96,10 @@ class Segment(PackedLayers):
             return super().keys(layer), super().values(layer)
         return self.coarse.unpacked(self.data, self.shape, layer)
 
+    def extents(self, part: int, parts: int) -> list[slice]:
+        """Where in the data the layers of one part lie; see `PackedLayers`."""
+        return super().extents(part, parts) if self.coarse is None else self.coarse.extents(self.shape, part, parts)
+
     def keys(self, layer: int) -> Float[Tensor, "kept key_dim"]:
         """The keys of a layer; see `pair`."""
         return self.pair(layer)[0]

@@ -171,7 +171,7 @@ class SegmentStore(TakesTexts):
 
     def fetch(self, refs: Sequence[SegmentRef]) -> list[Held]:
         """Brings the keys and values of several texts to the device, as `get` does; copies may still be under way."""
-        held = [self.tiers.take(ref.address) for ref in refs]
+        held = self.tiers.take_all([ref.address for ref in refs])
         reading: dict[int, Future[Held | None]] = {}
         if self.shelves:
             absent = [i for i, one in enumerate(held) if one is None]

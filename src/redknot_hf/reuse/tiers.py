@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch import Tensor
 from .counts import Counts
 from .segment import Segment
 
+# In how many parts segments come to the device: the model reads the first layers while the next are on their way.
+_PARTS = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Held:
@@ -22,19 +25,29 @@ class Held:
 
     Attributes:
         segment: Its data may be used after `here`.
-        ready: Recorded behind the copy; `None` if there is nothing to wait for.
+        ready: Events, each recorded behind the copy of as many layers as the others; empty if there is nothing to wait
+            for. The last one is behind all.
     """
 
     segment: Segment
-    ready: Any = None
+    ready: tuple[Any, ...] = ()
 
-    def here(self) -> Segment:
-        """The segment, usable by what the current stream does from now on; the host does not wait."""
-        if self.ready is not None:
+    def here(self, layer: int = -1) -> Segment:
+        """The segment, usable by what the current stream does from now on; the host does not wait.
+
+        Of a layer, if one is named, and of those before it: the others may still be on their way.
+        """
+        if self.ready:
             stream = torch.cuda.current_stream(self.segment.data.device)
-            stream.wait_event(self.ready)
+            stream.wait_event(self.ready[self.part(layer)])
             self.segment.data.record_stream(stream)
         return self.segment
+
+    def part(self, layer: int) -> int:
+        """Which of the parts that are copied one after the other a layer is in."""
+        if layer < 0 or not self.ready:
+            return -1
+        return layer * len(self.ready) // len(self.segment.layers)
 
 
 class Tier:
@@ -119,10 +132,10 @@ class Tiers:
         with self._lock:
             # Whoever uses it, on any stream, waits for what is computed on this one.
             computed = segment.data.is_cuda
-            held = Held(segment, torch.cuda.current_stream(segment.data.device).record_event() if computed else None)
+            held = Held(segment, (torch.cuda.current_stream(segment.data.device).record_event(),) if computed else ())
             if segment.data.device != self.device:
                 self._to_host(held)
-                held = self._fetched(held)
+                (held,) = self._fetched([held])
             if not self.on_device.fits(segment.nbytes):
                 self._to_host(held)
                 return held
@@ -133,19 +146,27 @@ class Tiers:
 
     def take(self, address: str) -> Held | None:
         """A segment that is in memory, on the device or on its way there; `None` if there is none."""
+        return self.take_all([address])[0]
+
+    def take_all(self, addresses: Sequence[str]) -> list[Held | None]:
+        """The segments that are in memory; those that come from the host come side by side, layer by layer."""
         with self._lock:
-            if held := self.on_device.take(address):
-                self.counts.hits["device"] += 1
-                return held
-            if held := self.on_host.take(address):
+            found: dict[str, Held | None] = {}
+            coming: list[Held] = []
+            for address in addresses:
+                if held := self.on_device.take(address):
+                    self.counts.hits["device"] += 1
+                elif there := self.on_host.take(address):
+                    coming.append(there)
+                found[address] = held
+            for fetched in self._fetched(coming):
                 self.counts.hits["host"] += 1
-                fetched = self._fetched(held)
+                found[fetched.segment.address] = fetched
                 if self.on_device.fits(fetched.segment.nbytes):
                     for gone in self.on_device.put(fetched):
                         self.counts.evicted["device"] += 1
                         self._to_host(gone)
-                return fetched
-            return None
+            return [found[address] for address in addresses]
 
     def read_in(self, segment: Segment, tier: str) -> Held:
         """Takes a segment that was read from a shelf into the host's memory; returns it on the device."""
@@ -159,8 +180,8 @@ class Tiers:
         with self._lock:
             found = self.on_host.take(held.segment.address)
         found = found or self._copied_out(held)
-        if found.ready is not None:
-            found.ready.synchronize()
+        if found.ready:
+            found.ready[-1].synchronize()
         return found.segment
 
     def drop(self, address: str) -> None:
@@ -201,30 +222,39 @@ class Tiers:
             if address not in self.on_device and not self._backed(address):
                 self.counts.lost += 1
 
-    def _fetched(self, held: Held) -> Held:
-        """The segment on the device."""
-        self.counts.moved["host", "device"] += held.segment.nbytes
+    def _fetched(self, held: Sequence[Held]) -> list[Held]:
+        """The segments on the device."""
+        for one in held:
+            self.counts.moved["host", "device"] += one.segment.nbytes
         if self._stream is None:
-            return Held(held.segment.with_data(held.segment.data.to(self.device)))
-        return self._copied(held, lambda data: data.to(self.device, non_blocking=True))
+            return [Held(one.segment.with_data(one.segment.data.to(self.device))) for one in held]
+        return self._copied(held, lambda data: torch.empty_like(data, device=self.device), _PARTS)
 
     def _copied_out(self, held: Held) -> Held:
         """The segment in the host's memory, pinned where there is CUDA."""
         self.counts.moved["device", "host"] += held.segment.nbytes
         if self._stream is None:
             return Held(held.segment.with_data(held.segment.data.cpu()))
-        pinned = self.buffer(held.segment.data.numel(), held.segment.data.dtype)
-        return self._copied(held, lambda data: pinned.copy_(data, non_blocking=True))
+        return self._copied([held], lambda data: self.buffer(data.numel(), data.dtype), 1)[0]
 
-    def _copied(self, held: Held, copy: Callable[[Tensor], Tensor]) -> Held:
-        stream, data = self._stream, held.segment.data
+    def _copied(self, held: Sequence[Held], room: Callable[[Tensor], Tensor], parts: int) -> list[Held]:
+        """Copies segments on the own stream: the first layers of all of them, then the next ones."""
+        stream, sources = self._stream, [one.segment.data for one in held]
         assert stream is not None
-        if held.ready is None and data.is_cuda:  # it may still be computed
-            stream.wait_stream(torch.cuda.current_stream(data.device))
-        elif held.ready is not None:
-            stream.wait_event(held.ready)
+        for one, data in zip(held, sources, strict=True):
+            if one.ready:
+                stream.wait_event(one.ready[-1])
+            elif data.is_cuda:  # it may still be computed
+                stream.wait_stream(torch.cuda.current_stream(data.device))
+        ready: list[tuple[Any, ...]] = [()] * len(held)
         with torch.cuda.stream(stream):
-            moved = copy(data)
-            if data.is_cuda:
-                data.record_stream(stream)
-            return Held(held.segment.with_data(moved), stream.record_event())
+            moved = [room(data) for data in sources]
+            for part in range(parts):
+                for i, (one, to, data) in enumerate(zip(held, moved, sources, strict=True)):
+                    for where in one.segment.extents(part, parts):
+                        to[where].copy_(data[where], non_blocking=True)
+                    ready[i] += (stream.record_event(),)
+            for data in sources:
+                if data.is_cuda:
+                    data.record_stream(stream)
+        return [Held(one.segment.with_data(x), events) for one, x, events in zip(held, moved, ready, strict=True)]
