@@ -1,16 +1,21 @@
-"""One rank of a tensor-parallel run: `torchrun parallel_worker.py FOLDER`, the folder with model, plans and prompt."""
+"""One rank of a tensor-parallel run: `parallel_worker.py FOLDER`, the folder with model, plans and prompt."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from served import SIZES, all_free, prompts_of
 from transformers import AutoModelForCausalLM
 
 from redknot_hf import HeadPlan, RedKnotCache
 from redknot_hf.parallel import reorder_heads
+from redknot_hf.serving import Engine, Sampling
 
+# Bytes of pages of a rank that serves, by the name of its plan: too few for all requests.
+MEMORY = {"first rank global": 500_000, "balanced": 350_000}
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
 
 
@@ -25,6 +30,73 @@ def run(model, plan: HeadPlan, prompt: dict) -> tuple[dict[str, torch.Tensor], l
     return found, pages, cache.nbytes
 
 
+def make_engine(model, plan: HeadPlan, memory: int) -> tuple[Engine, list[int]]:
+    """An engine whose pages do not suffice for all, and the bytes of pages that it uses before each step."""
+    engine, used = Engine(model, plan, **SIZES | {"memory": memory, "chunk": 20}, rank_timeout=60), []
+    engine.scheduler.ahead, planned = 1, engine.scheduler.plan
+
+    def plan_step() -> Any:
+        work = planned()
+        used.append(engine.memory.used()["used"])
+        return work
+
+    engine.scheduler.plan = plan_step
+    return engine, used
+
+
+def raises(*given: Any) -> None:
+    """Stands for a callback and a processor with a fault of their own."""
+    raise ValueError("of its own")
+
+
+def serve(engine: Engine) -> dict[str, Any]:
+    """Answers to requests that come one after another, greedy and drawn, some of which fail or are cancelled."""
+    prompts, draw = prompts_of(2, 6)
+    asked = []
+    for i, prompt in enumerate(prompts):
+        how = Sampling(draw.randint(6, 40), temperature=(0, 0.8)[i % 2], seed=i)
+        asked.append(engine.submit(prompt, how, priority=i % 3 == 2))
+        for _ in range(draw.randint(0, 6)):
+            engine.step()
+    asked += engine.submit_many(prompts[0], 2, Sampling(9, temperature=0.8, seed=5))
+    asked.append(engine.submit(prompts[5], Sampling(9), answered=[7, 8]))
+    faults = [
+        engine.submit(prompts[1], Sampling(30, processors=[raises])),
+        engine.submit(prompts[2], Sampling(30), callback=raises),
+        engine.submit(prompts[3], Sampling(30), timeout=0),
+    ]
+    gone = engine.submit(prompts[4], Sampling(30))
+    gone.cancel()
+    assert engine.drain(60)
+    engine.shutdown()
+    return {
+        "tokens": [request.result() for request in asked],
+        "reasons": [request.reason for request in (*faults, gone)],
+        "preempted": sum(engine.scheduler.preemptions.values()),
+        "hits": engine.memory.prefixes.hit_tokens,
+    }
+
+
+def served(model, plan: HeadPlan, memory: int) -> dict[str, Any]:
+    """What a rank finds: the first one answers, and what it and the others hold."""
+    engine, used = make_engine(model, plan, memory)
+    found = serve(engine) if engine.ranks.leads else engine.follow()
+    counted = {"used": used, "longest": engine.memory.longest, "free": all_free(engine)}
+    return counted | (found or {})
+
+
+def broken(model, plan: HeadPlan) -> str:
+    """What rank 0 says when another fails in the middle of a step."""
+    engine, _ = make_engine(model, plan, 1 << 22)
+    if not engine.ranks.leads:
+        engine.reader.run = raises
+    try:
+        _ = engine.generate([[5] * 40], Sampling(4)) if engine.ranks.leads else engine.follow()
+    except RuntimeError as e:
+        return str(e)
+    return "nothing"
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", attn_implementation="redknot")
@@ -34,14 +106,17 @@ def main(folder: Path) -> None:
     def leave(name: str, plan: HeadPlan) -> None:
         found, pages, nbytes = run(model, plan, prompt)
         save_file(found, folder / f"{name}.{rank}.safetensors")
-        (folder / f"{name}.{rank}.json").write_text(json.dumps({"pages": pages, "nbytes": nbytes}))
+        told: dict[str, Any] = {"pages": pages, "nbytes": nbytes}
+        if name in MEMORY:
+            told["served"] = served(model, plan, MEMORY[name])
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(told))
 
     for path in sorted(folder.glob("*.plan")):
         leave(path.stem, HeadPlan.load(path))
     placement = HeadPlan.load(folder / "first rank global.plan").balanced(2, 72, model.config)
     reorder_heads(model, placement)
     leave("balanced", placement.plan)
-    torch.distributed.destroy_process_group()
+    (folder / f"broken.{rank}").write_text(broken(model, placement.plan))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import json
 import os
+import pickle
 import random
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +15,22 @@ import pytest
 import torch
 from families import FAMILIES, make_model
 from oracle import random_plan
-from parallel_worker import run
+from parallel_worker import MEMORY, run, served
 from safetensors.torch import load_file, save_file
+from served import SIZES
 from texts import prompts
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.parallel import reorder_heads
 from redknot_hf.plan.per_layer import kv_sources
 from redknot_hf.plan.placement import Placement
+from redknot_hf.serving import Engine, Request, Sampling
+from redknot_hf.serving.orders import Orders
+from redknot_hf.serving.ranks import Ranks
+from redknot_hf.serving.scheduler import Sequence
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 LOCAL = HeadSpec(window=7, sink=2)
-PLANS_BOTH = ("first rank global", "balanced")
 PLANS = {
     "global": lambda config: HeadPlan.uniform(config, HeadSpec()),
     "first rank global": lambda config: HeadPlan.with_global(
@@ -59,12 +65,22 @@ def folder(model, prompt, tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, *launch, str(WORKER), str(folder)], env=env, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    said = [(folder / f"said.{rank}").open("w+") for rank in range(2)]
+    started = [
+        subprocess.Popen(  # what torchrun does, but it would end both as soon as one has failed
+            [sys.executable, str(WORKER), str(folder)], env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}, stderr=file
+        )
+        for i, file in enumerate(said)
+    ]
+    with ExitStack() as ends:
+        for process, file in zip(started, said, strict=True):
+            ends.enter_context(file)
+            ends.callback(process.wait)
+            ends.callback(process.kill)
+        for process, file in zip(started, said, strict=True):
+            assert process.wait(240) == 0, (file.seek(0), file.read())
     return folder
 
 
@@ -78,7 +94,7 @@ def test_a_model_whose_heads_are_reordered_finds_the_same_and_its_ranks_hold_the
     """The plan's global heads are all of the first rank; in another order each rank has as many."""
     alone, *_ = run(model, PLANS["first rank global"](model.config), prompt)
     compare(alone, folder, "balanced")
-    plain, level = ([left(folder, name, rank)["nbytes"] for rank in range(2)] for name in PLANS_BOTH)
+    plain, level = ([left(folder, name, rank)["nbytes"] for rank in range(2)] for name in MEMORY)
     assert max(plain) > 1.3 * min(plain)
     assert max(level) <= 1.05 * min(level)
 
@@ -144,3 +160,75 @@ def test_what_cannot_be_reordered_is_refused_before_anything_changes():
     apart = Placement(random_plan(shared.config), ((0, 1, 2, 3),) * 3 + ((1, 0, 2, 3),), 1, (0,))
     with pytest.raises(ValueError, match="share keys"):
         reorder_heads(shared, apart)
+
+
+@pytest.fixture(scope="module")
+def single(model):
+    """What one process answers to the requests of the ranks."""
+    return served(model, PLANS["first rank global"](model.config), 700_000)
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_an_engine_of_two_ranks_answers_as_one_of_one_process(single, folder, name):
+    """Greedy and drawn, in chunks, with sequences that give way, parked beginnings, forks and faults."""
+    found = left(folder, name, 0)["served"]
+    assert found["tokens"] == single["tokens"]
+    assert found["reasons"] == single["reasons"] == ["error", "error", "deadline", "cancelled"]
+    for one in (found, single):
+        assert one["preempted"] > 0
+        assert one["hits"] > 0
+        assert one["free"]
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_ranks_take_the_same_steps_and_balanced_ones_hold_the_same(folder, name):
+    first, second = (left(folder, name, rank)["served"] for rank in range(2))
+    assert second["free"]
+    assert len(first["used"]) == len(second["used"])
+    assert first["longest"] == second["longest"]
+    more, less = sorted((sum(first["used"]), sum(second["used"])), reverse=True)
+    assert more <= 1.05 * less if name == "balanced" else more > 1.3 * less
+
+
+def test_a_rank_that_fails_ends_the_others_with_a_message(folder):
+    said = [(folder / f"broken.{rank}").read_text() for rank in range(2)]
+    assert all(f"rank {rank} of 2 is no longer in step" in text for rank, text in enumerate(said)), said
+    assert "ValueError: of its own" in said[1]
+
+
+def test_alone_a_process_leads_and_has_nobody_to_follow(model):
+    ranks = Ranks(model)
+    assert (ranks.number, ranks.count, ranks.leads, ranks.captures) == (0, 1, True, True)
+    assert ranks.told("word") == "word"
+    assert (ranks.least(3), ranks.most(3), ranks.all(False)) == (3, 3, False)
+    with pytest.raises(RuntimeError, match="rank 0 of 1 leads"):
+        Engine(model, HeadPlan.uniform(model.config, HeadSpec()), **SIZES).follow()
+    with pytest.raises(KeyError), ranks.together():
+        raise KeyError
+
+
+def test_what_holds_the_heads_of_one_process_is_refused_where_several_share_a_model(model):
+    ranks = Ranks(model)
+    ranks.check_alone(store=object())
+    ranks.count, ranks.number = 2, 1
+    with pytest.raises(ValueError, match="store= holds what one process has read"):
+        ranks.check_alone(store=object(), source=None)
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 follows rank 0.*engine\.follow\(\)"):
+        ranks.check_leads()
+
+
+def test_orders_make_the_same_sequences_elsewhere(model):
+    first, fork, late = (
+        Sequence(Request([5, 6], Sampling(7, processors=[print], stop=["x"]), priority=2), [5, 6]) for _ in range(3)
+    )
+    fork.after = first
+    orders = pickle.loads(pickle.dumps(Orders.of([first, fork], [(late, "deadline")])))
+    there = Engine(model, HeadPlan.uniform(model.config, HeadSpec()), **SIZES).scheduler
+    there.add(late)
+    ((gone, why),) = orders.taken(there)
+    assert gone is late
+    assert why == "deadline"
+    mine, other, _ = there.waiting
+    assert other.after is mine
+    assert (mine.rank, mine.longest, mine.tokens) == (first.rank, first.longest, first.tokens)
+    assert not mine.request.sampling.processors

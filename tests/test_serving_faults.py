@@ -14,6 +14,7 @@ from transformers import LogitsProcessor
 
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.serving import Engine, QueueFullError, Sampling, State, reading
+from redknot_hf.serving.admission import ids_of
 from redknot_hf.serving.loop import Loop
 from redknot_hf.serving.request import Request
 from redknot_hf.serving.sampling import choose
@@ -151,9 +152,10 @@ def test_numbers_of_a_wrong_kind_are_told_before_any_work(asked):
 @pytest.mark.parametrize("prompt", [[[5, 6]], torch.tensor([[5, 6]]), [5.5, 6.0]], ids=["batch", "tensor", "floats"])
 def test_prompts_that_are_no_ids_of_one_text_are_told(model, prompt):
     engine = Engine(model, plan_of(model), **SIZES)
+    read = inspect.unwrap(ids_of)  # as where types are not checked
     with pytest.raises(TypeError, match="neither a text nor the ids of one: give"):
-        inspect.unwrap(Engine._ids)(engine, prompt, True)  # as where types are not checked
-    assert inspect.unwrap(Engine._ids)(engine, torch.tensor([5, 6]), True) == [5, 6]
+        read(prompt, engine, True)
+    assert read(torch.tensor([5, 6]), engine, True) == [5, 6]
 
 
 def test_a_priority_of_no_rank_is_told():

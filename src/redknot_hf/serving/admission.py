@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from redknot_hf.cache.takeover import switch_of
@@ -26,6 +27,31 @@ def store_of(engine: Engine) -> Documents:
     if engine.documents is None:
         raise ValueError("the engine has no store: make it Engine(..., store=SegmentStore(model, plan))")
     return engine.documents
+
+
+def ids_of(prompt: Sequence[int] | str, engine: Engine, first: bool) -> list[int]:
+    """Ids of a prompt.
+
+    Args:
+        prompt: Ids, or text.
+        engine: Whose tokenizer reads texts.
+        first: Nothing stands before it.
+
+    Raises:
+        ValueError: It is text, and the engine has no tokenizer.
+        TypeError: It is neither.
+    """
+    if isinstance(prompt, str):
+        if engine.tokenizer is None:
+            raise ValueError("the prompt is text: give ids, or make the engine with a tokenizer")
+        return list(engine.tokenizer(prompt, add_special_tokens=first)["input_ids"])
+    try:
+        return [index(i) for i in prompt]
+    except TypeError as e:
+        raise TypeError(
+            "the prompt is neither a text nor the ids of one: give a str, or a flat list as "
+            'tokenizer(text)["input_ids"] is one'
+        ) from e
 
 
 def scheduled(segments: Sequence[Named], boundary: Boundary | None, source: Any, engine: Engine) -> tuple[Reused, ...]:
@@ -80,8 +106,8 @@ def check_request(
         raise ValueError(
             f"{tokens} tokens of prompt and {sampling.max_new_tokens} new ones need "
             f"{engine.memory.needs(longest):,} bytes of pages, and the engine has "
-            f"{engine.memory.used()['total']:,} in all: shorten the prompt, lower "
-            "max_new_tokens, or give the engine more memory"
+            f"{engine.memory.used()['total']:,} in all, for {engine.memory.longest:,} tokens: shorten the prompt, "
+            "lower max_new_tokens, or give the engine more memory"
         )
 
 

@@ -43,7 +43,8 @@ class Seats:
         self.device = first.device
         self._lay_out(seats, -(-longest // memory.page_size))
         self._who: list[tuple[Sequence, int, int] | None] = [None] * seats
-        self.captures = capture and self.device.type == "cuda" and first.kernels.captured is not None
+        capture = capture and self.device.type == "cuda" and first.kernels.captured is not None
+        self.captures = capture and memory.ranks.captures
         self._graphs: dict[int, _Graph] = {}
         self.replays = 0
 

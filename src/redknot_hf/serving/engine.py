@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
-from operator import index
 from typing import Any
 
 import torch
@@ -21,12 +19,14 @@ from redknot_hf.reuse.segment import SegmentRef
 from redknot_hf.reuse.store import SegmentStore
 
 from . import scheduler as scheduling
-from .admission import check_answered, check_arguments, check_request, scheduled, store_of
+from .admission import check_answered, check_arguments, check_request, ids_of, scheduled, store_of
 from .batch import Seats
 from .documents import Documents, Named
 from .loop import Loop
 from .memory import SeatMemory
-from .reading import Reader, ended
+from .orders import Orders
+from .ranks import Ranks
+from .reading import Reader
 from .request import Request, Sampling, State, Token
 from .stops import ends_of
 
@@ -36,6 +36,9 @@ class Engine(Loop):
 
     Every step gives a token to each sequence that decodes, and reads chunks of prompts beside them. Requests are
     admitted by exact pages: what a plan's heads need of a length is known beforehand.
+
+    Of a tensor-parallel model every rank makes an engine, of the same arguments: rank 0 takes requests, and the others
+    `follow()` until it ends. Memory is that of the rank which has least, or whose heads need most.
 
     Args:
         model: Any decoder of transformers with `attn_implementation="redknot"`; used, never changed.
@@ -55,6 +58,7 @@ class Engine(Loop):
         page_size, impl: Of the cache.
         host: Bytes on the host for sequences that are swapped out.
         capture: Whether steps of decoding are CUDA graphs, where they can be.
+        rank_timeout: Seconds that ranks wait for each other, before they end with an error.
 
     Raises:
         ValueError: The plan does not fit the model, the model cannot be served, or an argument is off.
@@ -79,8 +83,11 @@ class Engine(Loop):
         impl: str | None = None,
         host: int = 8 << 30,
         capture: bool = True,
+        rank_timeout: float | int = 600,
     ) -> None:
         super().__init__(queue)
+        self.ranks = Ranks(model, rank_timeout)
+        self.ranks.check_alone(store=store)
         config = text_config(model)
         limit = getattr(config, "max_position_embeddings", None)
         self.max_len = max_len or limit or 0
@@ -89,7 +96,7 @@ class Engine(Loop):
         self.words, self.max_batch = config.vocab_size, max_batch
         self.memory = SeatMemory(
             model, self.plan, memory, max_batch, self.max_len,
-            page_size=page_size, impl=impl, host=host, parked=parked,
+            page_size=page_size, impl=impl, host=host, parked=parked, ranks=self.ranks,
         )  # fmt: skip
         self.scheduler = scheduling.Scheduler(self.memory, max_batch, chunk, preempt, lambda: self.reader.settle())
         seats = Seats(self.memory, max_batch, self.max_len, capture)
@@ -157,9 +164,11 @@ class Engine(Loop):
         answered: Sequence[int] = (),
     ) -> list[Request]:
         """`n` answers to one prompt, which is read once: the others are forks. Seeds are the first one's and on."""
+        self.ranks.check_leads()
+        self.ranks.check_alone(source=source)
         sampling = sampling or Sampling()
         parts = scheduled(segments, boundary, source, self)
-        ids = self._ids(prompt, first=not parts)
+        ids = ids_of(prompt, self, first=not parts)
         check_request(ids, sampling, n, self, parts)
         check_answered(answered, sampling, n, self.words)
         ids = [*chain.from_iterable(part.ref.ids for part in parts), *ids]
@@ -204,15 +213,16 @@ class Engine(Loop):
         if len(each) != len(texts):
             raise ValueError(f"{len(each)} samplings for {len(texts)} prompts: give one, or one for each")
         requests = [self.submit(text, how) for text, how in zip(texts, each, strict=True)]
-        with _bar(len(requests)) if progress else nullcontext() as bar:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=len(requests), unit="request", disable=not progress) as bar:
             for done, request in enumerate(requests):
                 while not request.state.ended:
                     if self._thread is None:
                         self.step()
                     else:
                         time.sleep(0.001)
-                if bar is not None:
-                    bar.update(done + 1 - bar.n)
+                bar.update(done + 1 - bar.n)
         return requests
 
     @property
@@ -235,34 +245,39 @@ class Engine(Loop):
     @torch.no_grad()
     def step(self) -> bool:
         """Does one step: a token for each that decodes, chunks for those that read; whether there was work."""
+        self.ranks.check_leads()
         self._inbox.answer()
-        self._arrive()
-        self._give_up()
+        new, gone = list(self._arrived()), list(self.scheduler.given_up(time.monotonic()))
+        with self.ranks.together():
+            self.ranks.told(Orders.of(new, gone) if self.ranks.count > 1 else None)
+            return self._step(gone)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Does the steps of rank 0, on every other, until the engine is shut down there.
+
+        Raises:
+            RuntimeError: A rank has gone or takes too long, or this one has nobody to follow.
+        """
+        self.ranks.check_follows()
+        with self.ranks.together():
+            while not (orders := self.ranks.told(Orders())).over:
+                self._step(orders.taken(self.scheduler))
+        self._end_all(State.CANCELLED, "shutdown", None)
+
+    def _step(self, gone: Iterable[tuple[scheduling.Sequence, str]]) -> bool:
+        for sequence, why in gone:
+            self._finish(sequence, State.CANCELLED, why, None)
         work = self.scheduler.plan()
         self.steps += bool(work)
         self.reader.run(work)
         return bool(work) or bool(self.reader.pending)
 
-    def _arrive(self) -> None:
+    def _arrived(self) -> Iterator[scheduling.Sequence]:
         for sequence in self._inbox.take():
-            try:
-                self.reader.begin(sequence, self._ends, self.tokenizer)
-            except Exception as e:  # what makes a prompt's beginning may fail
-                sequence.request.end(State.FAILED, "error", e)
-                continue
-            if sequence.sampled and (reason := ended(sequence)):  # all but the end of it had been told
-                self._finish(sequence, State.DONE, reason, None)
-            else:
+            if self.reader.begin(sequence, self._ends, self.tokenizer):
                 self.scheduler.add(sequence)
-
-    def _give_up(self) -> None:
-        now = time.monotonic()
-        for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
-            request = sequence.request
-            if request.cancelling:
-                self._finish(sequence, State.CANCELLED, "cancelled", None)
-            elif request.deadline is not None and now > request.deadline:
-                self._finish(sequence, State.CANCELLED, "deadline", None)
+                yield sequence
 
     def _finish(self, sequence: Any, state: State, reason: str, error: BaseException | None) -> None:
         if sequence.seat is not None:
@@ -276,25 +291,7 @@ class Engine(Loop):
             sequence.request.end(state, reason, error)
         for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
             self._finish(sequence, state, reason, error)
+        self.ranks.end(Orders(over=True) if error is None else None)
 
     def _patience(self) -> float:
         return 0.02 if self.scheduler.waiting else 0.2
-
-    def _ids(self, prompt: Sequence[int] | str, first: bool) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("the prompt is text: give ids, or make the engine with a tokenizer")
-            return list(self.tokenizer(prompt, add_special_tokens=first)["input_ids"])
-        try:
-            return [index(i) for i in prompt]
-        except TypeError as e:
-            raise TypeError(
-                "the prompt is neither a text nor the ids of one: give a str, or a flat list as "
-                'tokenizer(text)["input_ids"] is one'
-            ) from e
-
-
-def _bar(total: int) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, unit="request")

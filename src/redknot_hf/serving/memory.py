@@ -26,8 +26,10 @@ from redknot_hf.plan.plan import HeadPlan
 from .host import Away
 from .pages import column_bytes, missing, needed, page_bytes, ring_bytes, ring_pages
 from .prefixes import Prefixes
+from .ranks import Ranks
 from .scheduler import Sequence
 from .sizes import Sizes, bytes_of
+from .sizes import longest as longest_of
 
 
 class SeatMemory:
@@ -42,6 +44,10 @@ class SeatMemory:
         page_size, impl: Of the cache.
         host: Bytes on the host for sequences that are swapped out.
         parked: Share of the pages that prefixes kept for later may hold; 0 keeps none.
+        ranks: That share the model. What is asked of the memory of one is answered for all: what fits, fits on each.
+
+    Attributes:
+        longest: Tokens of the longest sequence that fits where nothing else is held.
 
     Raises:
         ValueError: A layer keeps more than keys and values, or the memory is too small for a sequence.
@@ -59,8 +65,9 @@ class SeatMemory:
         impl: str | None = None,
         host: int = 8 << 30,
         parked: float | int = 0.5,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.ranks = model, ranks or Ranks()
         self.root = RedKnotCache(model.config, plan, page_size=page_size, impl=impl)
         _check_layers(self.root)
         self.name = next(iter(cache_argument(model, self.root)))
@@ -71,7 +78,8 @@ class SeatMemory:
         self.layers = {i: layer.storage for i, layer in row_layers(self.root) if layer.is_initialized}
         self.page_size, self.host, self.host_used = page_size, host, 0
         self.freed = 0
-        self.sizes = self._sizes(bytes_of(memory, device), seats, longest, 2 if parked else 1)
+        budget = self.ranks.least(bytes_of(memory, device))
+        self.sizes = self._sizes(budget, seats, longest, 2 if parked else 1)
         for storage in self.layers.values():  # all forks share these pools
             rings, columns = self.sizes.rings, self.sizes.columns
             storage.settle(rings * ring_pages(storage) + columns * len(storage.rows.rules.global_heads), columns)
@@ -79,7 +87,9 @@ class SeatMemory:
         self.kinds = list({storage.rows.rules: i for i, storage in self.layers.items()}.values())
         # Rules by which rows grow cold, which are the same in all layers with stored heads; `None` without any.
         self.stored = next((x.rows.rules for x in self.layers.values() if x.rows.rules.stored_heads), None)
-        self.prefixes = Prefixes(int(self.sizes.nbytes * parked), page_size, _reaches)
+        kept = self.ranks.most(int(self.sizes.nbytes * parked))
+        self.prefixes = Prefixes(kept, page_size, lambda cache, cut: self.ranks.all(_reaches(cache, cut)))
+        self.longest = self.ranks.least(longest_of(self._ever_fits, longest))
 
     # What the scheduler asks
 
@@ -101,6 +111,9 @@ class SeatMemory:
 
     def fits(self, sequence: Sequence, tokens: int) -> bool:
         """Whether there are free pages for so many tokens, copies of shared ones included."""
+        return self.ranks.all(self._fits(sequence, tokens))
+
+    def _fits(self, sequence: Sequence, tokens: int) -> bool:
         held = sequence.held
         if isinstance(held, Away):
             wanted = [(held.needs(i, self.layers[i], tokens), self.layers[i]) for i in self.kinds]
@@ -135,7 +148,7 @@ class SeatMemory:
         """Moves what a sequence holds to the host."""
         self.sync(sequence)
         room = self.host - self.host_used
-        if self.needs(sequence.done) > room:
+        if not self.ranks.all(self.needs(sequence.done) <= room):
             return False
         away = Away.of(self._storages(sequence.held))
         self._drop(sequence.held)
@@ -174,7 +187,8 @@ class SeatMemory:
         reserved = sequence.reserved
         kept = sequence.held.fork()
         if self.fits(sequence, max(reserved, sequence.done)):
-            for entry in self.prefixes.add(tokens, kept, self.needs(len(tokens)), kind):
+            nbytes = self.ranks.most(self.needs(len(tokens)))
+            for entry in self.prefixes.add(tokens, kept, nbytes, kind):
                 self._drop(entry.cache)
         else:
             self._drop(kept)
@@ -187,6 +201,9 @@ class SeatMemory:
 
     def ever_fits(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens fits where nothing else is held."""
+        return tokens <= self.longest
+
+    def _ever_fits(self, tokens: int) -> bool:
         return all(needed(x) <= x.pool.size for s in self.layers.values() for x in s.held(tokens))
 
     def used(self) -> dict[str, int]:
@@ -212,18 +229,20 @@ class SeatMemory:
                 storage.cold.cut(np.zeros(1, np.int64))
 
     def _sizes(self, budget: int, seats: int, longest: int, times: int) -> Sizes:
-        """As many columns as the budget buys beside the rings; no more than can ever be used."""
+        """As many columns as the budget buys beside the rings, on the fullest rank; no more than can ever be used."""
         ring, column = ring_bytes(self.layers.values()), column_bytes(self.layers.values())
+        widest, tallest = self.ranks.most(ring), self.ranks.most(column)
         whole = -(-longest // self.page_size)
         rings = seats * times
-        if column == 0:
-            rings = min(rings, budget // ring)
+        if tallest == 0:
+            rings = min(rings, budget // widest)
             columns = whole
         else:
             # Half of the budget, or more where sequences of half the greatest length want more.
-            bought = max(0.5 * budget // ring, budget // (ring + whole * column / 2)) if ring else rings
+            bought = max(0.5 * budget // widest, budget // (widest + whole * tallest / 2)) if widest else rings
             rings = max(min(rings, int(bought)), 1)
-            columns = min((budget - rings * ring) // column, seats * whole * times)
+            mine = (budget - rings * ring) // column if column else seats * whole * times
+            columns = self.ranks.least(min(mine, seats * whole * times))
         sizes = Sizes(ring, column, rings, columns, self.page_size)
         if rings < 1 or columns < 1:
             raise ValueError(

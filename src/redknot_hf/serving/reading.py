@@ -41,6 +41,8 @@ class Chosen(NamedTuple):
 class Reader:
     """Runs the model for a scheduler.
 
+    Of several ranks the first chooses tokens and says who has ended; in all of them the model runs alike.
+
     On an accelerator the host is a step behind: it hears of a token when the next step has been launched, so that the
     device need not wait. A sequence that has ended meanwhile has decoded one token for nothing.
 
@@ -61,19 +63,27 @@ class Reader:
         self, memory: SeatMemory, seats: Seats, finish: Finish, park_every: int, documents: Documents | None = None
     ) -> None:
         self.memory, self.seats, self.finish, self.park_every = memory, seats, finish, park_every
-        self.documents = documents
+        self.documents, self.ranks = documents, memory.ranks
         self.behind = 1 if seats.device.type == "cuda" else 0
         self.pending: deque[Chosen] = deque()
         self.read = self.decoded = self.reused = 0
         self.observe: Callable[[str, float], None] = lambda name, value: None
 
-    def begin(self, sequence: Served, ends: Sequence[int], tokenizer: Any) -> None:
-        """Gives a sequence what it needs to choose and to end."""
+    def begin(self, sequence: Served, ends: Sequence[int], tokenizer: Any) -> bool:
+        """Gives a sequence what it needs to choose and to end; whether it has not ended already."""
         request = sequence.request
-        sequence.chooser = Chooser(request.sampling, request.prompt, self.seats.device, request.ids)
-        sequence.stopper = Stopper(request.sampling, ends, tokenizer)
-        if callable(request.source):
-            request.source = request.source()
+        try:
+            sequence.chooser = Chooser(request.sampling, request.prompt, self.seats.device, request.ids)
+            sequence.stopper = Stopper(request.sampling, ends, tokenizer)
+            if callable(request.source):
+                request.source = request.source()
+            reason = ended(sequence) if sequence.sampled else None  # all but the end of it had been told
+        except Exception as e:  # what makes a prompt's beginning may fail
+            request.end(State.FAILED, "error", e)
+            return False
+        if reason:
+            self.finish(sequence, State.DONE, reason, None)
+        return not reason
 
     def run(self, work: Work) -> None:
         """Does what was planned; a request in which something goes wrong ends alone."""
@@ -84,6 +94,7 @@ class Reader:
                 try:
                     self._read(sequence, count)
                 except Exception as e:
+                    self._raise_among_others(e)
                     self.finish(sequence, State.FAILED, "error", e)
         while len(self.pending) > (self.behind if work.decode else 0):
             self._hear(self.pending.popleft())
@@ -101,11 +112,17 @@ class Reader:
             self.decoded += len(sequences)
             kept, chosen = self._choose(sequences, logits)
         except Exception as e:  # of whom it came is not known
+            self._raise_among_others(e)
             for sequence in sequences:
                 self.finish(sequence, State.FAILED, "error", e)
             return
         if kept:
             self.seats.choose(kept, chosen)
+
+    def _raise_among_others(self, error: Exception) -> None:
+        """Ends the engine where other ranks know nothing of what has gone wrong in the middle of a step."""
+        if self.ranks.count > 1:
+            raise error
 
     def _assemble(self, sequence: Served, count: int) -> int:
         """Goes on with a request's segments; how many of the tokens may be read behind them in the same step."""
@@ -153,46 +170,71 @@ class Reader:
         self, sequences: list[Served], logits: Float[Tensor, "sequences words"]
     ) -> tuple[list[Served], Int[Tensor, " kept"]]:
         """Chooses, and lets the host hear of it; gives those who could, and their tokens."""
-        while True:
-            try:
-                chosen = choose(logits, [x.chooser for x in sequences])
-                break
-            except Refusals as refused:
-                for i, error in refused.errors.items():
-                    self.finish(sequences[i], State.FAILED, "error", error)
-                kept = [i for i in range(len(sequences)) if i not in refused.errors]
-                sequences = [sequences[i] for i in kept]
-                if not sequences:
-                    return [], torch.zeros(0, dtype=torch.long)
-                logits = logits[torch.tensor(kept, device=logits.device)]
+        refused, chosen = self._tried(sequences, logits) if self.ranks.leads else ({}, None)
+        told = self.ranks.told({i: str(error) for i, error in refused.items()})
+        for i, text in told.items():
+            self.finish(sequences[i], State.FAILED, "error", refused.get(i, RuntimeError(text)))
+        kept = [i for i in range(len(sequences)) if i not in told]
+        if not kept:
+            return [], torch.zeros(0, dtype=torch.long)
+        sequences, chosen = [sequences[i] for i in kept], self.ranks.tokens(chosen, len(kept), logits.device)
         likely = {}
-        for i, sequence in enumerate(sequences):
+        for i, (row, sequence) in enumerate(zip(kept, sequences, strict=True)):
             sequence.sampled += 1
             most = sequence.request.sampling.logprobs
-            if most is not None:
-                likely[i] = log_probabilities(logits[i : i + 1], chosen[i : i + 1], most)
+            if most is not None and self.ranks.leads:
+                likely[i] = log_probabilities(logits[row : row + 1], chosen[i : i + 1], most)
         self.pending.append(_on_its_way(sequences, chosen, likely))
         return sequences, chosen
+
+    def _tried(
+        self, sequences: list[Served], logits: Float[Tensor, "sequences words"]
+    ) -> tuple[dict[int, Exception], Int[Tensor, " kept"] | None]:
+        """Errors of those who cannot choose, by index, and the tokens of the others."""
+        refused: dict[int, Exception] = {}
+        while True:
+            kept = [i for i in range(len(sequences)) if i not in refused]
+            if not kept:
+                return refused, None
+            mine = logits[torch.tensor(kept, device=logits.device)] if refused else logits
+            try:
+                return refused, choose(mine, [sequences[i].chooser for i in kept])
+            except Refusals as more:
+                refused |= {kept[i]: error for i, error in more.errors.items()}
 
     def _hear(self, chosen: Chosen) -> None:
         if chosen.ready is not None:
             chosen.ready.synchronize()
-        for i, (sequence, token) in enumerate(zip(chosen.sequences, chosen.tokens.tolist(), strict=True)):
-            if not sequence.request.state.ended:
+        heard = [
+            (sequence, _told(token, chosen.likely.get(i)))
+            for i, (sequence, token) in enumerate(zip(chosen.sequences, chosen.tokens.tolist(), strict=True))
+            if not sequence.request.state.ended
+        ]
+        for sequence, token in heard:
+            sequence.tokens.append(token.id)
+        ends = [self._take(*one) for one in heard] if self.ranks.leads else []
+        for i, (reason, text) in enumerate(self.ranks.told([(why, error and str(error)) for why, error in ends])):
+            if reason == "error":
+                error = ends[i][1] if ends else RuntimeError(text)
+                self.finish(heard[i][0], State.FAILED, reason, error)
+            elif reason:
                 try:
-                    self._take(sequence, _told(token, chosen.likely.get(i)))
-                except Exception as e:  # a callback's
-                    self.finish(sequence, State.FAILED, "error", e)
+                    self._end(heard[i][0], reason)
+                except Exception as e:
+                    self._raise_among_others(e)
+                    self.finish(heard[i][0], State.FAILED, "error", e)
 
-    def _take(self, sequence: Served, token: Token) -> None:
+    def _take(self, sequence: Served, token: Token) -> tuple[str | None, Exception | None]:
+        """Hands a token on; why the answer ends with it, if it does, and what a callback raised."""
         request = sequence.request
-        sequence.tokens.append(token.id)
         before = request.last_token
-        request.emit(token)
-        since = request.arrived if before is None else before
-        self.observe("first" if before is None else "next", (request.last_token or since) - since)
-        if reason := ended(sequence):
-            self._end(sequence, reason)
+        try:
+            request.emit(token)
+            since = request.arrived if before is None else before
+            self.observe("first" if before is None else "next", (request.last_token or since) - since)
+            return ended(sequence), None
+        except Exception as e:
+            return "error", e
 
     def _end(self, sequence: Served, reason: str) -> None:
         if sequence.seat is not None and sequence.done <= len(sequence.tokens) and not sequence.swapped:

@@ -7,7 +7,7 @@ prefixes, then of sequences behind it. The first in rank therefore always gets o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -168,6 +168,15 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         self.memory.release(sequence)
+
+    def given_up(self, now: float) -> Iterator[tuple[Sequence, str]]:
+        """Sequences that are cancelled, or late at a time of `time.monotonic`, and which."""
+        for sequence in (*self.waiting, *self.running):
+            request = sequence.request
+            if request.cancelling:
+                yield sequence, "cancelled"
+            elif request.deadline is not None and now > request.deadline:
+                yield sequence, "deadline"
 
     def plan(self) -> Work:
         """What to do next; pages for it are reserved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,15 @@ class Sizes:
     def needs(self, tokens: int) -> int:
         """Bytes that a sequence of so many tokens needs at most."""
         return self.ring + -(-tokens // self.page_size) * self.column
+
+
+def longest(fits: Callable[[int], bool], most: int) -> int:
+    """Tokens of the longest sequence that fits where nothing else is held, up to so many."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def bytes_of(memory: float | int | str, device: torch.device) -> int:

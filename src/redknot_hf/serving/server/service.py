@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from redknot_hf.serving.load import Load
+from redknot_hf.serving.sizes import longest
 from redknot_hf.serving.stops import ends_of
 
 from .answers import Answers
@@ -153,12 +154,3 @@ class Service:
                     e.headers = {"retry-after": str(self.metrics.seconds_to_a_place)}
                 raise
         return answers
-
-
-def longest(fits: Callable[[int], bool], most: int) -> int:
-    """Tokens of the longest sequence that fits where nothing else is held."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
