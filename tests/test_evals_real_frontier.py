@@ -94,7 +94,7 @@ def test_all_global_is_dense_and_figures_are_paired(measured, tmp_path):
         compared.Contender("drift", 0.3, 0.3, drift.plan(budget=0.3)),
         compared.Contender("all", 1.0, 1.0, HeadPlan.uniform(model.config, HeadSpec())),
     ]
-    lines = [json.dumps({"length": 300, "hardware": {"device": "none"}})]
+    lines = [json.dumps({"length": 300, "texts": "", "hardware": {"device": "none"}})]
     for index in range(6):
         item = Item(torch.randint(1, 97, (300,), generator=generator).tolist())
         item.answers = {task: [[100 + 20 * i, 101 + 20 * i], [110 + 20 * i]] for i, task in enumerate(TASKS)}

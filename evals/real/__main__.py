@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,7 +14,7 @@ from evals import head_map
 from evals.figures import STYLES, render
 from evals.real import model as real_model
 from evals.real import reuse_summary
-from evals.real.frontier import Job, load, measure
+from evals.real.frontier import Job, load, make_profiles, measure
 from evals.real.summary import draw, summarize, table, write
 from redknot_hf.profiling import HeadProfile
 
@@ -22,6 +22,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.callback()(disable_progress_bar)
 
 Folder = Annotated[Path, typer.Option("--model", help="folder of the model; where `fetch` puts it")]
+
+Device = Annotated[str | None, typer.Option(help="by default a GPU if there is one")]
 
 
 @app.command()
@@ -46,15 +48,36 @@ def frontier(  # noqa: PLR0913 - options of a command
     profiles: Annotated[Path | None, typer.Option(help="folder of a run whose profiles are taken")] = None,
     loss: Annotated[list[float], typer.Option(help="budgets that are searched further")] = [],  # noqa: B006
     seconds: Annotated[float, typer.Option(help="after which no further item is begun")] = float("inf"),
-    device: Annotated[str | None, typer.Option(help="by default a GPU if there is one")] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="kvpress, quanto and hqq too, which must be installed")
+    ] = False,
+    device: Device = None,
 ) -> None:
     """Profile the model, and ask the plans of every method and budget the same questions."""
+    loaded, tokenizer = _loaded(model, device)
+    measure(Job(loaded, tokenizer, length, count, tuple(loss), seconds, out, first, profiles, peers))
+
+
+@app.command()
+def profile(
+    names: Annotated[list[str], typer.Argument(help="drift, mass, 'drift at 2K', or 'loss B' for a budget B")],
+    out: Annotated[Path, typer.Option(help="folder for the profiles, for `frontier --profiles`")],
+    model: Folder = real_model.FOLDER,
+    length: Annotated[int, typer.Option(help="tokens of a prompt")] = 7168,
+    device: Device = None,
+) -> None:
+    """Make some of the frontier's profiles alone: several processes may make them side by side."""
+    loaded, tokenizer = _loaded(model, device)
+    out.mkdir(parents=True, exist_ok=True)
+    make_profiles(Job(loaded, tokenizer, length, 0, (), 0, out), names, print)
+
+
+def _loaded(model: Path, device: str | None) -> tuple[Any, Any]:
     try:
         folder = real_model.folder(model)
     except FileNotFoundError as e:
         raise SystemExit(f"error: {e}") from e
-    loaded, tokenizer = load(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    measure(Job(loaded, tokenizer, length, count, tuple(loss), seconds, out, first, profiles))
+    return load(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @app.command("summarize")

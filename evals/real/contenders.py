@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
+from evals.real.items import Item
 from redknot_hf import HeadPlan, HeadSpec
+from redknot_hf.attention.watching import restricted, watching
 from redknot_hf.profiling import HeadProfile
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.28, 0.4, 0.53)
@@ -24,12 +27,18 @@ class Contender:
     Attributes:
         budget: Share of the bytes that was asked for.
         kept: Share that the plan keeps of a text of the frontier's length.
+        tells_text: Whether it is in force while a text is read.
     """
 
     method: str
     budget: float
     kept: float
     plan: HeadPlan
+    tells_text = True
+
+    def running(self, model: Any, item: Item) -> AbstractContextManager[None]:
+        """The model answers an item under it, for the duration."""
+        return watching(model, restricted(self.plan))
 
 
 def contenders(config: Any, length: int, profiles: dict[str, HeadProfile]) -> Iterator[Contender]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evals.identity import hardware, versions
 from evals.real.contenders import Contender, contenders, part
 from evals.real.items import Item, items
-from evals.real.texts import docstrings
+from evals.real.peers import Peer, peers
+from evals.real.texts import docstrings, fingerprint
 from redknot_hf import HeadPlan, HeadSpec
-from redknot_hf.attention.watching import restricted, watching
 from redknot_hf.profiling import HeadProfile, calibration_kinds, calibration_prompts, profile_heads, python_texts
 
 STORAGES = ("int8", "int4")
-_SECONDS = 30  # of a search by loss
+_SECONDS = 60  # of a search by loss
 _ROUNDS = 2  # prompts of every kind that are measured, and as many again to confirm on
 
 
@@ -40,6 +40,7 @@ class Job:
         count: Items.
         first: Number of the first: runs of other numbers add to it.
         profiles: Folder of a run whose profiles are taken; without one they are measured.
+        peers: Whether other libraries' ways are asked too.
         swapped: Budgets for which the plans of drift are searched further, by `loss`.
         seconds: After which no further item is begun.
     """
@@ -53,6 +54,7 @@ class Job:
     out: Path
     first: int = 0
     profiles: Path | None = None
+    peers: bool = False
 
 
 def load(folder: Path, device: str, dtype: str = "bfloat16") -> tuple[Any, Any]:
@@ -65,10 +67,15 @@ def measure(job: Job, say: Callable[[str], object] = print) -> None:
     """Writes the profiles, the plans' figures at the length, item by item, and what it was run on, into a folder."""
     start = time.perf_counter()
     job.out.mkdir(parents=True, exist_ok=True)
-    profiles = make_profiles(job, say) if job.profiles is None else read_profiles(job.profiles)
-    plans = list(contenders(job.model.config, job.length, profiles))
+    profiles = read_profiles(job.profiles) if job.profiles else make_profiles(job, names(job), say)
+    plans: list[Contender | Peer] = list(contenders(job.model.config, job.length, profiles))
+    plans += peers() if job.peers else []
     about = {**hardware(job.model.device), **versions(("torch", "transformers"))}
-    head = {"length": job.length, "seconds": {name: p.provenance["seconds"] for name, p in profiles.items()}}
+    head = {
+        "length": job.length,
+        "texts": fingerprint(),
+        "seconds": {name: p.provenance["seconds"] for name, p in profiles.items()},
+    }
     with (job.out / "items.jsonl").open("w") as lines:
         lines.write(json.dumps({**head, "hardware": about}) + "\n")
         every = items(job.tokenizer, docstrings(), job.length, job.first + job.count)
@@ -81,34 +88,37 @@ def measure(job: Job, say: Callable[[str], object] = print) -> None:
     say(f"{len(plans)} plans, {time.perf_counter() - start:.0f} s")
 
 
-def make_profiles(job: Job, say: Callable[[str], object]) -> dict[str, HeadProfile]:
-    """The profiles that a frontier compares, each written to the folder."""
+def names(job: Job) -> list[str]:
+    """The profiles that a frontier compares."""
+    short = ["drift at 2K"] if job.length > 2048 else []
+    return ["drift", "mass", *(f"loss {budget}" for budget in job.swapped), *short]
+
+
+def make_profiles(job: Job, wanted: list[str], say: Callable[[str], object]) -> dict[str, HeadProfile]:
+    """Some profiles by their names, each written to the folder.
+
+    Raises:
+        ValueError: A name is none of a method with its budget, or at its length.
+    """
     texts = python_texts()
     kinds = calibration_kinds(texts)
-    inputs, held_out = (
-        calibration_prompts(job.tokenizer, length=job.length, count=_ROUNDS * len(kinds), texts=texts, seed=seed)
-        for seed in (1, 2)
-    )
     found: dict[str, HeadProfile] = {}
-
-    def keep(name: str, profile: HeadProfile) -> None:
+    for name in wanted:
+        method, _, rest = name.partition(" ")
+        length = 2048 if rest == "at 2K" else job.length
+        inputs, held_out = (
+            calibration_prompts(job.tokenizer, length=of, count=_ROUNDS * len(kinds), texts=texts, seed=seed)
+            for of, seed in ((length, 1), (job.length, 2))
+        )
+        options: dict[str, Any] = {} if method == "mass" else {"storages": STORAGES}
+        if method == "loss":
+            options |= {"seconds": _SECONDS}
+        budget = float(rest) if method == "loss" else 0.2
+        profile = profile_heads(job.model, inputs, method=method, budget=budget, held_out=held_out, **options)
         found[name] = profile
         profile.save(job.out / f"{name.replace(' ', '_')}.json")
         say(f"{name}: {profile.provenance['seconds']} s, overlap {profile.provenance.get('overlap')}")
-
-    options: dict[str, Any] = {"storages": STORAGES, "held_out": held_out}
-    keep("drift", profile_heads(job.model, inputs, budget=0.2, **options))
-    found |= parts(found["drift"])
-    keep("mass", profile_heads(job.model, inputs, method="mass", budget=0.2, held_out=held_out))
-    for budget in job.swapped:
-        keep(
-            f"loss {budget}",
-            profile_heads(job.model, inputs, method="loss", budget=budget, seconds=_SECONDS, **options),
-        )
-    short = calibration_prompts(job.tokenizer, length=2048, count=_ROUNDS * len(kinds), texts=texts, seed=1)
-    if job.length > 2048:
-        keep("drift at 2K", profile_heads(job.model, short, budget=0.2, **options))
-    return found
+    return found | (parts(found["drift"]) if "drift" in found else {})
 
 
 def parts(drift: HeadProfile) -> dict[str, HeadProfile]:
@@ -125,12 +135,14 @@ def read_profiles(folder: Path) -> dict[str, HeadProfile]:
     return {"drift": found["drift"], **parts(found["drift"]), **found}
 
 
-def asked(model: Any, index: int, item: Item, plans: list[Contender]) -> list[dict[str, Any]]:
+def asked(model: Any, index: int, item: Item, plans: Sequence[Contender | Peer]) -> list[dict[str, Any]]:
     """A line for the dense model and for every plan: of every task answers, right ones, and sums over its tokens."""
-    dense = predicted(model, HeadPlan.uniform(model.config, HeadSpec()), item)
+    dense = predicted(model, Contender("dense", 1.0, 1.0, HeadPlan.uniform(model.config, HeadSpec())), item)
     rows = [{"item": index, "method": "dense", "budget": 1.0, "kept": 1.0, "tasks": scored(item, dense, dense)}]
     for one in plans:
-        tasks = scored(item, predicted(model, one.plan, item), dense)
+        tasks = scored(item, predicted(model, one, item), dense)
+        if not one.tells_text:
+            del tasks["text"]
         rows.append(
             {"item": index, "method": one.method, "budget": one.budget, "kept": round(one.kept, 5), "tasks": tasks}
         )
@@ -138,10 +150,10 @@ def asked(model: Any, index: int, item: Item, plans: list[Contender]) -> list[di
 
 
 @torch.no_grad()
-def predicted(model: Any, plan: HeadPlan, item: Item) -> torch.Tensor:
+def predicted(model: Any, contender: Contender | Peer, item: Item) -> torch.Tensor:
     """Log-probabilities at the places that are scored, `[places, words]`."""
     rows = torch.tensor(item.places, device=model.device) - 1
-    with watching(model, restricted(plan)):
+    with contender.running(model, item):
         out = model(torch.tensor([item.ids], device=model.device), use_cache=False, logits_to_keep=rows)
     return out.logits[0].float().log_softmax(-1)
 

@@ -42,11 +42,13 @@ class Item:
 
     Attributes:
         ids: All of its tokens.
+        context: How many of them come before the first question.
         answers: Of every task the places of each answer's tokens; an answer is right if all of them are.
     """
 
     ids: list[int]
     answers: dict[str, list[list[int]]] = field(default_factory=dict)
+    context: int = 0
 
     @property
     def places(self) -> list[int]:
@@ -89,7 +91,7 @@ def _item(rng: random.Random, encode: Any, source: list[int], length: int) -> It
     passage = source[start + room + _GAP : start + room + _GAP + _PASSAGE]
     body = _hidden(rng, source[start : start + room], facts)
     at = rng.randint(0, len(body) // 4)
-    item = Item(body[:at] + line + passage + body[at:])
+    item = Item(body[:at] + line + passage + body[at:], context=len(body) + len(line) + len(passage))
     half = range(len(item.ids) // 2, len(item.ids))
     item.answers["text"] = [[place] for place in list(half)[:: max(1, len(half) // _TEXT)][:_TEXT]]
     for question, answer, task in asked:

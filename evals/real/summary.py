@@ -20,6 +20,9 @@ def summarize(*sources: Path) -> list[Line]:
 
     Of every task: `answers`, `right` (share, in points), `apart` (points to dense on the same answers: value, low,
     high), `kl` (nats a token: value, low, high), `top1` (share of tokens as dense, in points).
+
+    Raises:
+        ValueError: The files are of several lengths, or of texts of several versions of Python.
     """
     heads, found_rows = [], {}
     for source in sources:
@@ -27,8 +30,10 @@ def summarize(*sources: Path) -> list[Line]:
         heads.append(head)
         found_rows |= {(row["item"], row["method"], row["budget"]): row for row in rows}
     head, rows = heads[0], list(found_rows.values())
-    if any(other["length"] != head["length"] for other in heads):
-        raise ValueError(f"the items are of lengths {sorted({other['length'] for other in heads})}: summarize each")
+    for what in ("length", "texts"):
+        if any(other[what] != head[what] for other in heads):
+            found = sorted({other[what] for other in heads})
+            raise ValueError(f"the items are of several {what}, {found}: summarize each apart")
     dense = {row["item"]: row["tasks"] for row in rows if row["method"] == "dense"}
 
     def name(row: Line) -> tuple[float, str]:
@@ -37,7 +42,7 @@ def summarize(*sources: Path) -> list[Line]:
     found = []
     for (budget, method), of_it in groupby(sorted(rows, key=name), key=name):
         same = list(of_it)
-        tasks = {task: _figures(task, same, dense) for task in TASKS}
+        tasks = {task: _figures(task, same, dense) for task in TASKS if task in same[0]["tasks"]}
         found.append(
             {"benchmark": "real_frontier", "length": head["length"], "method": method, "budget": budget,
              "kept": same[0]["kept"], "items": len(same), "tasks": tasks, "hardware": head["hardware"]}
@@ -67,10 +72,14 @@ def table(lines: Sequence[Line]) -> str:
     """A Markdown table: right answers in per cent and, in brackets, KL to dense."""
     head = ["bytes kept", "method", *TASKS]
     rows = [head, ["---"] * len(head)]
-    for line in lines:
-        cells = (f"{line['tasks'][task]['right']:.1f} ({line['tasks'][task]['kl'][0]:.3f})" for task in TASKS)
-        rows.append([f"{line['kept']:.2f}", line["method"], *cells])
+    rows += [
+        [f"{line['kept']:.2f}", line["method"], *(_cell(line["tasks"].get(task)) for task in TASKS)] for line in lines
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(found: Line | None) -> str:
+    return f"{found['right']:.1f} ({found['kl'][0]:.3f})" if found else "-"
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
@@ -84,7 +93,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     figure = Figure((4 * len(TASKS), 7), layout="constrained")
     panels = figure.subplots(2, len(TASKS), sharex=True)
     for column, task in enumerate(TASKS):
-        for what, rows in _series(lines).items():
+        for what, rows in _series([line for line in lines if task in line["tasks"]]).items():
             kept = [line["kept"] for line in rows]
             style = {"marker": "o", "markersize": 3, "label": what, "linewidth": 2 if what == "drift" else 1}
             panels[0][column].plot(kept, [line["tasks"][task]["right"] for line in rows], **style)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,11 @@ def docstrings() -> str:
         if not {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"} & set(path.parts):
             found += _of(path)
     return "\n\n".join(found)
+
+
+def fingerprint() -> str:
+    """A hash of the docstrings, `sha256:` and 16 digits: they differ from one Python to another."""
+    return f"sha256:{hashlib.sha256(docstrings().encode()).hexdigest()[:16]}"
 
 
 def _of(path: Path) -> list[str]:

@@ -71,6 +71,22 @@ def attend_at(chip, dtype, dims, group, softcap=False, sink=False):
     return launch(chip, kernel, arguments, **tile["options"])
 
 
+def in_chunks(chip, dtype, dims, group, softcap=False, sink=False):
+    from redknot_kernels.triton import in_chunks as triton_in_chunks
+    from redknot_kernels.triton.configurations import configuration
+    from redknot_kernels.triton.prefill import padded
+
+    tile = configuration("prefill", chip, "chunks", 4 if dtype == "fp32" else 2, max(dims), group)
+    kernel, blocks = triton_in_chunks._in_chunks_kernel, padded(*dims, 8)
+    arguments = dict.fromkeys(kernel.arg_names, "i32")
+    arguments |= dict.fromkeys(("query", "key", "value", "key_cold", "value_cold", "s_aux", "out"), f"*{dtype}")
+    arguments |= {"places": "*i32", "ends": "*i32", "scale": "fp32", "softcap": "fp32"}
+    arguments |= {"GROUP": group, "DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": 64, "SOFTCAP": softcap}
+    arguments |= {"HAS_SINK": sink, "UPCAST": False, "BLOCK_M": tile["rows"], "BLOCK_N": tile["keys"]}
+    arguments |= {"BLOCK_D": blocks["BLOCK_D"], "BLOCK_V": blocks["BLOCK_V"]}
+    return compile_kernel(chip, kernel, arguments, **tile["options"])
+
+
 def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, softcap=False, storage=()):
     """`tokens`: `None` for as many as a launch takes."""
     from redknot_kernels.triton import decode as triton_decode
@@ -183,6 +199,7 @@ CASES = {
     "attend_at_logits": partial(attend_at, dtype="fp16", dims=(96, 80), group=5, softcap=True, sink=True),
     "attend_at_256": partial(attend_at, dtype="bf16", dims=(256, 256), group=8),
     "attend_at_fp32": partial(attend_at, dtype="fp32", dims=(256, 256), group=2),
+    "in_chunks": partial(in_chunks, dtype="bf16", dims=(64, 64), group=3, softcap=True, sink=True),
     "prefill": partial(prefill, past=False, dtype="bf16", dims=(128, 128), group=4),
     "prefill_band": partial(prefill, past=True, dtype="bf16", dims=(128, 128), group=4),
     "prefill_band_logits": partial(

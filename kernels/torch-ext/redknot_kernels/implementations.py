@@ -22,6 +22,7 @@ class Kernels(NamedTuple):
         cool, lay_out: Of stored heads: pages grow cold, and are read back for a long step.
         captured: `step` as an operator for `torch.compile` and CUDA graphs, and without new keys and values `decode`;
             `None` where the host must know lengths.
+        in_chunks: A whole text whose pages grow cold while it is read, without a cache; `None` where masks do as well.
     """
 
     append: Callable
@@ -34,6 +35,7 @@ class Kernels(NamedTuple):
     lay_out: Callable
     step_in_views: Optional[Callable] = None
     captured: Optional[Callable] = None
+    in_chunks: Optional[Callable] = None
 
 
 def implementation(name, device=None):
@@ -53,6 +55,7 @@ def implementation(name, device=None):
         raise ImportError("impl='triton' needs Triton: pip install triton, or pass impl='torch'")
     from .triton import attend_at as triton_attend_at
     from .triton import decode as triton_decode
+    from .triton import in_chunks as triton_in_chunks
     from .triton import prefill as triton_prefill
     from .triton import quantise as triton_quantise
     from .triton import thaw as triton_thaw
@@ -60,5 +63,5 @@ def implementation(name, device=None):
     return Kernels(
         triton_quantise.append, triton_decode.step, triton_decode.decode, triton_prefill.prefill,
         triton_attend_at.attend_at, triton_quantise.place, triton_quantise.cool, triton_thaw.lay_out,
-        captured=triton_decode.captured,
+        captured=triton_decode.captured, in_chunks=triton_in_chunks.in_chunks,
     )  # fmt: skip

@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from redknot_kernels import implementation
 from redknot_kernels.plain.quantise import dequantise_page, quantise_page
 from torch import Tensor, nn
 
@@ -16,8 +17,6 @@ from redknot_hf.plan.storage import HOT, PAGE_SIZE, cold_pages
 
 CHUNK = 256  # queries that see the same pages cold
 BITS = {"int8": 8, "int4": 4}
-# Queries that are attended in one call: on a GPU calls are what takes time, on a CPU keys that some need not see.
-_AT_ONCE = {"cuda": 1024, "cpu": CHUNK}
 
 Keys = Float[Tensor, "batch heads tokens key_dim"]
 Values = Float[Tensor, "batch heads tokens value_dim"]
@@ -43,22 +42,53 @@ def attend_stored(
         options: `scale`, `softcap` and `s_aux` (of these query heads), as kernels take them.
         rows: Where the queries stand, ascending, as a range or tuple; by default every token asks.
     """
-    group, device = query.shape[1] // key.shape[1], query.device
-    cold = [x.repeat_interleave(group, 1) for x in through_bits(key, value, BITS[storage])]
-    held = [x.repeat_interleave(group, 1) for x in (key, value)]
+    asked = range(key.shape[2]) if rows is None else rows
+    cold = through_bits(key, value, BITS[storage])
+    kernel = implementation(None, query.device).in_chunks
+    if kernel is not None:
+        where = _places(asked, CHUNK, query.device)
+        return kernel(query, key, value, cold, *where, PAGE_SIZE, **options)
+    return _masked(module, query, (key, value), cold, asked, options)
+
+
+def _masked(
+    module: nn.Module,
+    query: Float[Tensor, "batch query_heads rows key_dim"],
+    held: tuple[Keys, Values],
+    cold: tuple[Keys, Values],
+    rows: Sequence[int],
+    options: dict[str, Any],
+) -> Float[Tensor, "batch rows query_heads value_dim"]:
+    """The same chunk by chunk, in ordinary attention under masks."""
+    group = query.shape[1] // held[0].shape[1]
+    wide = [[x.repeat_interleave(group, 1) for x in pair] for pair in (held, cold)]
     outs = []
-    at_once = _AT_ONCE.get(device.type, CHUNK)
-    for part in _parts(range(key.shape[2]) if rows is None else rows, CHUNK, at_once, device):
+    for part in _parts(rows, CHUNK, query.device):
         keys, values = (
             torch.cat(
                 [x[:, :, : min(PAGE_SIZE, part.stop)], y[:, :, PAGE_SIZE : part.cold], x[:, :, part.hot : part.stop]],
                 2,
             )
-            for x, y in zip(held, cold, strict=True)
+            for x, y in zip(*wide, strict=True)
         )
         mine = query[:, :, part.first : part.last]
         outs.append(dense_attention(module, mine, keys, values, part.seen[None, None], 0.0, {}, **options))
     return torch.cat(outs, 1)
+
+
+@lru_cache(maxsize=2)  # all layers ask for the same
+@torch.inference_mode(False)  # so that what was made in inference mode can be used outside of it
+def _places(
+    rows: Sequence[int], chunk: int, device: torch.device
+) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Where the queries stand, and where for each the cold pages end."""
+    ends = [_end(row, chunk) for row in rows]
+    first, second = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (list(rows), ends))
+    return first, second
+
+
+def _end(row: int, chunk: int) -> int:
+    return PAGE_SIZE * (1 + cold_pages(row // chunk * chunk, PAGE_SIZE, HOT))
 
 
 class _Part(NamedTuple):
@@ -81,11 +111,11 @@ class _Part(NamedTuple):
 
 @lru_cache(maxsize=2)  # all layers ask for the same
 @torch.inference_mode(False)  # so that what was made in inference mode can be used outside of it
-def _parts(rows: Sequence[int], chunk: int, at_once: int, device: torch.device) -> tuple[_Part, ...]:
+def _parts(rows: Sequence[int], chunk: int, device: torch.device) -> tuple[_Part, ...]:
     found = []
-    for first in range(0, len(rows), at_once):
-        mine = rows[first : first + at_once]
-        ends = [PAGE_SIZE * (1 + cold_pages(row // chunk * chunk, PAGE_SIZE, HOT)) for row in mine]
+    for first in range(0, len(rows), chunk):
+        mine = rows[first : first + chunk]
+        ends = [_end(row, chunk) for row in mine]
         cold, hot, stop = ends[-1], ends[0], mine[-1] + 1
         place = torch.arange(stop, device=device)
         row, end = (torch.tensor(x, device=device)[:, None] for x in (list(mine), ends))

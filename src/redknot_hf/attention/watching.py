@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from redknot_kernels import implementation
+from redknot_kernels.plain.pages import head_index, take_heads
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -62,7 +64,7 @@ class Call:
         """
         # A layer with a window of the model's own keeps its pages as they are.
         stores = [spec.storage if self.reach is None else "model" for spec in specs]
-        where = None if rows is None else torch.tensor(rows, device=self.query.device)
+        where = None if rows is None else _index(rows, self.query.device)
         if set(stores) == {"model"}:
             return _of(self._prefill(specs), where)
         batch, query_heads, tokens, _ = self.query.shape
@@ -70,14 +72,14 @@ class Call:
         out = self.query.new_empty(batch, asked, query_heads, self.value.shape[-1])
         grouped = out.unflatten(2, (self.heads, -1))
         for storage in set(stores):
-            heads = [head for head, mine in enumerate(stores) if mine == storage]
+            heads = tuple(head for head, mine in enumerate(stores) if mine == storage)
             part = self._take(heads)
             if storage == "model":
                 found = _of(part._prefill(tuple(specs[head] for head in heads)), where)
             else:
                 query = part.query if where is None else part.query[:, :, where]
                 found = attend_stored(part.module, query, part.key, part.value, storage, part.options, rows)
-            grouped[:, :, heads] = found.unflatten(2, (len(heads), -1))
+            grouped.index_copy_(2, head_index(heads, out.device), found.unflatten(2, (len(heads), -1)))
         return out
 
     def _prefill(self, specs: tuple[HeadSpec, ...]) -> Attended:
@@ -85,13 +87,20 @@ class Call:
         kernels = implementation(None, self.query.device)
         return kernels.prefill(self.query, self.key, self.value, None, rules, **self.options)
 
-    def _take(self, heads: list[int]) -> Call:
+    def _take(self, heads: tuple[int, ...]) -> Call:
         """The call of some of the KV heads."""
-        query = self.query.unflatten(1, (self.heads, -1))[:, heads].flatten(1, 2)
+        query = take_heads(self.query.unflatten(1, (self.heads, -1)), heads).flatten(1, 2)
         options = dict(self.options)
         if options["s_aux"] is not None:
-            options["s_aux"] = options["s_aux"].unflatten(0, (self.heads, -1))[heads].flatten()
-        return replace(self, query=query, key=self.key[:, heads], value=self.value[:, heads], options=options)
+            options["s_aux"] = options["s_aux"].unflatten(0, (self.heads, -1))[list(heads)].flatten()
+        key, value = take_heads(self.key, heads), take_heads(self.value, heads)
+        return replace(self, query=query, key=key, value=value, options=options)
+
+
+@lru_cache(maxsize=4)  # all layers ask for the same
+@torch.inference_mode(False)
+def _index(rows: tuple[int, ...], device: torch.device) -> Int[Tensor, " rows"]:
+    return torch.tensor(rows, device=device)
 
 
 def _of(out: Attended, rows: Int[Tensor, " rows"] | None) -> Asked:
