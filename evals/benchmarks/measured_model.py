@@ -88,6 +88,18 @@ class MeasuredModel:
         self.wait()
         return time.perf_counter() - start, ids
 
+    def captured_token(self, cache: Any, ids: torch.Tensor, turns: int = 5, more: int = 64) -> float:
+        """Seconds of a token that goes on: what many take longer than few, since both are captured first.
+
+        The median of several turns: capturing takes longer at one time than at another.
+        """
+        seconds = []
+        for _ in range(turns):
+            short, ids = self.captured(cache, ids, 8)
+            long, ids = self.captured(cache, ids, 8 + more)
+            seconds.append((long - short) / more)
+        return statistics.median(seconds)
+
     def ids(self, batch: int, length: int) -> torch.Tensor:
         """Random tokens."""
         return torch.randint(self.model.config.vocab_size, (batch, length), device=self.device)

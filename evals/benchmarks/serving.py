@@ -1,73 +1,80 @@
-"""Tokens a second of the engine: requests of one length, Llama-3.1-8B's shape with random weights, one device.
+"""Serving on one device, part by part: an engine of Llama-3.1-8B's shape with random weights, 1/8 of its heads global.
 
     python -m evals bench serving --out evals/results/serving.jsonl
 
-All requests are handed in at once; an engine reads their prompts in chunks beside what decodes already. Timed is every
-step, the device waited for: `step_ms` is the median of those in which all requests decode and nothing is read. The
-last line is JSON; `--out` appends it to a file.
+decoding  all requests decode: tokens a second, against a captured static batch; and with the global heads in int8
+arrivals  requests arrive and the device is full: steps against a roofline, sequences against a dense engine
+peer      the same requests by transformers' `generate_batch`, over SDPA
+host      what a step of 64 seats takes of the host, beside the replay of its graph
+prefix    requests that begin alike: time to the first token, pages in memory
+swap      a sequence goes to the host and comes back
+
+Each row is printed, and appended to `--out`, as a line of JSON as soon as it is measured, with its bars. `--part` runs
+some of them. The shape `toy` does a little of each on a CPU.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from evals.benchmarks.measured_model import MeasuredModel
-from evals.benchmarks.options import DEVICE, Device, Out, Shape, command
+from evals.benchmarks.options import DEVICE, Device, Out, command
+from evals.benchmarks.served.arrivals import arrivals
+from evals.benchmarks.served.decoding import decoding
+from evals.benchmarks.served.host import host
+from evals.benchmarks.served.peer import peer
+from evals.benchmarks.served.prefix import prefix
+from evals.benchmarks.served.scene import Scene, Work
+from evals.benchmarks.served.swap import swap
 from evals.result_file import write_line
-from redknot_hf.serving import Engine, Sampling
+
+PARTS: dict[str, Callable[[Scene, Work], Iterator[dict[str, Any]]]] = {
+    "host": host, "prefix": prefix, "swap": swap, "arrivals": arrivals, "decoding": decoding, "peer": peer,
+}  # fmt: skip
+# Requests, tokens of a prompt and of an answer, pages.
+WORKS = {
+    "8b": {
+        "host": Work(64, 512, 204, "8GiB"),
+        "prefix": Work(32, 16384 + 64, 8, "24GiB"),
+        "swap": Work(1, 32768, 60, "4GiB"),
+        "arrivals": Work(64, 8192, 256, "11GiB"),
+        "decoding": Work(32, 32768, 512, "24GiB"),
+        "peer": Work(16, 2048, 64, "8GiB"),
+    },
+    "toy": {
+        "host": Work(2, 70, 16, "8MiB"),
+        "prefix": Work(2, 320 + 64, 2, "32MiB"),
+        "swap": Work(1, 150, 12, "8MiB"),
+        "arrivals": Work(2, 1300, 12, "3MiB"),
+        "decoding": Work(2, 130, 62, "8MiB"),
+        "peer": Work(2, 40, 4, "8MiB"),
+    },
+}
 
 app = command()
 
 
-def decode_together(bench: MeasuredModel, requests: int, length: int, new: int, memory: str) -> dict[str, Any]:
-    """Serves requests to their end, and says what steps took in which all of them decode.
-
-    Raises:
-        RuntimeError: A request failed.
-    """
-    bench.model.set_attn_implementation("redknot")
-    engine = Engine(
-        bench.model, bench.plans["1/8 global"], memory=memory, max_batch=requests, max_len=length + new, chunk=8192,
-        parked=0,
-    )  # fmt: skip
-    asked = [engine.submit(ids, Sampling(max_new_tokens=new)) for ids in bench.ids(requests, length).tolist()]
-    bench.wait()
-    start = time.perf_counter()
-    times, tokens = [start], [0]
-    while not engine.idle:
-        engine.step()
-        bench.wait()
-        times.append(time.perf_counter())
-        tokens.append(sum(len(request.ids) for request in asked))
-    if failed := next((request.error for request in asked if request.error), None):
-        raise RuntimeError(f"a request failed: {failed}") from failed
-    gained = zip(times, times[1:], tokens, tokens[1:], strict=False)
-    read = requests  # tokens that the prompts themselves give
-    together = [after - before for before, after, had, has in gained if has - had == requests and had >= read]
-    step = statistics.median(together)
-    return {
-        "requests": requests, "length": length, "new": new, "step_ms": 1e3 * step, "steps": len(together),
-        "tokens_per_s": requests / step, "s": times[-1] - start, "pages_bytes": engine.memory.used()["total"],
-    }  # fmt: skip
-
-
 @app.command(help=__doc__)
 def main(
-    shape: Shape = "8b",
-    requests: Annotated[int, typer.Option(help="handed in at once")] = 32,
-    length: Annotated[int, typer.Option(help="tokens of a prompt")] = 8192,
-    new: Annotated[int, typer.Option(help="tokens of an answer")] = 192,
-    memory: Annotated[str, typer.Option(help="pages of the engine")] = "24GiB",
+    shape: Annotated[str, typer.Option(help=f"of the random Llama: {', '.join(WORKS)}")] = "8b",
+    parts: Annotated[list[str], typer.Option("--part", help=f"of {', '.join(PARTS)}")] = list(PARTS),
     device: Device = DEVICE,
     out: Out = None,
 ) -> None:
-    """Measures, and appends a line to a file."""
-    place = torch.device(device)
-    bench = MeasuredModel(shape, length + new, place)
-    row = decode_together(bench, requests, length, new, memory)
-    write_line(out, {"benchmark": "serving", "shape": shape, "rows": [row]}, place)
+    """Measures, and appends lines to a file."""
+    unknown = [name for name in parts if name not in PARTS]
+    if shape not in WORKS or unknown:
+        what = f"--part {unknown[0]}: give one of {', '.join(PARTS)}" if unknown else f"--shape {shape}"
+        raise typer.BadParameter(what if unknown else f"{what}: give one of {', '.join(WORKS)}")
+    works, place = WORKS[shape], torch.device(device)
+    scene = Scene(shape, max(works[name].length + works[name].new for name in parts), place)
+    for name in parts:
+        start = time.perf_counter()
+        for row in PARTS[name](scene, works[name]):
+            found = {"benchmark": "serving", "part": name, "shape": shape, **row}
+            write_line(out, {**found, "part_s": round(time.perf_counter() - start, 1)}, place)
+        scene.collect()

@@ -94,18 +94,6 @@ class Contest(MeasuredModel):
         self.forget(cache)
         return rows
 
-    def captured_token(self, cache: Any, ids: torch.Tensor) -> float:
-        """Seconds of a token that goes on: what many take longer than few, since both are captured first.
-
-        The median of several turns: capturing takes longer at one time than at another.
-        """
-        seconds = []
-        for _ in range(5):
-            short, ids = self.captured(cache, ids, 8)
-            long, ids = self.captured(cache, ids, 72)
-            seconds.append((long - short) / 64)
-        return statistics.median(seconds)
-
     def kernels(self, cache: Any, ids: torch.Tensor, tokens: int = 32) -> dict[str, float]:
         """Milliseconds that a captured token behind a prompt spends in each kernel, the longest first; `""` in all."""
         cache.reset()

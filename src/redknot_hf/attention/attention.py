@@ -52,6 +52,8 @@ def redknot_attention(
     _refuse(module, dropout, kwargs)
     step = key.redknot
     if torch.compiler.is_compiling():
+        if step.captured is not None:
+            return step.captured(step, query, options), None
         plain = attention_mask is None or describes_new_tokens(attention_mask, step.tokens)
         # Where a layer shares the keys, several tokens with padding among them are not the last of their rows.
         level = not step.written or attention_mask is None or step.tokens == 1

@@ -83,16 +83,21 @@ class Rows:
         if self.has_room(lengths):
             return
         needed = self.pages_needed(lengths)
-        missing_columns = needed.max(initial=0) - self.table.shape[2]
-        if missing_columns > 0:
-            self.page_table.ids = np.pad(self.table, ((0, 0), (0, 0), (0, missing_columns)), constant_values=ABSENT)
+        held, columns = self.table, int(needed.max(initial=0))
+        if columns > held.shape[2]:
+            self.page_table.ids = np.full((*held.shape[:2], columns), ABSENT, np.int32)
+            self.table[:, :, : held.shape[2]] = held
         missing = self._columns_below(needed) & (self.table == ABSENT)
-        if missing.any():
-            pages = allocate(int(missing.sum()))
+        count = int(missing.sum())
+        if count:
+            pages, at = allocate(count), 0
             for heads in self.kinds():  # each in the order of its rows, which keeps runs of pages together
                 block, where = self.table[:, heads], missing[:, heads]
-                block[where], pages = np.split(pages, [where.sum()])
-                self.table[:, heads] = block
+                end = at + int(where.sum())
+                if end > at:
+                    block[where] = pages[at:end]
+                    self.table[:, heads] = block
+                at = end
             self.page_table.version += 1
         self._reserved(lengths)
 

@@ -96,6 +96,8 @@ class Step:
         past: What the rows held before, where whoever attends asked for it.
         attend: Writes and attends the step in place of the storage: takes it, queries, mask and options. It is the one
             way to stand in for attention (reuse, refresh).
+        captured: What does the same inside of `torch.compile`; takes the step, queries and options. Without it only
+            the storage itself can be captured.
         said: What the cache's config calls the model's attention implementation.
     """
 
@@ -109,4 +111,5 @@ class Step:
     groups: list[Group] = field(default_factory=list)
     past: Any = None
     attend: Callable[..., Tensor] | None = None
+    captured: Callable[..., Tensor] | None = None
     said: str | None = None

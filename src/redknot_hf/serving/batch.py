@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from redknot_hf.cache.pool import staged
+from redknot_hf.cache.rows import Rows
 from redknot_hf.cache.storage import Storage
 
+from .capturing import CapturedStep
 from .memory import SeatMemory
 from .scheduler import Sequence
 from .stepping import Batch, ColdCounts
@@ -29,23 +32,26 @@ class Seats:
         lengths: Tokens that the rows of each seat hold.
         cold: Cold pages that each stored row of a seat has, in all layers alike.
         captures: Whether steps are captured.
+        graphs: Captured steps, by the number of seats.
 
     Args:
         memory: Whose pages are read.
         seats: How many.
         longest: Tokens of a sequence at most.
         capture: Whether to capture steps; only on a device and with kernels that can.
+        compiled: Whether captured steps are compiled before, once for all seats.
     """
 
-    def __init__(self, memory: SeatMemory, seats: int, longest: int, capture: bool) -> None:
+    def __init__(self, memory: SeatMemory, seats: int, longest: int, capture: bool, compiled: bool = False) -> None:
         self.memory, self.model = memory, memory.model
         first = next(iter(memory.layers.values()))
         self.device = first.device
         self._lay_out(seats, -(-longest // memory.page_size))
-        self._who: list[tuple[Sequence, int, int] | None] = [None] * seats
+        self._who: list[_Seated | None] = [None] * seats
         capture = capture and self.device.type == "cuda" and first.kernels.captured is not None
         self.captures = capture and memory.ranks.captures
-        self._graphs: dict[int, _Graph] = {}
+        self.compiled = compiled
+        self.graphs: dict[int, CapturedStep] = {}
         self.replays = 0
 
     def _lay_out(self, seats: int, columns: int) -> None:
@@ -74,9 +80,9 @@ class Seats:
                 row[at : at + heads * width].reshape(heads, width)[:, : table.shape[1]] += np.maximum(table, 0)
         return row
 
-    def _version(self, sequence: Sequence) -> int:
-        """Another number for every change of the tables."""
-        return sum(x.rows.version for i in self.memory.kinds for x in sequence.held.layers[i].storage.held(0))
+    def _rows(self, sequence: Sequence) -> list[Rows]:
+        """Rows whose versions tell of every change of its tables: of one layer of each kind, cold ones too."""
+        return [x.rows for i in self.memory.kinds for x in sequence.held.layers[i].storage.held(0)]
 
     def _cold_pages(self, sequence: Sequence) -> int:
         """Cold pages of each stored row of a sequence."""
@@ -93,16 +99,18 @@ class Seats:
         """
         seat = sequence.seat
         assert seat is not None
-        version = self._version(sequence)
         who = self._who[seat]
-        if who is None or who[0] is not sequence or who[1] != version or who[2] != id(sequence.held):
+        new = who is None or who.sequence is not sequence or who.held is not sequence.held
+        rows = self._rows(sequence) if who is None or new else who.rows
+        version = sum(x.page_table.version for x in rows)
+        if who is None or new or version != who.version:
+            self._who[seat] = _Seated(sequence, sequence.held, rows, version)
             self._flat[seat].copy_(staged(self._table(sequence), self.device), non_blocking=True)
-            if who is None or who[0] is not sequence or who[2] != id(sequence.held):
-                self.lengths[seat].fill_(sequence.done)
-                self.cold[seat].fill_(self._cold_pages(sequence))
-                if first is None:
-                    self.last[seat].fill_(sequence.tokens[-1])
-        self._who[seat] = sequence, version, id(sequence.held)
+        if new:
+            self.lengths[seat].fill_(sequence.done)
+            self.cold[seat].fill_(self._cold_pages(sequence))
+            if first is None:
+                self.last[seat].fill_(sequence.tokens[-1])
         if first is not None:
             self.last[seat : seat + 1].copy_(first)
             self.lengths[seat].fill_(sequence.done)
@@ -119,7 +127,8 @@ class Seats:
         with self._for_decoding():
             if self.captures:
                 most = len(self._who)
-                logits = self._replay(min(next((n for n in GRAPHS if n > max(seats)), most), most), at)
+                size = most if self.compiled else min(next((n for n in GRAPHS if n > max(seats)), most), most)
+                logits = self._replay(size, at)
             else:
                 logits = self._run(at)
         self.lengths.index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
@@ -152,21 +161,24 @@ class Seats:
         counts = torch.cat([lengths, lengths.new_zeros(1)]).repeat(len(self.memory.layers), 1)
         frozen = ColdCounts(self.memory.layers, len(at), self.device)
         frozen.set(cold)
-        batch = Batch(self.memory, *self.tables(flat), counts, frozen, None)
+        batch = Batch(self.memory, *self.tables(flat), counts, frozen.of, None)
         ids = self.last.index_select(0, at)[:, None]
-        return self._forward(ids, lengths.long()[:, None], batch)
+        return self._forward(ids, lengths.long()[:, None], batch, self.model)
 
-    def _forward(self, ids: Tensor, positions: Tensor, batch: Batch) -> Float[Tensor, "sequences words"]:
+    def _forward(
+        self, ids: Tensor, positions: Tensor, batch: Batch, model: Callable[..., Any]
+    ) -> Float[Tensor, "sequences words"]:
         mask = torch.ones(len(ids), 1, 1, 1, dtype=torch.bool, device=self.device)
-        out = self.model(
+        out = model(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{self.memory.name: batch}
         )
         return out.logits[:, -1]
 
     def _replay(self, size: int, at: Int[Tensor, " sequences"]) -> Float[Tensor, "sequences words"]:
-        if size not in self._graphs:
-            self._graphs[size] = _Graph(self, size)
-        graph = self._graphs[size]
+        if size not in self.graphs:
+            tables = self.tables(self._flat[:size])
+            self.graphs[size] = CapturedStep(self.memory, tables, size, self._forward, self.compiled)
+        graph = self.graphs[size]
         graph.real.zero_().index_fill_(0, at, True)
         graph.ids.copy_(self.last[:size, None])
         torch.mul(self.lengths[:size], graph.real[:, 0], out=graph.lengths)
@@ -178,28 +190,13 @@ class Seats:
         return graph.logits.index_select(0, at)
 
 
-class _Graph:
-    """A captured step of a batch of one size: what it reads and writes stays where it is."""
+class _Seated(NamedTuple):
+    """Who sits in a seat, what it held and of which version its tables were when they were brought there."""
 
-    def __init__(self, seats: Seats, size: int) -> None:
-        device = seats.device
-        with torch.inference_mode(False):
-            self.ids = torch.zeros(size, 1, dtype=torch.long, device=device)
-            self.positions = torch.zeros(size, 1, dtype=torch.long, device=device)
-            self.lengths = torch.zeros(size, dtype=torch.int32, device=device)
-            self.real = torch.zeros(size, 1, dtype=torch.bool, device=device)
-            self.counts = torch.zeros(len(seats.memory.layers), size + 1, dtype=torch.int32, device=device)
-            self.cold = ColdCounts(seats.memory.layers, size, device)
-        batch = Batch(seats.memory, *seats.tables(seats._flat[:size]), self.counts, self.cold, self.real)
-        run = lambda: seats._forward(self.ids, self.positions, batch.renewed())  # noqa: E731
-        run()  # no seat is real, so this changes nothing but compiles what it calls
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.logits = run()
-
-    def replay(self) -> None:
-        self._graph.replay()
+    sequence: Sequence
+    held: Any
+    rows: list[Rows]
+    version: int
 
 
 def _columns(storage: Storage, columns: int) -> int:

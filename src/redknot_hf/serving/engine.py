@@ -58,6 +58,8 @@ class Engine(Loop):
         page_size, impl: Of the cache.
         host: Bytes on the host for sequences that are swapped out.
         capture: Whether steps of decoding are CUDA graphs, where they can be.
+        compiled: Whether these are compiled before (`torch.compile`): the first step waits most of a minute for it,
+            and the later ones, which then are steps of all seats, are shorter.
         rank_timeout: Seconds that ranks wait for each other, before they end with an error.
 
     Raises:
@@ -83,6 +85,7 @@ class Engine(Loop):
         impl: str | None = None,
         host: int = 8 << 30,
         capture: bool = True,
+        compiled: bool = False,
         rank_timeout: float | int = 600,
     ) -> None:
         super().__init__(queue)
@@ -99,7 +102,7 @@ class Engine(Loop):
             page_size=page_size, impl=impl, host=host, parked=parked, ranks=self.ranks,
         )  # fmt: skip
         self.scheduler = scheduling.Scheduler(self.memory, max_batch, chunk, preempt, lambda: self.reader.settle())
-        seats = Seats(self.memory, max_batch, self.max_len, capture)
+        seats = Seats(self.memory, max_batch, self.max_len, capture, compiled)
         self.documents = None if store is None else Documents(store, model, self.plan, chunk, tokenizer)
         self.reader = Reader(self.memory, seats, self._finish, park_every * chunk, self.documents)
         self.observe: Callable[[str, float], None] = lambda name, value: None

@@ -245,7 +245,7 @@ class Reader:
 def ended(sequence: Served) -> str | None:
     """Why an answer ends with its last token; `None` if it goes on."""
     request = sequence.request
-    if sequence.stopper.ends(request.ids):
+    if sequence.stopper.ends([x.id for x in request.tokens[-sequence.stopper.tail :]]):
         return "stop"
     return "length" if len(request.tokens) >= request.sampling.max_new_tokens else None
 

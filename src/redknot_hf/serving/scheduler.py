@@ -15,6 +15,8 @@ from .request import Request, State
 
 # Tokens beyond its prompt that a sequence has room for when it begins, so that it is not preempted at once.
 AHEAD = 64
+# Tokens for which it gets pages at once later on, where nobody waits and all that run could have as many.
+FAR = 512
 
 
 @dataclass(eq=False)
@@ -244,6 +246,9 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, tokens: int) -> None:
         """Gives a running sequence pages, if need be those of others behind it, or else lets it wait."""
         if tokens <= sequence.reserved:
+            return
+        if not self.waiting and self.memory.fits(sequence, tokens + FAR * len(self.running)):
+            self.memory.grow(sequence, min(tokens + FAR, sequence.longest))
             return
         while not self.memory.fits(sequence, tokens):
             if self.memory.evict():

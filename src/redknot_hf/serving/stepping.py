@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,21 +53,16 @@ class Batch(Cache):
         memory: SeatMemory,
         hot: Mapping[int, Int[Tensor, "seats heads columns"]],
         cold: Mapping[int, Int[Tensor, "seats heads cold_columns"]],
-        counts: Int[Tensor, "layers seats_and_one"],
-        frozen: ColdCounts,
+        counts: Iterable[Int[Tensor, " seats_and_one"]],
+        frozen: Mapping[int, Int[Tensor, "seats heads"]],
         real: Bool[Tensor, "seats 1"] | None,
     ) -> None:
-        self._made_of = memory, hot, cold, counts, frozen, real
         count = dict(zip(hot, counts, strict=True))
         layers = [
-            BatchLayer(memory.layers[i], hot[i], count[i], real, cold.get(i), frozen.of.get(i)) if i in hot else layer
+            BatchLayer(memory.layers[i], hot[i], count[i], real, cold.get(i), frozen.get(i)) if i in hot else layer
             for i, layer in enumerate(memory.root.layers)
         ]
         super().__init__(layers=layers)
-
-    def renewed(self) -> Batch:
-        """Another for the next step."""
-        return Batch(*self._made_of)
 
 
 class BatchLayer(CacheLayerMixin):
@@ -86,6 +81,9 @@ class BatchLayer(CacheLayerMixin):
     ) -> None:
         super().__init__()
         self.storage, self.table, self.counts, self.real = storage, table, counts, real
+        rules = storage.rows.rules
+        # As the operator of a compiled step takes them.
+        self.bounds, self.most_kept = rules.tensors(table.device), rules.most_kept(table.shape[2])
         self.cold: Cold | None = None
         if cold is not None and frozen is not None:
             int8, int4 = (None if x is None else x.pool.pages for x in map(storage.cold.parts.get, (8, 4)))
@@ -97,7 +95,7 @@ class BatchLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Handles whose step is attended by this layer."""
-        step = Step(self.storage, key_states, value_states, 1, 0, attend=self.attend)
+        step = Step(self.storage, key_states, value_states, 1, 0, attend=self.attend, captured=self.captured)
         return RedKnotHandle.wrap(key_states, step), RedKnotHandle.wrap(value_states, step)
 
     def attend(self, step: Step, query: Query, mask: Any, options: dict[str, Any]) -> Output:
@@ -111,6 +109,22 @@ class BatchLayer(CacheLayerMixin):
         return storage.kernels.step(
             query, pages, step.key, step.value, self.table, self.counts, self.real, rules, cold=self.cold, **options
         )
+
+    def captured(self, step: Step, query: Query, options: dict[str, Any]) -> Output:
+        """What `attend` does, inside of `torch.compile`."""
+        storage, cold, new, stored = self.storage, self.cold, (step.key, step.value), {}
+        if step.written:
+            new = None, None
+        if cold is not None:
+            pools = (*(cold.int8 or (None, None)), *(cold.int4 or (None, None)))
+            stored = {
+                "stored": (*pools, cold.table, cold.counts, [*storage.rows.rules.storage], storage.rows.rules.hot)
+            }
+        step.written = True
+        return storage.kernels.captured(  # pyright: ignore[reportOptionalCall]
+            query, *storage.pool.pages, *new, self.table, self.counts, self.real, self.bounds, self.most_kept,
+            storage.rows.rules.reach, options["scale"], options["softcap"], options["s_aux"], **stored,
+        )  # fmt: skip
 
     def get_seq_length(self) -> int:
         """No mask describes the past."""

@@ -11,6 +11,9 @@ from .request import Sampling
 class Stopper:
     """Looks at every token of one answer.
 
+    Attributes:
+        tail: Last tokens of the answer that it looks at.
+
     Args:
         sampling: What ends it.
         ends: The model's own ends.
@@ -21,15 +24,15 @@ class Stopper:
         self.ids = {*sampling.stop_ids, *(() if sampling.ignore_eos else ends)}
         self.strings, self.tokenizer = tuple(sampling.stop), tokenizer
         # A string spans so many tokens at most, of which each has a byte at least.
-        self._tail = max((len(text.encode()) for text in self.strings), default=0) + 4
+        self.tail = max(len(text.encode()) for text in self.strings) + 4 if self.strings else 1
 
     def ends(self, answer: Sequence[int]) -> bool:
-        """Whether an answer ends with its last token."""
+        """Whether an answer, of which the last `tail` tokens are enough, ends with its last token."""
         if answer[-1] in self.ids:
             return True
         if not self.strings:
             return False
-        text = self.tokenizer.decode(answer[-self._tail :], skip_special_tokens=True)
+        text = self.tokenizer.decode(answer[-self.tail :], skip_special_tokens=True)
         return any(string in text for string in self.strings)
 
 
