@@ -68,12 +68,17 @@ class Source:
         """Loads the tokenizer."""
         return AutoTokenizer.from_pretrained(self.name, **self._where)
 
-    def model(self) -> Any:
-        """Loads the model, with attention "redknot"."""
+    def model(self, ranks: int = 1) -> Any:
+        """Loads the model, with attention "redknot"; of several ranks each loads its heads, on its own device."""
+        more: dict[str, Any] = self._where
+        if ranks > 1:
+            from transformers.distributed import DistributedConfig
+
+            more = {**more, "distributed_config": DistributedConfig(tp_size=ranks, tp_plan="auto")}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self.name, dtype=self._dtype, attn_implementation="redknot", **self._where
+            self.name, dtype=self._dtype, attn_implementation="redknot", **more
         )
-        return loaded.to(self._device)
+        return loaded if ranks > 1 else loaded.to(self._device)
 
 
 def _amiss(name: str, gguf: str | None) -> str | None:

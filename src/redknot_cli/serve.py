@@ -11,7 +11,7 @@ from warnings import warn
 import typer
 
 from . import options
-from .terminal import tell, told
+from .terminal import fail, tell, told
 
 if TYPE_CHECKING:
     from redknot_hf.serving import Engine
@@ -47,7 +47,10 @@ def serve(  # noqa: PLR0913 - every one is an option of the command
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which an answer is given up.")] = None,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request, at most.")] = 8 << 20,
     chat_template: Annotated[Path | None, typer.Option(help="File of one, instead of the tokenizer's own.")] = None,
-    drain: Annotated[float, typer.Option(min=0, help="Seconds that answers may take when the server is to end.")] = 30,
+    drain: Annotated[
+        float | None, typer.Option(min=0, help="Seconds that answers may take at the end: 30, under torchrun 20.")
+    ] = None,
+    balance: Annotated[bool, typer.Option("--balance", help="Ranks (torchrun) hold as many bytes each.")] = False,
     revision: options.Revision = None,
     gguf_file: options.Gguf = None,
     dtype: options.Dtype = "auto",
@@ -63,22 +66,31 @@ def serve(  # noqa: PLR0913 - every one is an option of the command
         from redknot_hf.serving.server.running import bound
         from redknot_hf.serving.server.settings import check_door
 
+        from . import ranks
         from .loading import Source
 
+        ranks.check(store, device, balance)
         held, source = HeadPlan.load(plan), Source(model, revision, gguf_file, dtype, device)
         settings = Settings(
             name=name or model, key=api_key, hosts=check_door(host, api_key, no_auth), timeout=timeout,
             max_body=max_body,
             chat_template=chat_template.read_text(encoding="utf-8") if chat_template else None,
         )  # fmt: skip
-        listening = bound(host, port)
-        loaded = source.model().eval()
+        leads = not ranks.number()
+        listening = bound(host, port) if leads else None
+        loaded = source.model(ranks.count()).eval()
+        held = ranks.balanced(loaded, held, max_len) if balance else held
         segments = None if store is None else SegmentStore(loaded, held, path=None if store == "memory" else store)
         engine = Engine(
-            loaded, held, tokenizer=source.tokenizer(), store=segments, memory=memory, max_batch=max_batch,
-            max_len=max_len, chunk=chunk, preempt=None if preempt == "none" else preempt, parked=parked, queue=queue,
+            loaded, held, tokenizer=source.tokenizer() if leads else None, store=segments, memory=memory,
+            max_batch=max_batch, max_len=max_len, chunk=chunk, preempt=None if preempt == "none" else preempt,
+            parked=parked, queue=queue,
         )  # fmt: skip
-        _run(engine, settings, listening, drain)
+        if leads:
+            # torchrun kills what has not ended half a minute after it was told to.
+            _run(engine, settings, listening, drain if drain is not None else 30 if ranks.count() == 1 else 20)
+        else:
+            ranks.follow(engine)
 
 
 def check_parts() -> None:
@@ -119,6 +131,9 @@ def _run(engine: Engine, settings: Settings, listening: Any, drain: float) -> No
             f"the memory holds requests of {longest:,} tokens, of the {engine.max_len:,} that --max-len allows",
             stacklevel=1,
         )
-    server = Server(app, engine, drain, ready, log_level="warning")
+    lost = lambda: engine.ranks.count > 1 and engine.error is not None  # noqa: E731
+    server = Server(app, engine, drain, ready, lost, log_level="warning")
     with engine, suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
+    if lost() and engine.error is not None:
+        fail(engine.error)

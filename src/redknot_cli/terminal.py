@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -48,6 +48,12 @@ def told() -> Iterator[None]:
     except (ValueError, OSError, ImportError) as e:
         _say("error:", "red", e)
         raise typer.Exit(2) from e
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Says in a line what ended a command that was under way, and ends it."""
+    _say("error:", "red", error)
+    raise typer.Exit(1) from error
 
 
 def _warned(message: Warning | str, *_: Any) -> None:

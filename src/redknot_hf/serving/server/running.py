@@ -41,6 +41,7 @@ class Server(uvicorn.Server):
         engine: Is ended with the server.
         drain: Seconds that answers may take.
         tell: Called when requests are taken.
+        lost: Asked now and then: whether only a new start helps, for which the server ends at once.
         options: Of uvicorn.
     """
 
@@ -50,18 +51,23 @@ class Server(uvicorn.Server):
         engine: Engine,
         drain: float | int = 30,
         tell: Callable[[], None] = lambda: None,
+        lost: Callable[[], bool] = lambda: False,
         **options: Any,
     ) -> None:
         # What is left when the engine has ended are the last words of each answer, which take no time.
         grace = int(drain) + 5
         options = {"ws": "none", "server_header": False, **options}
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=grace, **options))
-        self.app, self.engine, self.drain, self.tell = app, engine, drain, tell
+        self.app, self.engine, self.drain, self.tell, self.lost = app, engine, drain, tell, lost
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen."""
         await super().startup(sockets)
         self.tell()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether the server is to end."""
+        return await super().on_tick(counter) or self.lost()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends the server and the engine."""
