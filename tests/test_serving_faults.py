@@ -182,6 +182,25 @@ def test_a_choice_that_fails_ends_who_chose_and_not_the_engine(model, monkeypatc
     assert all_free(engine)
 
 
+def test_a_processor_is_called_once_a_token_whoever_else_fails(model):
+    calls = {"counts": 0, "fails": 0}
+
+    def counts(ids, scores):
+        calls["counts"] += 1
+        return scores
+
+    def fails(ids, scores):
+        calls["fails"] += 1
+        return scores if calls["fails"] < 3 else scores * torch.nan
+
+    engine = Engine(model, plan_of(model), **SIZES)
+    good, bad = (engine.submit([5, 6, 7], Sampling(6, processors=(one,))) for one in (counts, fails))
+    while not engine.idle:
+        engine.step()
+    assert "leaves no token" in str(bad.error)
+    assert calls["counts"] == len(good.ids) == 6
+
+
 def test_models_that_keep_more_than_keys_are_refused():
     from transformers import AutoModelForCausalLM, Qwen3NextConfig
 

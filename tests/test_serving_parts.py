@@ -14,7 +14,7 @@ from redknot_hf.serving.memory import SeatMemory
 from redknot_hf.serving.prefixes import Prefixes
 from redknot_hf.serving.reading import Reader
 from redknot_hf.serving.request import Request, Sampling
-from redknot_hf.serving.sampling import Chooser, Refusals, choose, warp
+from redknot_hf.serving.sampling import Chooser, Refusals, choose, settle, warp
 from redknot_hf.serving.scheduler import Sequence, Work
 from redknot_hf.serving.sizes import bytes_of
 
@@ -156,6 +156,7 @@ def test_who_cannot_choose_is_named():
     with pytest.raises(Refusals) as told:
         choose(torch.zeros(3, 9), choosers)
     assert sorted(told.value.errors) == [1, 2]
+    assert settle(told.value.scores, choosers[:1]).tolist() == [0]
 
 
 def test_seats_take_tables_only_where_they_changed(model):

@@ -183,7 +183,11 @@ class RedKnotCache(Cache):
             layer.reorder_cache(index)
 
     def batch_select_indices(self, indices: Int[Tensor, " selected"] | Bool[Tensor, " batch"]) -> None:
-        """Keeps some sequences and gives the memory of the others back."""
+        """Keeps some sequences and gives the memory of the others back.
+
+        With `max_cache_len` their pages are free for what is read later, and `nbytes` stays: what was reserved is one
+        block of memory, at whose address captured steps read.
+        """
         super().batch_select_indices(self._indices(indices))
 
     def compress(self, plan: HeadPlan | AnyPath) -> None:

@@ -14,7 +14,7 @@ from .batch import Seats
 from .documents import Documents
 from .memory import SeatMemory
 from .request import State, Token
-from .sampling import Chooser, Refusals, choose, log_probabilities
+from .sampling import Chooser, Refusals, choose, log_probabilities, settle
 from .scheduler import Sequence as Served
 from .scheduler import Work
 from .stops import Stopper
@@ -191,16 +191,11 @@ class Reader:
         self, sequences: list[Served], logits: Float[Tensor, "sequences words"]
     ) -> tuple[dict[int, Exception], Int[Tensor, " kept"] | None]:
         """Errors of those who cannot choose, by index, and the tokens of the others."""
-        refused: dict[int, Exception] = {}
-        while True:
-            kept = [i for i in range(len(sequences)) if i not in refused]
-            if not kept:
-                return refused, None
-            mine = logits[torch.tensor(kept, device=logits.device)] if refused else logits
-            try:
-                return refused, choose(mine, [sequences[i].chooser for i in kept])
-            except Refusals as more:
-                refused |= {kept[i]: error for i, error in more.errors.items()}
+        try:
+            return {}, choose(logits, [x.chooser for x in sequences])
+        except Refusals as refused:
+            others = [x.chooser for i, x in enumerate(sequences) if i not in refused.errors]
+            return refused.errors, settle(refused.scores, others) if others else None
 
     def _hear(self, chosen: Chosen) -> None:
         if chosen.ready is not None:

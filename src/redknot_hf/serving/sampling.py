@@ -92,11 +92,13 @@ class Refusals(Exception):  # noqa: N818 - it carries others
 
     Attributes:
         errors: By their index.
+        scores: What the others choose from, in their order: `settle` takes it, since a processor that counts its calls
+            must not be called again.
     """
 
-    def __init__(self, errors: dict[int, Exception]) -> None:
+    def __init__(self, errors: dict[int, Exception], scores: Logits) -> None:
         super().__init__(f"{len(errors)} requests could not choose a token")
-        self.errors = errors
+        self.errors, self.scores = errors, scores
 
 
 def choose(logits: Logits, choosers: Sequence[Chooser]) -> Chosen:
@@ -117,12 +119,17 @@ def choose(logits: Logits, choosers: Sequence[Chooser]) -> Chosen:
             except Exception as e:  # a request's own code
                 errors[i] = e
     if errors:
-        raise Refusals(errors)
-    scores = torch.cat(rows)
+        kept = [row for i, row in enumerate(rows) if i not in errors]
+        raise Refusals(errors, torch.cat([scores[:0], *kept]))
+    return settle(torch.cat(rows), choosers)
+
+
+def settle(scores: Logits, choosers: Sequence[Chooser]) -> Chosen:
+    """A token for each request, from logits that are under its bias, penalties and processors already."""
     chosen = scores.argmax(-1)
     drawing = [i for i, chooser in enumerate(choosers) if chooser.sampling.temperature > 0]
     if drawing:
-        at = torch.tensor(drawing, device=logits.device)
+        at = torch.tensor(drawing, device=scores.device)
         asked = [choosers[i] for i in drawing]
         warped = warp(scores.index_select(0, at), [chooser.sampling for chooser in asked])
         chosen = chosen.index_copy(0, at, _draw(_shares(warped, scores.index_select(0, at)), asked))

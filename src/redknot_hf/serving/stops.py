@@ -32,8 +32,10 @@ class Stopper:
             return True
         if not self.strings:
             return False
-        text = self.tokenizer.decode(answer[-self.tail :], skip_special_tokens=True)
-        return any(string in text for string in self.strings)
+        last = answer[-self.tail :]
+        # A string may name a special token, as `generate` takes it, or stand on both sides of one that nobody sees.
+        texts = [self.tokenizer.decode(last, skip_special_tokens=skip) for skip in (True, False)]
+        return any(string in text for string in self.strings for text in texts)
 
 
 def ends_of(model: Any) -> tuple[int, ...]:
