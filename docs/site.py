@@ -22,6 +22,10 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+# A picture of two themes, as GitHub takes it.
+_PICTURE = re.compile(
+    r'<picture>\s*<source [^>]*srcset="(?P<dark>[^"]+)">\s*<img src="(?P<light>[^"]+)"(?P<more>[^>]*)>\s*</picture>'
+)
 _LINK = re.compile(r"(?P<before>\]\(|\b(?:src|srcset|href)=\")(?P<to>[^)#\s\"]+)")
 
 
@@ -50,7 +54,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return link[0]
         return link["before"] + posixpath.relpath(_place(target), posixpath.dirname(page.file.src_uri) or ".")
 
-    return _LINK.sub(led, markdown)
+    return _PICTURE.sub(_themed, _LINK.sub(led, markdown))
+
+
+def _themed(picture: re.Match[str]) -> str:
+    """Two pictures; the site shows that of its own theme, which a reader may have changed."""
+    return "".join(f'<img src="{picture[theme]}#only-{theme}"{picture["more"]}>' for theme in ("light", "dark"))
 
 
 def _source(name: str) -> str:

@@ -44,3 +44,12 @@ def test_every_page_is_in_the_menu():
 )
 def test_links_of_the_repository_become_links_of_the_site(page, written, led):
     assert site.on_page_markdown(written, SimpleNamespace(file=SimpleNamespace(src_uri=page))) == led
+
+
+def test_a_picture_of_two_themes_follows_the_sites_own():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    shown = site.on_page_markdown((ROOT / "README.md").read_text(), page)
+    assert re.findall(r'<img src="figures/heads-(light|dark)\.png#only-(light|dark)" alt="Heads', shown) == [
+        ("light", "light"), ("dark", "dark"),
+    ]  # fmt: skip
+    assert "<picture>" not in shown
