@@ -2,11 +2,13 @@
 
 It looks through the whole language at every launch, again at every call of a function within a kernel, and computes
 every sum and product of integers a second time, in 64 bits, for an assertion of overflow that it then does not make.
+And most of its time goes to types and shapes, which it makes anew for every tensor: here each is made once.
 """
 
 import dataclasses
 import functools
 import inspect
+import math
 
 
 def quicken():
@@ -42,3 +44,70 @@ def quicken():
         return scope_of()
 
     interpreter._patch_builtin, interpreter._patch_lang = patch, patch_once
+    share_shapes(interpreter.tl.core)
+    remember_types(interpreter)
+
+
+def share_shapes(core):
+    """Lets types of blocks and tensors of one shape have one object for it, and equal shapes be told by that."""
+    make_block, equal, unwrap_all = core.block_type.__init__, core.dtype.__eq__, core._unwrap_if_constexpr
+
+    @functools.lru_cache(maxsize=None, typed=True)
+    def shared(*sizes):
+        block = object.__new__(core.block_type)
+        make_block(block, core.float32, list(sizes))
+        return block.shape, block.numel
+
+    def block_init(self, element_ty, shape):
+        self.element_ty = element_ty
+        self.shape, self.numel = shared(*map(unwrap, shape))
+
+    @functools.cache
+    def of_tensor(*sizes):
+        return core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(math.prod(sizes))
+
+    def tensor_init(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = of_tensor(*type.shape.values) if type.is_block() else of_tensor()
+
+    plain = (int, bool, float, str, core.tensor, core.dtype, core.pointer_type, core.block_type)
+
+    def unwrap(value):
+        return value if value.__class__ in plain else unwrap_all(value)
+
+    core.block_type.__init__, core.tensor.__init__ = block_init, tensor_init
+    core.block_type.name = name = functools.cached_property(lambda self: f"<{self.shape}, {self.element_ty}>")
+    name.__set_name__(core.block_type, "name")
+    core._unwrap_if_constexpr = unwrap
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+
+
+def remember_types(interpreter):
+    """Lets the interpreter look up what two types make together, and what a type is in numpy."""
+    semantic, block_type = interpreter.TritonSemantic, interpreter.tl.block_type
+    in_numpy, numpy_types = interpreter._get_np_dtype, {}
+    together, common_types = semantic.computation_type_impl, {}
+    broadcast = semantic.broadcast_impl_value
+
+    def get_np_dtype(of):
+        if isinstance(of, block_type):
+            of = of.element_ty
+        if of.is_ptr():
+            return in_numpy(of)
+        if of.name not in numpy_types:
+            numpy_types[of.name] = in_numpy(of)
+        return numpy_types[of.name]
+
+    def computation_type(self, a, a_is_scalar, b, *how):
+        key = a.name, a_is_scalar, b.name, *how
+        if key not in common_types:
+            common_types[key] = together(self, a, a_is_scalar, b, *how)
+        return common_types[key]
+
+    def broadcast_value(self, left, right):
+        a, b = left.type, right.type
+        alike = a.shape is b.shape if a.is_block() and b.is_block() else not (a.is_block() or b.is_block())
+        return (left, right) if alike else broadcast(self, left, right)
+
+    interpreter._get_np_dtype = get_np_dtype
+    semantic.computation_type_impl, semantic.broadcast_impl_value = computation_type, broadcast_value
