@@ -41,6 +41,14 @@ def test_moving_to_where_it_is_changes_nothing(handle):
     assert handle.to(torch.device("cpu")) is handle
 
 
+def test_moved_to_another_device_it_is_of_the_same_step(handle):
+    moved = handle.to(torch.device("meta"), non_blocking=True)
+    assert isinstance(moved, RedKnotHandle)
+    assert moved.redknot is handle.redknot
+    assert (moved.device.type, moved.shape) == ("meta", handle.shape)
+    assert moved.redknot.value.device.type == "cpu", "where the rows are"
+
+
 @pytest.mark.parametrize(
     ("name", "operation"),
     [

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from families import make_model
+from served import SIZES, all_free
 
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.serving.admission import check_arguments
@@ -16,7 +17,7 @@ from redknot_hf.serving.reading import Reader
 from redknot_hf.serving.request import Request, Sampling
 from redknot_hf.serving.sampling import Chooser, Refusals, choose, settle, warp
 from redknot_hf.serving.scheduler import Sequence, Work
-from redknot_hf.serving.sizes import bytes_of
+from redknot_hf.serving.sizes import bought, bytes_of, is_share
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +170,14 @@ def test_seats_take_tables_only_where_they_changed(model):
     seats.place(sequence, None)
     assert seats.lengths.tolist() == [0, 10]
     assert seats.last.tolist() == [0, 5]
-    copied = seats._flat.clone()
-    seats._flat.zero_()
+    (table,) = seats._flat.values()
+    copied = table.clone()
+    table.zero_()
     seats.place(sequence, None)
-    assert not seats._flat.any()
+    assert not table.any()
     held.grow(sequence, 30)
     seats.place(sequence, torch.tensor([7]))
-    assert (seats._flat >= copied).all()
+    assert (table >= copied).all()
     assert seats.last.tolist() == [0, 7]
     reader = Reader(held, seats, lambda *_: None, 64)
     reader.run(Work())
@@ -209,3 +211,31 @@ def test_an_inbox_keeps_groups_together_and_has_an_end():
     inbox.close("it is being shut down")
     with pytest.raises(RuntimeError, match="takes no requests any more: it is being shut down"):
         inbox.put(made, 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma4"])
+def test_tables_of_layers_in_two_places(family, monkeypatch):
+    """Stands for two devices: both are the host, and the engine keeps them apart."""
+    model = make_model(family)
+    plan = HeadPlan.with_global(model.config, [(1, 1), (1, 0), (3, 1)], HeadSpec(20, 2)).stored("int8", [(1, 0)])
+    prompts, new = [[*range(3, 60)], [*range(9, 30)], [5]], 9
+    expected = [x.ids for x in Engine(model, plan, **SIZES).generate(prompts, Sampling(new))]
+    halves = lambda x: ((torch.device("cpu"), range(1)), (torch.device("cpu:0"), range(1, 4)))  # noqa: E731
+    monkeypatch.setattr(
+        SeatMemory, "places", lambda x: {d: {i: x.layers[i] for i in part if i in x.layers} for d, part in halves(x)}
+    )
+    engine = Engine(model, plan, **SIZES)
+    assert len(engine.reader.seats._flat) == 2
+    assert [x.ids for x in engine.generate(prompts, Sampling(new))] == expected
+    assert all_free(engine)
+
+
+def test_what_memory_buys_is_what_the_scarcest_device_has_room_for():
+    alone = bought([(1000, 10, 5)], 8, 100, 1, int)
+    assert alone == (8, 184)
+    assert bought([(1000, 10, 5), (300, 10, 5)], 8, 100, 1, int) == (8, 44)
+    assert bought([(1000, 10, 5), (30, 10, 0)], 8, 100, 1, int) == (3, 194)
+    assert bought([(1000, 10, 5)], 8, 100, 1, lambda mine: min(mine, 6)) == (6, 6)
+    assert bought([(1000, 0, 5)], 8, 10, 1, int) == (8, 80)
+    assert is_share("0.5")
+    assert not is_share("2KiB")

@@ -57,6 +57,7 @@ def redknot_attention(
         plain = attention_mask is None or describes_new_tokens(attention_mask, step.tokens)
         # Where a layer shares the keys, several tokens with padding among them are not the last of their rows.
         level = not step.written or attention_mask is None or step.tokens == 1
+        level &= query.device == step.value.device
         if step.attend is None and plain and level and step.storage.captures(step.tokens):
             return step.storage.captured(step, query, attention_mask, options), None
         return _attend_eagerly(query, step, attention_mask, options), None  # pyright: ignore
@@ -65,6 +66,8 @@ def redknot_attention(
 
 def _attend(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
     query = query.to(step.value.dtype)  # under autocast RoPE leaves it wider
+    if query.device != step.value.device:
+        return _attend_there(query, step, mask, options)
     with _plainly(query.device.type):
         if step.attend is not None:
             out = step.attend(step, query, mask, options)
@@ -73,6 +76,13 @@ def _attend(query: Query, step: Step, mask: Tensor | None, options: dict[str, An
         else:
             out = explicit_attention(query, step, mask, options)
     return _NoGradient.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+
+
+def _attend_there(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:
+    """Attends where the rows are, for a layer of another device that shares them: its queries are the smaller part."""
+    home = step.value.device
+    moved = {name: x.to(home) if isinstance(x, Tensor) else x for name, x in options.items()}
+    return _attend(query.to(home), step, None if mask is None else mask.to(home), moved).to(query.device)
 
 
 @torch.compiler.disable(reason="the host does the bookkeeping of this step of a RedKnotCache")  # pyright: ignore

@@ -16,8 +16,9 @@ class RedKnotHandle(torch.Tensor):
     """The new keys or values of one layer, on their way from `update` to the attention function.
 
     Models pass what `update` returns to the attention function untouched, so the handle carries the layer there.
-    Shape, dtype and device can be asked, and a move to the same device changes nothing. Any other operation means that
-    another attention implementation, or the model itself, reads keys that are not there, and raises.
+    Shape, dtype and device can be asked. Moved to another device, where a layer shares the keys, it is a handle of the
+    same step, whose rows stay where they are. Any other operation means that another attention implementation, or the
+    model itself, reads keys that are not there, and raises.
     """
 
     redknot: Step
@@ -38,8 +39,8 @@ class RedKnotHandle(torch.Tensor):
             raise _misread(func, (*args, *(kwargs or {}).values())) from error
         if func is Tensor.as_subclass or is_answer(func, out):
             return out
-        if func is Tensor.to and out is args[0]:  # layers that share keys see to it that they are on their own device
-            return args[0]
+        if func is Tensor.to and out.dtype == args[0].dtype:  # layers that share keys want them on their own device
+            return args[0] if out is args[0] else RedKnotHandle.wrap(out, args[0].redknot)
         raise _misread(func, (*args, *(kwargs or {}).values()))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:

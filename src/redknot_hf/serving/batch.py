@@ -1,4 +1,4 @@
-"""A step of decoding for all seats: their tables and lengths on the device, and where it has graphs, one replay."""
+"""A step of decoding for all seats: tables and lengths on the devices of layers, and on one with graphs a replay."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from redknot_hf.attention.devices import input_device
 from redknot_hf.cache.pool import staged
 from redknot_hf.cache.rows import Rows
 from redknot_hf.cache.storage import Storage
@@ -27,7 +28,10 @@ GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 class Seats:
     """What kernels read of the sequences that decode, one a seat, and the step that gives each a token.
 
+    The layers of a model may be on several devices: tables are where their layers are.
+
     Attributes:
+        device: Where the model takes tokens, and where they are chosen.
         last: The token of each seat that is read next.
         lengths: Tokens that the rows of each seat hold.
         cold: Cold pages that each stored row of a seat has, in all layers alike.
@@ -45,40 +49,48 @@ class Seats:
     def __init__(self, memory: SeatMemory, seats: int, longest: int, capture: bool, compiled: bool = False) -> None:
         self.memory, self.model = memory, memory.model
         first = next(iter(memory.layers.values()))
-        self.device = first.device
+        self.device = input_device(self.model)
+        self._layers = memory.places()
         self._lay_out(seats, -(-longest // memory.page_size))
         self._who: list[_Seated | None] = [None] * seats
-        capture = capture and self.device.type == "cuda" and first.kernels.captured is not None
+        capture = capture and self.device.type == "cuda" and [*self._layers] == [self.device]
+        capture = capture and first.kernels.captured is not None
         self.captures = capture and memory.ranks.captures
         self.compiled = compiled
         self.graphs: dict[int, CapturedStep] = {}
         self.replays = 0
 
     def _lay_out(self, seats: int, columns: int) -> None:
-        """Makes the tables of all layers, hot and cold, in one tensor: a row of numbers a seat."""
-        self._places: dict[tuple[int, bool], tuple[int, int, int]] = {}
-        at = 0
-        for i, storage in self.memory.layers.items():
-            rules = storage.rows.rules
-            for cold, wide in ((False, _columns(storage, columns)), (True, columns if rules.stored_heads else 0)):
-                if wide:
-                    self._places[i, cold] = at, rules.heads, wide
-                    at += rules.heads * wide
+        """Makes the tables of a device's layers, hot and cold, in one tensor: a row of numbers a seat."""
+        self._places: dict[tuple[int, bool], tuple[torch.device, int, int, int]] = {}
+        self._flat: dict[torch.device, Int[Tensor, "seats width"]] = {}
         with torch.inference_mode(False):
-            self._flat = torch.zeros(seats, at, dtype=torch.int32, device=self.device)
+            for device, layers in self._layers.items():
+                at = 0
+                for i, storage in layers.items():
+                    rules = storage.rows.rules
+                    for cold, wide in (
+                        (False, _columns(storage, columns)),
+                        (True, columns * bool(rules.stored_heads)),
+                    ):
+                        if wide:
+                            self._places[i, cold] = device, at, rules.heads, wide
+                            at += rules.heads * wide
+                self._flat[device] = torch.zeros(seats, at, dtype=torch.int32, device=device)
             self.last = torch.zeros(seats, dtype=torch.long, device=self.device)
             self.lengths = torch.zeros(seats, dtype=torch.int32, device=self.device)
             self.cold = torch.zeros(seats, dtype=torch.int32, device=self.device)
 
-    def _table(self, sequence: Sequence) -> Int[np.ndarray, " width"]:
-        """The tables of a sequence, as they stand in a row of numbers."""
-        row = np.zeros(self._flat.shape[1], np.int32)
-        for (i, cold), (at, heads, width) in self._places.items():
+    def _tables(self, sequence: Sequence) -> dict[torch.device, Int[np.ndarray, " width"]]:
+        """The tables of a sequence, as they stand in a row of numbers, for each device."""
+        found = {device: np.zeros(flat.shape[1], np.int32) for device, flat in self._flat.items()}
+        for (i, cold), (device, at, heads, width) in self._places.items():
             storage = sequence.held.layers[i].storage
             for rows in [part.rows for part in storage.cold.parts.values()] if cold else [storage.rows]:
                 table = rows.table[0, :, :width]
-                row[at : at + heads * width].reshape(heads, width)[:, : table.shape[1]] += np.maximum(table, 0)
-        return row
+                row = found[device][at : at + heads * width].reshape(heads, width)
+                row[:, : table.shape[1]] += np.maximum(table, 0)
+        return found
 
     def _rows(self, sequence: Sequence) -> list[Rows]:
         """Rows whose versions tell of every change of its tables: of one layer of each kind, cold ones too."""
@@ -105,7 +117,8 @@ class Seats:
         version = sum(x.page_table.version for x in rows)
         if who is None or new or version != who.version:
             self._who[seat] = _Seated(sequence, sequence.held, rows, version)
-            self._flat[seat].copy_(staged(self._table(sequence), self.device), non_blocking=True)
+            for device, row in self._tables(sequence).items():
+                self._flat[device][seat].copy_(staged(row, device), non_blocking=True)
         if new:
             self.lengths[seat].fill_(sequence.done)
             self.cold[seat].fill_(self._cold_pages(sequence))
@@ -149,19 +162,28 @@ class Seats:
         optimized = getattr(self.model, "_optimize_model_for_decode", None)
         return nullcontext() if optimized is None else optimized()
 
-    def tables(self, flat: Int[Tensor, "seats width"]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Of each layer the tables of some seats, hot ones and cold ones, as views of their numbers."""
+    def tables(
+        self, device: torch.device, flat: Int[Tensor, "seats width"]
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Of each layer on a device the tables of some seats, hot ones and cold ones, as views of their numbers."""
         found: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
-        for (i, cold), (at, heads, width) in self._places.items():
-            found[cold][i] = flat[:, at : at + heads * width].unflatten(1, (heads, width))
+        for (i, cold), (home, at, heads, width) in self._places.items():
+            if home == device:
+                found[cold][i] = flat[:, at : at + heads * width].unflatten(1, (heads, width))
         return found
 
     def _run(self, at: Int[Tensor, " sequences"]) -> Float[Tensor, "sequences words"]:
-        lengths, flat, cold = (x.index_select(0, at) for x in (self.lengths, self._flat, self.cold))
-        counts = torch.cat([lengths, lengths.new_zeros(1)]).repeat(len(self.memory.layers), 1)
-        frozen = ColdCounts(self.memory.layers, len(at), self.device)
-        frozen.set(cold)
-        batch = Batch(self.memory, *self.tables(flat), counts, frozen.of, None)
+        lengths, cold = (x.index_select(0, at) for x in (self.lengths, self.cold))
+        hot, stored, frozen, counts = {}, {}, {}, []
+        for device, layers in self._layers.items():
+            mine = self.tables(device, self._flat[device].index_select(0, at.to(device)))
+            hot, stored = hot | mine[0], stored | mine[1]
+            known = torch.cat([lengths, lengths.new_zeros(1)]).to(device).repeat(len(layers), 1)
+            counts += known
+            grown = ColdCounts(layers, len(at), device)
+            grown.set(cold.to(device))
+            frozen |= grown.of
+        batch = Batch(self.memory, hot, stored, counts, frozen, None)
         ids = self.last.index_select(0, at)[:, None]
         return self._forward(ids, lengths.long()[:, None], batch, self.model)
 
@@ -172,11 +194,11 @@ class Seats:
         out = model(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{self.memory.name: batch}
         )
-        return out.logits[:, -1]
+        return out.logits[:, -1].to(self.device)
 
     def _replay(self, size: int, at: Int[Tensor, " sequences"]) -> Float[Tensor, "sequences words"]:
         if size not in self.graphs:
-            tables = self.tables(self._flat[:size])
+            tables = self.tables(self.device, self._flat[self.device][:size])
             self.graphs[size] = CapturedStep(self.memory, tables, size, self._forward, self.compiled)
         graph = self.graphs[size]
         graph.real.zero_().index_fill_(0, at, True)

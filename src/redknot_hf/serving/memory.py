@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from redknot_hf.attention.devices import input_device
 from redknot_hf.cache.argument import cache_argument
 from redknot_hf.cache.cache import RedKnotCache, row_layers
 from redknot_hf.cache.layer import RedKnotLayer
@@ -28,7 +29,7 @@ from .pages import column_bytes, missing, needed, page_bytes, ring_bytes, ring_p
 from .prefixes import Prefixes
 from .ranks import Ranks
 from .scheduler import Sequence
-from .sizes import Sizes, bytes_of
+from .sizes import Sizes, bought, bytes_of, is_share
 from .sizes import longest as longest_of
 
 
@@ -38,7 +39,7 @@ class SeatMemory:
     Args:
         model: Runs once, so that layers know their shape.
         plan: What heads keep.
-        memory: Bytes of pages, or the share of what is free on the device.
+        memory: Bytes of pages, or the share of what is free on each device.
         seats: Sequences that have pages at most.
         longest: Tokens of a sequence at most.
         page_size, impl: Of the cache.
@@ -71,15 +72,14 @@ class SeatMemory:
         self.root = RedKnotCache(model.config, plan, page_size=page_size, impl=impl)
         _check_layers(self.root)
         self.name = next(iter(cache_argument(model, self.root)))
-        device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=True, **{self.name: self.root})
+            model(torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=True, **{self.name: self.root})
         self.root.crop(-1)
         self.layers = {i: layer.storage for i, layer in row_layers(self.root) if layer.is_initialized}
         self.page_size, self.host, self.host_used = page_size, host, 0
         self.freed = 0
-        budget = self.ranks.least(bytes_of(memory, device))
-        self.sizes = self._sizes(budget, seats, longest, 2 if parked else 1)
+        self.sizes = self._sizes(memory, seats, longest, 2 if parked else 1)
         for storage in self.layers.values():  # all forks share these pools
             rings, columns = self.sizes.rings, self.sizes.columns
             storage.settle(rings * ring_pages(storage) + columns * len(storage.rows.rules.global_heads), columns)
@@ -163,8 +163,7 @@ class SeatMemory:
         if isinstance(held, Away):
             held.back(self._storages(cache))
         else:
-            device = next(iter(self.layers.values())).device
-            cache.extend([Span(held.tokens, held.layers, held.data.to(device, non_blocking=True))])
+            cache.extend([Span(held.tokens, held.layers, held.data.to(self.device, non_blocking=True))])
         sequence.held = cache
 
     # What the engine asks besides
@@ -228,21 +227,22 @@ class SeatMemory:
                 storage.rows.cut(np.zeros(1, np.int64))
                 storage.cold.cut(np.zeros(1, np.int64))
 
-    def _sizes(self, budget: int, seats: int, longest: int, times: int) -> Sizes:
-        """As many columns as the budget buys beside the rings, on the fullest rank; no more than can ever be used."""
-        ring, column = ring_bytes(self.layers.values()), column_bytes(self.layers.values())
-        widest, tallest = self.ranks.most(ring), self.ranks.most(column)
+    def places(self) -> dict[torch.device, dict[int, Storage]]:
+        """The layers of each device, in order."""
+        found: dict[torch.device, dict[int, Storage]] = {}
+        for i, storage in self.layers.items():
+            found.setdefault(storage.device, {})[i] = storage
+        return found
+
+    def _sizes(self, memory: float | int | str, seats: int, longest: int, times: int) -> Sizes:
+        """What the memory buys: bytes are for all devices of the rank together, a share is of what is free on each."""
+        parts = self.places() if is_share(memory) else {self.device: self.layers}
+        costs = [(bytes_of(memory, d), ring_bytes(x.values()), column_bytes(x.values())) for d, x in parts.items()]
+        budget, ring, column = map(sum, zip(*costs, strict=True))
         whole = -(-longest // self.page_size)
-        rings = seats * times
-        if tallest == 0:
-            rings = min(rings, budget // widest)
+        rings, columns = bought(costs, seats, whole, times, self.ranks.least)
+        if not self.ranks.most(column):
             columns = whole
-        else:
-            # Half of the budget, or more where sequences of half the greatest length want more.
-            bought = max(0.5 * budget // widest, budget // (widest + whole * tallest / 2)) if widest else rings
-            rings = max(min(rings, int(bought)), 1)
-            mine = (budget - rings * ring) // column if column else seats * whole * times
-            columns = self.ranks.least(min(mine, seats * whole * times))
         sizes = Sizes(ring, column, rings, columns, self.page_size)
         if rings < 1 or columns < 1:
             raise ValueError(

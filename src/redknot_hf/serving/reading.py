@@ -154,7 +154,7 @@ class Reader:
         logits = self.memory.model(
             input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1,
             **{self.memory.name: sequence.held},
-        ).logits[:, -1]  # fmt: skip
+        ).logits[:, -1].to(device)  # fmt: skip
         sequence.done = last
         self.read += count
         ends = sequence.unread == 0

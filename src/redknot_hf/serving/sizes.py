@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +45,51 @@ def longest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
+def bought(
+    costs: Sequence[tuple[int, int, int]], seats: int, whole: int, times: int, least: Callable[[int], int]
+) -> tuple[int, int]:
+    """How many rings and columns budgets buy: as many columns as are left room for beside the rings.
+
+    Args:
+        costs: Of each device the budget, and the bytes there of a ring and of a column.
+        seats: Sequences at most.
+        whole: Columns of the longest sequence.
+        times: How often seats may have what they need, at most.
+        least: The least of what all ranks buy, which is what counts.
+    """
+    rings, columns = seats * times, seats * whole * times
+    for budget, ring, column in costs:
+        if ring and column:
+            # Half of the budget, or more where sequences of half the greatest length want more.
+            rings = min(rings, max(int(max(0.5 * budget // ring, budget // (ring + whole * column / 2))), 1))
+        elif ring:
+            rings = min(rings, budget // ring)
+    rings = least(rings)
+    return rings, least(
+        min([columns, *((budget - rings * ring) // column for budget, ring, column in costs if column)])
+    )
+
+
+def is_share(memory: float | int | str) -> bool:
+    """Whether `memory` is a share of what is free.
+
+    Raises:
+        ValueError: It says nothing of the kind, and no bytes either.
+    """
+    return _number(memory) <= 1
+
+
 def bytes_of(memory: float | int | str, device: torch.device) -> int:
     """Bytes that `memory` says: a number of them, `"8GiB"`, or a share (0 to 1) of what is free.
 
     Raises:
         ValueError: It says nothing of the kind.
     """
+    number = _number(memory)
+    return int(number) if number > 1 else int(number * _free(device))
+
+
+def _number(memory: float | int | str) -> float:
     units = {"KiB": 10, "MiB": 20, "GiB": 30}
     try:
         if isinstance(memory, str) and memory[-3:] in units:
@@ -62,9 +102,7 @@ def bytes_of(memory: float | int | str, device: torch.device) -> int:
         raise ValueError(
             f"memory={memory!r}: give bytes, such as 8 * 2**30 or '8GiB', or a share of what is free, 0.9"
         )
-    if value > 1:
-        return int(value)
-    return int(value * _free(device))
+    return value
 
 
 def _free(device: torch.device) -> int:
@@ -76,4 +114,5 @@ def _free(device: torch.device) -> int:
         raise ValueError(
             "a share of the host's memory is asked of psutil: give bytes, or pip install redknot-hf[serve]"
         ) from e
-    return psutil.virtual_memory().available
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks that torchrun has started on this host
+    return psutil.virtual_memory().available // here
