@@ -105,6 +105,7 @@ def draw(found: Sequence[Row], path: Path) -> None:
         ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     settings = sorted({_setting(record) for record in found})
     names = [name for name in dict.fromkeys(record["method"] for record in found) if name != DENSE]
@@ -121,9 +122,11 @@ def draw(found: Sequence[Row], path: Path) -> None:
             for i, bar, (_, low, high) in zip(where, bars, kl, strict=True):
                 if low is not None:
                     axes.plot([max(low, 1e-4), high], [i, i], color="black", linewidth=1)
-                points = 100 * mine[names[i]]["right_minus_dense"][0]
-                axes.annotate(f" {points:+.0f}", (max(bar, high or 0), i), va="center", fontsize=7)
+                if kind != "text":  # of which no answer is right or wrong as a whole
+                    points = 100 * mine[names[i]]["right_minus_dense"][0]
+                    axes.annotate(f" {points:+.0f}", (max(bar, high or 0), i), va="center", fontsize=7)
             axes.set(xscale="log", title=f"{setting[0]} documents of {setting[1]}: {kind}", xlabel="KL, nats a token")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_yticks(range(len(names)), names if axes is line[0] else [""] * len(names), fontsize=7)
             axes.invert_yaxis()
             axes.spines[["top", "right"]].set_visible(False)
