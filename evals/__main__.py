@@ -20,6 +20,7 @@ BENCHMARKS = (
     "new_lengths",
     "profiling",
     "profile_cost",
+    "ranks",
     "reuse",
     "reuse_gpu",
     "reuse_real",

@@ -1,0 +1,25 @@
+"""The benchmark of ranks: what one device does, which several are held against."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from evals.benchmarks import ranks
+
+
+def test_steps_of_one_device_are_timed_in_which_all_decode(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    words = ["--shape", "toy", "--device", "cpu", "--requests", "3", "--length", "100", "--new", "8"]
+    done = CliRunner().invoke(ranks.app, [*words, "--memory", "8MiB", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert (row["ranks"], row["steps"], row["captured"]) == (1, 7, False)
+    assert row["tokens_per_s"] == pytest.approx(3e3 / row["step_ms"])
+    assert 0 < row["pages_bytes"] <= 8 << 20
+    assert "bars" not in row
+    two = row | {"ranks": 2, "tokens_per_s": 1.7 * row["tokens_per_s"]}
+    (bar,) = ranks.against_one(out, two)["bars"].values()
+    assert bar == {"found": pytest.approx(1.7), "at_least": 1.6, "met": True}
+    assert not ranks.against_one(out, two | {"length": 200})
+    assert not ranks.against_one(tmp_path / "none", two)
