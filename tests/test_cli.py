@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from redknot_cli import app, options
+from redknot_cli import app, loading, options
 from redknot_cli.gate import gate
 from redknot_cli.harness import bench, evaluate
 from redknot_cli.loading import Source
@@ -51,6 +51,17 @@ def test_profile_writes_a_plan_with_its_provenance(written):
     assert "held out, 384 tokens: KL" in output
     assert "# A head plan of tiny" in (folder / "card.md").read_text()
     assert (folder / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_is_spread_over_devices_or_shared_by_ranks(monkeypatch):
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda name, **options: options)
+    assert Source(TINY, device="auto").model()["device_map"] == "auto"
+    shared = Source(TINY).model(ranks=2)
+    assert shared["device_map"] is None
+    assert (shared["distributed_config"].tp_size, shared["distributed_config"].tp_plan) == (2, "auto")
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"redknot-hf\[offload\]"):
+        Source(TINY, device="auto")
 
 
 def test_a_profile_converts_to_plans_for_other_budgets(written, tmp_path):
@@ -174,7 +185,7 @@ def test_the_bundled_model_is_profiled_in_the_words_that_it_has(tmp_path):
 )
 def test_what_is_off_is_said_before_anything_is_loaded(options, message, monkeypatch):
     monkeypatch.setattr("redknot_hf.profiling.figure.find_spec", lambda name: None)
-    result = run("profile", "no/such/model", "--out", "plan.json", *options)
+    result = run("profile", "no-such/model", "--out", "plan.json", *options)
     assert (result.exit_code, type(result.exception)) == (2, SystemExit)
     assert message in result.output
     assert "Traceback" not in result.output

@@ -25,11 +25,11 @@ class Source:
         name: Id on the Hub, or a folder.
         revision: Of the repository.
         gguf: Name of a GGUF file in it.
-        dtype, device: As the command line has them.
+        dtype, device: As the command line has them; the device `"auto"` spreads layers over all GPUs.
 
     Raises:
         ValueError: There is no such dtype or device, or the folder is none of a model.
-        ImportError: Reading GGUF needs a package that is not installed.
+        ImportError: Reading GGUF, or spreading layers, needs a package that is not installed.
     """
 
     name: str
@@ -42,10 +42,12 @@ class Source:
         if not isinstance(self._dtype, str | torch.dtype):
             raise ValueError(f"--dtype {self.dtype}: give auto, float32, bfloat16 or float16")
         try:
-            torch.empty(0, device=self._device)
+            torch.empty(0, device="cpu" if self.device == "auto" else self._device)
         except (RuntimeError, AssertionError) as e:
             reason = str(e).splitlines()[0]
             raise ValueError(f"--device {self._device}: {reason}; give cpu, or leave it out") from e
+        if self.device == "auto" and not find_spec("accelerate"):
+            raise ImportError("--device auto needs the package accelerate: pip install 'redknot-hf[offload]'")
         if self.gguf and not find_spec("gguf"):
             raise ImportError("reading GGUF needs the package gguf: pip install 'redknot-hf[gguf]'")
         if reason := _amiss(self.name, self.gguf):
@@ -75,10 +77,11 @@ class Source:
             from transformers.distributed import DistributedConfig
 
             more = {**more, "distributed_config": DistributedConfig(tp_size=ranks, tp_plan="auto")}
+        spread = self.device == "auto"
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self.name, dtype=self._dtype, attn_implementation="redknot", **more
+            self.name, dtype=self._dtype, attn_implementation="redknot", device_map="auto" if spread else None, **more
         )
-        return loaded if ranks > 1 else loaded.to(self._device)
+        return loaded if ranks > 1 or spread else loaded.to(self._device)
 
 
 def _amiss(name: str, gguf: str | None) -> str | None:

@@ -17,7 +17,7 @@ Texts = Annotated[str | None, typer.Option(help="Texts to ask in: a file, or a d
 Revision = Annotated[str | None, typer.Option(help="Of the model.")]
 Gguf = Annotated[str | None, typer.Option(help="File of the model's folder or repository, in the GGUF format.")]
 Dtype = Annotated[str, typer.Option(help="Of the model.")]
-Device = Annotated[str | None, typer.Option(help="By default a GPU if there is one.")]
+Device = Annotated[str | None, typer.Option(help="By default a GPU if there is one; auto: layers over all.")]
 Seed = Annotated[int, typer.Option(help="Of the prompts.")]
 # As profiling.fidelity.MAX_KL, which imports torch.
 MAX_KL = 0.05
