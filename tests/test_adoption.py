@@ -149,6 +149,16 @@ def test_padding_anywhere_and_a_sequence_of_nothing(monkeypatch):
     read(model, cache, (ids, mask, positions), 59, 70)
 
 
+@pytest.mark.parametrize("padding", [-torch.inf, -1e9, torch.nan], ids=str)
+def test_masks_that_are_added_or_hold_no_numbers_are_refused(padding):
+    model = make_model("llama")
+    dynamic, (_, mask, _) = filled(model, padding=(3, 0))
+    added = torch.zeros(2, 80).masked_fill(mask[:, :80] == 0, padding)
+    plan = HeadPlan.uniform(model.config, HeadSpec())
+    with pytest.raises(ValueError, match=r"attention_mask holds (-|nan).*1 where a token is"):
+        RedKnotCache.from_cache(dynamic, plan, model.config, attention_mask=added)
+
+
 def test_a_cut_back_into_what_sliding_layers_have_lost_is_told():
     model = make_model("gemma3")
     dynamic, text = filled(model, padding=(0,))

@@ -203,7 +203,7 @@ def test_what_cannot_be_assembled_is_refused(llama, store, documents):
         assemble(llama, [documents[0], SegmentStore(llama, store.plan).add([5])])
     with pytest.raises(ValueError, match="another model"):
         assemble(make_model("llama"), documents)
-    for boundary in (-1, 1.5, True):
+    for boundary in (-1, 1.5, True, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="boundary="):
             assemble(llama, documents, boundary=boundary)
     with pytest.raises(ValueError, match="2 entries for 5"):

@@ -70,6 +70,16 @@ def test_drift_falls_with_the_window_and_weighs_scored_queries_most():
     assert drift(sums) == pytest.approx(np.sqrt((scored + 0.1 * reading) / 1.1))
 
 
+def test_a_token_whose_embedding_is_zero_drifts_not():
+    """The first token attends itself alone: where its embedding is zero, so is the stream, whatever heads see."""
+    model, (prompt, _) = make_model("llama"), prompts()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[prompt.ids[0]] = 0
+    sums = measure_drift(model, [prompt], choices(2, 8), lambda: False)
+    assert np.isfinite(sums).all()
+    assert (drift(sums) > 0).all()
+
+
 def test_true_heads_of_the_bundled_model():
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="redknot")
     true = HeadPlan.load(TINY / "plan.json", model.config)

@@ -45,13 +45,22 @@ def test_stored_bytes_are_bounded(store, sequence, monkeypatch):
     assert [[len(some) for some in batch] for batch in passes([sequence], store)] == [[1], [1], [1]]
 
 
-@pytest.mark.parametrize(("keep", "sizes"), [("plan", [[2]]), ("full", [[1], [1]])])
-def test_what_a_store_keeps_counts(store, keep, sizes, monkeypatch):
-    """8 tokens of 4 layers of 4 heads, of a window of 1: 2 KiB of them, or 16 KiB."""
-    other = SegmentStore(store.model, HeadPlan.uniform(store.model.config, HeadSpec(1)), keep=keep)
-    texts = [other.ref([i] * 8) for i in (1, 2)]
-    sequence = [Reused(text, 8 * i, 0, True) for i, text in enumerate(texts)]
-    monkeypatch.setattr(schedule, "_PASS_BYTES", 20_000)
+@pytest.mark.parametrize(
+    ("keep", "storage", "tokens", "sizes"),
+    [
+        ("plan", "model", 8, [[2]]),
+        ("full", "model", 8, [[1], [1]]),
+        ("full", "model", 256, [[1], [1]]),
+        ("full", "int8", 256, [[2]]),
+    ],
+)
+def test_what_a_store_keeps_counts(store, keep, storage, tokens, sizes, monkeypatch):
+    """4 layers of 4 heads: 2 KiB a token, of a window of 1 that many in all, in 8 bits some 0.7 KiB."""
+    plan = HeadPlan.uniform(store.model.config, HeadSpec(1))
+    other = SegmentStore(store.model, plan, keep=keep, storage=storage)
+    texts = [other.ref([i] * tokens) for i in (1, 2)]
+    sequence = [Reused(text, tokens * i, 0, True) for i, text in enumerate(texts)]
+    monkeypatch.setattr(schedule, "_PASS_BYTES", 2500 * tokens)
     assert [[len(some) for some in batch] for batch in passes([sequence], other)] == sizes
 
 

@@ -115,6 +115,8 @@ def test_requests_that_can_never_fit_are_refused_with_their_bytes(model):
     [
         ({"memory": 100}, "the local heads of one sequence need"),
         ({"memory": "much"}, "memory='much': give bytes"),
+        ({"memory": float("nan")}, "memory=nan: give bytes"),
+        ({"memory": float("inf")}, "memory=inf: give bytes"),
         ({"preempt": "drop"}, "preempt='drop'"),
         ({"max_batch": 0}, "max_batch=0"),
         ({"parked": 2}, "parked=2"),

@@ -149,6 +149,12 @@ def _real(mask: Tensor, index: int, theirs: Sequence[Any], slots: int) -> Flags 
             f"attention_mask is {tuple(mask.shape)}: give one of {wanted}, all sequences and slots that the "
             "DynamicCache holds, generated ones included"
         )
+    odd = mask[(mask < 0) | mask.isnan()]
+    if len(odd):
+        raise ValueError(
+            f"attention_mask holds {odd[0].item()}: give 1 where a token is and 0 where a slot is padding, as the "
+            "tokenizer does, and not what is added to logits"
+        )
     real = mask.cpu() != 0
     return None if bool(real.all()) else real
 

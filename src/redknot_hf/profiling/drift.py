@@ -141,7 +141,9 @@ class _Meter:
         squares = [_squares(x[0, self.rows]) for x in (stream, stream.float() - before.float(), output)]
         held, added, projected = squares
         scale = added / projected.clamp(min=torch.finfo(torch.float32).tiny)
-        parts = (self.errors.pop(layer) * scale / held).double().tensor_split((self.scored,), -1)
+        moved = self.errors.pop(layer) * scale
+        # A stream of zeros that nothing moves has not drifted.
+        parts = (moved / held.where(moved > 0, 1)).double().tensor_split((self.scored,), -1)
         sums = torch.stack([part.sum(-1).T for part in parts], -1)
         counts = sums.new_tensor([part.shape[-1] for part in parts]).expand_as(sums)
         self.sums[layer] = torch.stack([sums, counts], -1)

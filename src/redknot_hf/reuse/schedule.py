@@ -149,7 +149,7 @@ def _tokens(asked: Any, ref: SegmentRef, start: int) -> int:
         return len(ref)
     if hasattr(asked, "item"):  # a number of numpy or torch
         asked = asked.item()
-    if isinstance(asked, bool) or not isinstance(asked, int | float) or asked < 0 or (asked > 1 and asked % 1):
+    if isinstance(asked, bool) or not isinstance(asked, int | float) or not asked >= 0 or (asked > 1 and asked % 1):
         raise ValueError(f"boundary={asked!r}: give tokens (an int), a share (a float from 0 to 1), or 'all'")
     if isinstance(asked, float):
         if asked > 1:
@@ -221,6 +221,8 @@ def _chunks(parts: Sequence[Reused], most: int) -> Iterator[Chunk]:
 
 def _stored_bytes(store: SegmentStore) -> Callable[[Chunk], int]:
     """Tells about how many bytes the stored rest of a chunk is."""
+    if store.coarse is not None:
+        return lambda chunk: store.outline(chunk.part.ref).nbytes if chunk.rest else 0
     config = store.model.config
     kept = store.plan if store.keep == "plan" else HeadPlan.uniform(config, HeadSpec())
     return lambda chunk: kept.nbytes(len(chunk.part.ref), config, store.model.dtype) if chunk.rest else 0

@@ -166,7 +166,7 @@ class SegmentStore(TakesTexts):
         """The stored keys and values of a text, on the device; computed anew if the store has lost them."""
         held = self.tiers.take(ref.address)
         if held is None and self.shelves:
-            held = self._read(self._outline(ref))
+            held = self._read(self.outline(ref))
         return (held or self._again(ref)).here()
 
     def fetch(self, refs: Sequence[SegmentRef]) -> list[Held]:
@@ -175,7 +175,7 @@ class SegmentStore(TakesTexts):
         reading: dict[int, Future[Held | None]] = {}
         if self.shelves:
             absent = [i for i, one in enumerate(held) if one is None]
-            reading = {i: self._readers.submit(self._read, self._outline(refs[i])) for i in absent}
+            reading = {i: self._readers.submit(self._read, self.outline(refs[i])) for i in absent}
         for i, future in reading.items():
             held[i] = future.result()
         return [one or self._again(ref) for one, ref in zip(held, refs, strict=True)]
@@ -192,7 +192,7 @@ class SegmentStore(TakesTexts):
             ValueError: The span is of another length, or lacks what the store keeps of a text.
         """
         ref = self.ref(ids)
-        wanted = self._outline(ref)
+        wanted = self.outline(ref)
         if span.tokens != len(ref) or not same_places(span.layers, wanted.layers, span.tokens):
             raise ValueError(
                 f"a span of {span.tokens} tokens cannot stand for a text of {len(ref)} in a store that keeps "
@@ -284,7 +284,7 @@ class SegmentStore(TakesTexts):
             self.shelves.write(self.tiers.host_copy(Held(segment)))
         return self.tiers.put(segment)
 
-    def _outline(self, ref: SegmentRef) -> Segment:
+    def outline(self, ref: SegmentRef) -> Segment:
         """What the text's segment has to be, without data; layers and dtype are learnt from a text of one token."""
         with self._computing:
             if self._like is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -98,7 +99,7 @@ def _number(memory: float | int | str) -> float:
             value = float(memory)
     except ValueError:
         value = -1
-    if value <= 0:
+    if not 0 < value < inf:
         raise ValueError(
             f"memory={memory!r}: give bytes, such as 8 * 2**30 or '8GiB', or a share of what is free, 0.9"
         )
