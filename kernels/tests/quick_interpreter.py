@@ -24,11 +24,25 @@ def quicken():
     def builtins(package):
         return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
 
+    @functools.cache
+    def for_interpreter(member):
+        # Past the wrapper that asks whether `_semantic` was given, which is given here.
+        inner = member.__wrapped__ if member.__code__ is asking else member
+
+        def call(*args, **options):
+            options["_semantic"] = interpreter.interpreter_semantic
+            return inner(*args, **options)
+
+        return call
+
+    asking = interpreter.tl.core.builtin(lambda: None).__code__
+
     def patch(package, builder, *scope):
+        set_attribute = scope[0].set_attr if scope else setattr
         for name in builtins(package):
             member = getattr(package, name)
             if is_builtin(member):
-                interpreter._patch_attr(package, name, member, builder, *scope)
+                set_attribute(package, name, for_interpreter(member))
 
     @functools.cache
     def languages(function):
@@ -87,7 +101,7 @@ def remember_types(interpreter):
     semantic, block_type = interpreter.TritonSemantic, interpreter.tl.block_type
     in_numpy, numpy_types = interpreter._get_np_dtype, {}
     together, common_types = semantic.computation_type_impl, {}
-    broadcast = semantic.broadcast_impl_value
+    broadcast, common_shapes = semantic.broadcast_impl_value, {}
 
     def get_np_dtype(of):
         if isinstance(of, block_type):
@@ -106,8 +120,22 @@ def remember_types(interpreter):
 
     def broadcast_value(self, left, right):
         a, b = left.type, right.type
-        alike = a.shape is b.shape if a.is_block() and b.is_block() else not (a.is_block() or b.is_block())
-        return (left, right) if alike else broadcast(self, left, right)
+        if a.is_block() != b.is_block():
+            return broadcast(self, left, right)
+        if not a.is_block() or a.shape is b.shape:
+            return left, right
+        if len(a.shape) != len(b.shape):
+            return broadcast(self, left, right)
+        key = id(a.shape), id(b.shape)  # which are shared, and so stay
+        if key not in common_shapes:
+            common_shapes[key] = broadcast(self, left, right)[0].type.shape
+        return tuple(spread(self, tensor, common_shapes[key]) for tensor in (left, right))
+
+    def spread(self, tensor, shape):
+        if tensor.type.shape is shape:
+            return tensor
+        handle = self.builder.create_broadcast(tensor.handle, shape.values)
+        return self.make_tensor(handle, block_type(tensor.type.scalar, shape))
 
     interpreter._get_np_dtype = get_np_dtype
     semantic.computation_type_impl, semantic.broadcast_impl_value = computation_type, broadcast_value
