@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ def run(model, plan: HeadPlan, prompt: dict) -> tuple[dict[str, torch.Tensor], l
     return found, pages, cache.nbytes
 
 
-def make_engine(model, plan: HeadPlan, memory: int) -> tuple[Engine, list[int]]:
+def make_engine(model, plan: HeadPlan, memory: int, rank_timeout: float = 60) -> tuple[Engine, list[int]]:
     """An engine whose pages do not suffice for all, and the bytes of pages that it uses before each step."""
-    engine, used = Engine(model, plan, **SIZES | {"memory": memory, "chunk": 20}, rank_timeout=60), []
+    engine, used = Engine(model, plan, **SIZES | {"memory": memory, "chunk": 20}, rank_timeout=rank_timeout), []
     engine.scheduler.ahead, planned = 1, engine.scheduler.plan
 
     def plan_step() -> Any:
@@ -85,12 +86,16 @@ def served(model, plan: HeadPlan, memory: int) -> dict[str, Any]:
     return counted | (found or {})
 
 
-def broken(model, plan: HeadPlan) -> str:
-    """What rank 0 says when another fails in the middle of a step."""
-    engine, _ = make_engine(model, plan, 1 << 22)
+def broken(model, plan: HeadPlan, hangs: bool) -> str:
+    """What ranks say when the second one hangs, or fails in the middle of a step."""
+    engine, _ = make_engine(model, plan, 1 << 22, 1.5 if hangs else 60)
     if not engine.ranks.leads:
         engine.reader.run = raises
     try:
+        if hangs and not engine.ranks.leads:
+            time.sleep(4)
+            engine.ranks.end(None)
+            return "nothing"
         _ = engine.generate([[5] * 40], Sampling(4)) if engine.ranks.leads else engine.follow()
     except RuntimeError as e:
         return str(e)
@@ -116,7 +121,8 @@ def main(folder: Path) -> None:
     placement = HeadPlan.load(folder / "first rank global.plan").balanced(2, 72, model.config)
     reorder_heads(model, placement)
     leave("balanced", placement.plan)
-    (folder / f"broken.{rank}").write_text(broken(model, placement.plan))
+    for hangs in (True, False):
+        (folder / f"broken.{hangs}.{rank}").write_text(broken(model, placement.plan, hangs))
 
 
 if __name__ == "__main__":

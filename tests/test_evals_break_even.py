@@ -18,6 +18,7 @@ def test_fetching_is_held_against_reading(tmp_path):
     assert done.exit_code == 0, done.output
     (line,) = out.read_text().splitlines()
     dense, planned = json.loads(line)["rows"]
+    assert len(json.loads(line)["hardware"]["load_average"]) == 2
     assert planned["bytes"] < dense["bytes"]
     for row in (dense, planned):
         assert row["break_even_mb_per_s"] == pytest.approx(row["bytes"] / 1e6 / row["read_s"])

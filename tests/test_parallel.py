@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,9 +192,15 @@ def test_ranks_take_the_same_steps_and_balanced_ones_hold_the_same(folder, name)
 
 
 def test_a_rank_that_fails_ends_the_others_with_a_message(folder):
-    said = [(folder / f"broken.{rank}").read_text() for rank in range(2)]
+    said = [(folder / f"broken.False.{rank}").read_text() for rank in range(2)]
     assert all(f"rank {rank} of 2 is no longer in step" in text for rank, text in enumerate(said)), said
     assert "ValueError: of its own" in said[1]
+
+
+def test_a_rank_that_hangs_does_not_hang_the_others(folder):
+    said = (folder / "broken.True.0").read_text()
+    assert "rank 0 of 2 is no longer in step" in said
+    assert "more than 1.5 s" in said
 
 
 def test_alone_a_process_leads_and_has_nobody_to_follow(model):
@@ -205,6 +212,8 @@ def test_alone_a_process_leads_and_has_nobody_to_follow(model):
         Engine(model, HeadPlan.uniform(model.config, HeadSpec()), **SIZES).follow()
     with pytest.raises(KeyError), ranks.together():
         raise KeyError
+    with pytest.raises(ValueError, match="rank_timeout=0: give the seconds"):
+        Ranks(SimpleNamespace(tp_size=2), 0)
 
 
 def test_what_holds_the_heads_of_one_process_is_refused_where_several_share_a_model(model):

@@ -5,11 +5,13 @@
 A context of Llama-3.1-8B's shape with random weights is read under a plan that keeps everything and under one of 1/8
 global heads. What each cache then holds is fetched over TCP on the loopback, sent no faster than a given rate, and put
 into another cache, which is checked to hold the same. Both are timed (medians); `break_even_mb_per_s` is the rate at
-which the bytes alone would take as long as reading. The last line is JSON; `--out` appends it to a file.
+which the bytes alone would take as long as reading. What else the host does slows both: `load_average` is how many
+processes ran or waited in the last minute, before and after. The last line is JSON; `--out` appends it to a file.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import statistics
 import threading
@@ -133,7 +135,8 @@ def main(
     """Measures, and appends a line to a file."""
     if min(rates) <= 0:
         raise typer.BadParameter(f"--rate {min(rates)}: give MB a second")
-    place = torch.device(device)
+    place, load = torch.device(device), [os.getloadavg()[0]]
     bench = MeasuredModel(shape, length, place)
     rows = [compare(bench, kind, length, rates, runs) for kind in ("dense", "planned")]
-    write_line(out, {"benchmark": "break_even", "shape": shape, "rows": rows}, place)
+    load.append(os.getloadavg()[0])
+    write_line(out, {"benchmark": "break_even", "shape": shape, "rows": rows}, place, load_average=load)

@@ -43,7 +43,7 @@ class Engine(Loop):
     Args:
         model: Any decoder of transformers with `attn_implementation="redknot"`; used, never changed.
         plan: Rule of every KV head, or the file of a plan.
-        memory: Pages for all sequences: bytes, `"8GiB"`, or a share of what is free on the device.
+        memory: Pages for all sequences: bytes, `"8GiB"`, or a share of what is free on each device.
         max_batch: Sequences that hold pages at once, at most.
         max_len: Tokens of a prompt and its answer, at most; the model's own limit by default.
         chunk: Tokens of prompts that are read in a step, at most.

@@ -76,6 +76,8 @@ class Loop(ABC):
     def between_steps(self, work: Callable[[], Result]) -> Result:
         """Has something done when no step is under way, such as forward passes of others, and waits for it.
 
+        Where ranks share the model, it must not run it: the others would not.
+
         Raises:
             RuntimeError: The engine has ended.
         """
