@@ -84,7 +84,7 @@ def in_chunks(chip, dtype, dims, group, softcap=False, sink=False):
     arguments |= {"GROUP": group, "DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": 64, "SOFTCAP": softcap}
     arguments |= {"HAS_SINK": sink, "UPCAST": False, "BLOCK_M": tile["rows"], "BLOCK_N": tile["keys"]}
     arguments |= {"BLOCK_D": blocks["BLOCK_D"], "BLOCK_V": blocks["BLOCK_V"]}
-    return compile_kernel(chip, kernel, arguments, **tile["options"])
+    return launch(chip, kernel, arguments, **tile["options"])
 
 
 def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, softcap=False, storage=()):
