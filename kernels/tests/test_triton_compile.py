@@ -215,15 +215,16 @@ CASES = {
 # Products of fewer than 64 rows, or of 32 bits, do not reach the matrix units that came with Hopper and Blackwell, and
 # some kernels multiply nothing. There Hopper's intermediate code is Ampere's line by line; Blackwell's passes order it
 # in another way, which one case of each kind tries: decode, decode_both, attend_at_fp32, append, place_partial.
-AS_ON_AMPERE = {
+_PLAIN = {
     *("decode_256", "decode_small", "decode_fp32", "decode_written", "decode_many_fp32", "decode_many_256_fp32"),
     *("cool_new", "merge_many", "place", "place_copied", "prefill_band_fp32", "prefill_pages_fp32"),
 }
+AS_ON_AMPERE = {"sm90": _PLAIN | {"attend_at_fp32"}, "sm100": _PLAIN | {"decode_int8", "decode_int4"}}
 
 
 def cases(chip):
     """The names of what is compiled for a chip."""
-    return [name for name in CASES if chip not in ("sm90", "sm100") or name not in AS_ON_AMPERE]
+    return [name for name in CASES if name not in AS_ON_AMPERE.get(chip, ())]
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -237,10 +238,10 @@ def test_compiles_and_fits(chip):
     assert not {case: what for case, what in found.items() if isinstance(what, str) or what > CHIPS[chip][3]}
 
 
-@pytest.mark.parametrize("chip", ["sm90", "sm100"])
+@pytest.mark.parametrize("chip", AS_ON_AMPERE)
 def test_what_is_compiled_for_ampere_alone_is_launched_alike(chip):
     pytest.importorskip("triton")
-    for name in AS_ON_AMPERE:
+    for name in AS_ON_AMPERE[chip]:
         for_chip, for_ampere = (CASES[name](each)[1:] for each in (chip, "sm80"))
         for _, arguments, _ in (for_chip, for_ampere):
             arguments.pop("EARLY", None)
