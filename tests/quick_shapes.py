@@ -59,7 +59,7 @@ def is_shape(hint):
 def remembering(function, check):
     """The function, checked by `check` where the kinds of what it takes or gives are new."""
     known, given = {}, threading.local()
-    kind = VARYING if any(", ...]" in str(hint) for hint in function.__annotations__.values()) else FIXED
+    describer = VARYING if any(", ...]" in str(hint) for hint in function.__annotations__.values()) else FIXED
 
     def step(*args, **kwargs):
         return given.answers.pop() if getattr(given, "answers", None) else function(*args, **kwargs)
@@ -72,7 +72,9 @@ def remembering(function, check):
     def checked(*args, **kwargs):
         __tracebackhide__ = True
         try:
-            taken = tuple(map(kind, args)), tuple((name, kind(value)) for name, value in kwargs.items())
+            taken = tuple([describer(value.__class__)(value) for value in args])
+            if kwargs:
+                taken = taken, *kwargs, *[describer(value.__class__)(value) for value in kwargs.values()]
             answers = known.get(taken)
         except (MixedError, TypeError):  # no hash: sizes without numbers, which are a compiler's
             return whole(*args, **kwargs)
@@ -93,7 +95,7 @@ def remembering(function, check):
 
     def described(answer):
         try:
-            return kind(answer)
+            return describer(answer.__class__)(answer)
         except MixedError:
             return None
 
@@ -113,7 +115,7 @@ class MixedError(Exception):
 
 
 def describing(tuples_vary):
-    """A function that says what of a value decides whether it obeys an annotation."""
+    """A function that gives, for a type, what says of its values all that an annotation may ask."""
 
     @functools.cache
     def describer(of):
@@ -132,9 +134,9 @@ def describing(tuples_vary):
         return lambda value: of
 
     def kind(value):
-        return describer(type(value))(value)
+        return describer(value.__class__)(value)
 
-    return kind
+    return describer
 
 
 FIXED, VARYING = describing(tuples_vary=False), describing(tuples_vary=True)
