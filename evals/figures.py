@@ -109,6 +109,7 @@ def differences(rows: Sequence[Row], style: Style) -> Figure:
             axes.plot([apart.value], [y], marker=marker, color=colour, markersize=6)
             axes.annotate(f"{apart.value:+.1f}", (apart.value, y), (0, 5), textcoords="offset points", fontsize=8,
                           color=style.ink, ha="center")  # fmt: skip
+        axes.margins(x=0.14)  # room for the number at a mark
         axes.axvline(0, color=style.ink, linewidth=0.8)
         axes.axvspan(-1, 1, color=style.faint, alpha=0.5, linewidth=0)
         axes.set(title=title, xlabel="points of score, to dense", ylim=(len(panel) - 0.5, -0.5))
