@@ -24,7 +24,10 @@ Model = Annotated[
     str, typer.Option(help="folder or Hub id; `bundled`: in evals/tiny; `smollm2`: fetched by evals.real")
 ]
 MethodNames = Annotated[
-    list[str], typer.Option("--method", help="a method, `methods` lists them; NAME:option=value sets options")
+    list[str],
+    typer.Option(
+        "--method", help="a method, `methods` lists them, or module.function; NAME:option=value sets options"
+    ),
 ]
 Plans = Annotated[list[Path], typer.Option("--plan", help="head plan; the bundled model's is the default for it")]
 Lengths = Annotated[list[int], typer.Option("--length", help="tokens of a prompt, at most")]

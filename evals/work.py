@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -84,7 +85,8 @@ def show(rows: list[Row]) -> None:
     """Print the figures that matter most, a table for each task and length."""
     for (task, length), same in groupby(rows, key=lambda row: (row.run.task, row.run.length)):
         numbers = (Column(name, justify="right") for name in ("answers", "score", "top-1 %", "KL", "MiB", "ms/token"))
-        table = Table("method", *numbers, Column("score to dense", min_width=20), title=f"{task}, {length} tokens")
+        verdict = Column("score to dense", min_width=14)  # so that all of it stands in 80 columns
+        table = Table("method", *numbers, verdict, title=f"{task}, {length} tokens", box=SIMPLE_HEAD)
         for row in same:
             table.add_row(
                 row.name, str(row.answers), f"{row.score.value:.1f}", f"{row.top1.value:.1f}", f"{row.kl.value:.2g}",

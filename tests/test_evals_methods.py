@@ -1,7 +1,9 @@
 """Methods: what each holds, and what none may pretend."""
 
 import importlib.util
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -198,3 +200,19 @@ def test_several_plans_go_by_their_names(model, plan, tmp_path):
     plans = [(tmp_path / "a.json", plan), (tmp_path / "b.json", other)]
     methods = load_all(["dense", "redknot"], Setting(model.config, 100, plan), plans)
     assert [method.name for method in methods] == ["dense", "redknot, a", "redknot, b"]
+
+
+def test_a_method_of_ones_own_is_that_of_the_page(model, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "evals" / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    setting = Setting(model.config, 256)
+    made = load("mine.pyramid:widest=64", setting)
+    layers = model.config.num_hidden_layers
+    assert [layer[0].window for layer in made.plan] == [64 * (layers - i) // layers for i in range(layers)]
+    assert made.name == "pyramid of 64"
+    with pytest.raises(ValueError, match="mine has no function cone"):
+        load("mine.cone", setting)
+    with pytest.raises(ValueError, match=r"as module\.function"):
+        load("cone", setting)

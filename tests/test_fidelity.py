@@ -62,6 +62,8 @@ def test_kinds_that_the_model_cannot_do_are_shown_and_left_out():
     assert row["kl_interval"][0] <= row["kl"] <= row["kl_interval"][1]
     assert not judged(asked[2:3], rows[2:3])["holds"], "nothing is confirmed by what the model cannot do"
     assert judged(asked[2:3], rows[2:3])["kl_interval"] is None
+    alone = [Prompt(torch.arange(9), kind=kind) for kind in ("copy", "text", "pairs", "home")]
+    assert judged(alone, [found(kl, 0.9, 0.9) for kl in (0.0, 0.1, 0.2, 0.3)])["kl_interval"] is None, "no spread seen"
 
 
 @pytest.mark.parametrize(("kl", "accuracy", "holds"), [(0.04, 0.9, True), (0.06, 0.9, False), (0.04, 0.88, False)])

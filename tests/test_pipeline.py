@@ -85,21 +85,26 @@ def test_a_plan_is_a_file_and_attention_is_set(model, plan, byte_tokenizer, tmp_
     assert model.config._attn_implementation == "redknot"
 
 
-def test_a_budget_is_profiled(model, byte_tokenizer):
-    options = {"tokenizer": byte_tokenizer, "budget": 0.6, "profile_length": 600, "device": "cpu"}
-    made = pipeline(TASK, model=model, **options)
+def test_a_budget_is_profiled_once_where_a_file_is_named(model, byte_tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    options = {"tokenizer": byte_tokenizer, "plan": path, "profile_length": 600, "device": "cpu"}
+    made = pipeline(TASK, model=model, budget=0.6, **options)
     assert isinstance(made.plan, HeadPlan)
     assert made.plan.nbytes(600, 16, 4) <= 0.6 * HeadPlan.uniform(model.config, HeadSpec()).nbytes(600, 16, 4)
     assert made.plan.provenance["budget"] == 0.6
+    monkeypatch.setattr("redknot_hf.profiling.profile_heads", None)
+    assert pipeline(TASK, model=model, budget=0.6, **options).plan == made.plan == HeadPlan.load(path)
+    with pytest.raises(ValueError, match=r"was made for budget=0\.6, not 0\.3: name another file"):
+        pipeline(TASK, model=model, budget=0.3, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({}, "give one; redknot profile"), ({"plan": "plan.json", "budget": 0.3}, "give one; redknot profile")],
-)
-def test_a_plan_or_a_budget_is_asked_for(model, byte_tokenizer, options, message):
-    with pytest.raises(ValueError, match=message):
-        pipeline(TASK, model=model, tokenizer=byte_tokenizer, device="cpu", **options)
+def test_a_plan_or_a_budget_is_asked_for(model, plan, byte_tokenizer):
+    for options, message in (
+        ({}, "give a plan, or a budget"),
+        ({"plan": plan, "budget": 0.3}, "leave the budget out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline(TASK, model=model, tokenizer=byte_tokenizer, device="cpu", **options)
 
 
 def test_what_is_off_is_told(made, model, plan, byte_tokenizer):

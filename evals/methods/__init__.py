@@ -1,9 +1,14 @@
-"""Methods by name, as the command line takes them: `NAME` or `NAME:option=value,option=value`."""
+"""Methods by name, as the command line takes them: `NAME` or `NAME:option=value,option=value`.
+
+A name with a dot is a function elsewhere: `mine.pyramid` is `pyramid` of the module `mine`, and takes what those in
+`METHODS` take: a `Setting`, and options.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +91,24 @@ def load(spec: str, setting: Setting) -> Method | Press:
         FileNotFoundError: It needs an environment that is missing.
     """
     name, _, given = spec.partition(":")
-    if name not in METHODS:
-        raise ValueError(f"no method is called {name!r}: choose one of {', '.join(METHODS)}")
+    make = METHODS.get(name) or _elsewhere(name)
     options = dict(_option(spec, part) for part in given.split(",") if part)
     try:
-        return METHODS[name](setting, **options)
+        return make(setting, **options)
     except TypeError as e:
         raise ValueError(f"method {spec!r}: {e}") from e
+
+
+def _elsewhere(name: str) -> Callable[..., Method | Press]:
+    module, dot, function = name.rpartition(".")
+    if not dot:
+        raise ValueError(
+            f"no method is called {name!r}: choose one of {', '.join(METHODS)}, or a function, as module.function"
+        )
+    make: Any = getattr(import_module(module), function, None)
+    if make is None:
+        raise ValueError(f"method {name!r}: {module} has no function {function}")
+    return make
 
 
 def load_all(specs: Sequence[str], setting: Setting, plans: Sequence[tuple[Path, HeadPlan]]) -> list[Method | Press]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,14 +34,16 @@ class RedKnotPipeline(Pipeline):
     Args:
         plan: What each head keeps: a plan or the file of one.
         budget: In place of a plan the share of the dense cache's bytes to keep, 0 to 1: the model's heads are then
-            profiled before the first text, which takes minutes; `redknot profile` writes such a plan for good.
+            profiled before the first text, which takes minutes. Beside a `plan` that is a file the profile's plan is
+            written there, and read from there where the file is there already.
         profile_length: Tokens of the prompts that a budget's profile is measured on.
         chat, system, separator: How texts become tokens, as `Seams` has them.
         page_size, impl: Of the caches.
         kwargs: As any pipeline's: `model`, `tokenizer`, `device` and so on.
 
     Raises:
-        ValueError: Neither a plan nor a budget is given, or both; or the plan does not fit the model.
+        ValueError: Neither a plan nor a budget is given; or a budget beside a plan that is no file, or that the file's
+            plan was not made for; or the plan does not fit the model.
     """
 
     _load_processor = False
@@ -62,16 +65,19 @@ class RedKnotPipeline(Pipeline):
         impl: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if (plan is None) == (budget is None):
+        if plan is None and budget is None:
             raise ValueError(
-                f"plan={plan!r} and budget={budget}: give one; redknot profile MODEL --out plan.json makes a plan"
+                "give a plan, or a budget, such as plan='plan.json', budget=0.3: the file is written where it is not "
+                "there yet; redknot profile MODEL --out plan.json makes one too"
             )
+        if isinstance(plan, HeadPlan) and budget is not None:
+            raise ValueError(f"plan={plan!r} and budget={budget}: a plan keeps what it says; leave the budget out")
         super().__init__(*args, **kwargs)
         if self.model.config._attn_implementation != "redknot":
             self.model.set_attn_implementation("redknot")
         self.seams = Seams(self.tokenizer, chat=chat, system=system, separator=separator)
         self.cache_options = {"page_size": page_size, "impl": impl}
-        self.plan = self._profiled(budget, profile_length) if plan is None else as_plan(plan, self.model.config)
+        self.plan = self._planned(plan, budget, profile_length)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -146,12 +152,22 @@ class RedKnotPipeline(Pipeline):
             )
         return {}, {}, {}
 
-    def _profiled(self, budget: float | None, length: int) -> HeadPlan:
-        """The plan that a profile of the model finds for a budget."""
+    def _planned(self, plan: HeadPlan | AnyPath | None, budget: float | None, length: int) -> HeadPlan:
+        """What was given, or what a profile of the model finds for a budget, written to the file that was named."""
+        path = None if plan is None or isinstance(plan, HeadPlan) else Path(plan)
+        if budget is None or (path is not None and path.exists()):
+            found = as_plan(plan, self.model.config)
+            made_for = found.provenance.get("budget")
+            if budget is not None and made_for != budget:
+                raise ValueError(f"{plan} was made for budget={made_for}, not {budget}: name another file")
+            return found
         from redknot_hf.profiling import calibration_prompts, profile_heads
 
         prompts = calibration_prompts(self.tokenizer, length=length, count=8)
-        return profile_heads(self.model, prompts, budget=budget).plan()
+        found = profile_heads(self.model, prompts, budget=budget).plan()
+        if path is not None:
+            found.save(path)
+        return found
 
 
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=RedKnotPipeline, pt_model=AutoModelForCausalLM)

@@ -112,7 +112,7 @@ def _rounded(means: Found) -> Found:
 
 def _intervals(groups: Sequence[Sequence[Found]]) -> dict[str, list[float] | None]:
     """Of the KL and of the accuracy's difference to dense, resampling the prompts of every kind."""
-    if sum(map(len, groups)) < _FEWEST:
+    if sum(map(len, groups)) < _FEWEST or min(map(len, groups)) < 2:  # one prompt of a kind has no spread
         return {"kl_interval": None, "accuracy_interval": None}
     columns = {
         "kl_interval": [[row["kl"] for row in rows] for rows in groups],
