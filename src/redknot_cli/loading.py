@@ -74,7 +74,7 @@ class Source:
         """Loads the model, with attention "redknot"; of several ranks each loads its heads, on its own device."""
         more: dict[str, Any] = self._where
         if ranks > 1:
-            from transformers.distributed import DistributedConfig
+            from transformers.distributed.configuration_utils import DistributedConfig
 
             more = {**more, "distributed_config": DistributedConfig(tp_size=ranks, tp_plan="auto")}
         spread = self.device == "auto"

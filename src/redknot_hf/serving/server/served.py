@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from redknot_hf.serving.request import Request, Sampling
+from redknot_hf.serving.request import Request
 
 
 @runtime_checkable
@@ -33,10 +33,9 @@ class Served(Protocol):
         """Whether requests are served."""
         ...
 
-    def submit_many(
-        self, prompt: Sequence[int] | str, n: int, sampling: Sampling | None = None, **options: Any
-    ) -> list[Request]:
-        """Hands requests of one prompt in."""
+    @property
+    def submit_many(self) -> Callable[..., list[Request]]:
+        """Hands requests of one prompt in: takes the prompt, how many answers, how they are chosen, and options."""
         ...
 
     def add_segment(self, text: Any, prefix: Any = None) -> Any:
