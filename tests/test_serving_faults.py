@@ -110,6 +110,21 @@ def test_requests_that_can_never_fit_are_refused_with_their_bytes(model):
     assert engine.idle
 
 
+def test_waiting_for_an_engine_that_was_never_started_is_told(model):
+    async def awaited(request):
+        return await request
+
+    engine = Engine(model, plan_of(model), **SIZES)
+    request = engine.submit([5, 6], Sampling(max_new_tokens=2))
+    for wait in (request.result, lambda: list(request), lambda: asyncio.run(awaited(request))):
+        with pytest.raises(RuntimeError, match=r"never started: call engine\.start\(\)"):
+            wait()
+    with pytest.raises(TimeoutError):
+        request.result(timeout=0.01)
+    with engine:
+        assert len(request.result()) == len(list(request)) == len(asyncio.run(awaited(request))) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

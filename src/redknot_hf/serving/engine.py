@@ -107,7 +107,6 @@ class Engine(Loop):
         self.reader = Reader(self.memory, seats, self._finish, park_every * chunk, self.documents)
         self.observe: Callable[[str, float], None] = lambda name, value: None
         self.reader.observe = lambda name, value: self.observe(name, value)
-        self.steps = 0
         self._ends = ends_of(model)
 
     # Requests
@@ -179,7 +178,7 @@ class Engine(Loop):
         for i in range(n):
             mine = sampling if sampling.seed is None or not i else replace(sampling, seed=sampling.seed + i)
             request = Request(ids, mine, priority, timeout, callback)
-            request.source, request.segments = source, parts
+            request.source, request.segments, request.served = source, parts, self._begun
             request.tokens = [Token(i) for i in answered]
             begun = {"sampled": len(answered), "after": made[0] if made else None}
             made.append(scheduling.Sequence(request, [*ids, *answered], **begun))

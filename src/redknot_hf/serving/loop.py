@@ -20,6 +20,7 @@ class Loop(ABC):
 
     Attributes:
         error: What ended it, if something did.
+        steps: How many had work.
 
     Args:
         queue: Requests that wait at most.
@@ -30,6 +31,7 @@ class Loop(ABC):
         self._inbox = Inbox(queue)
         self._thread: Thread | None = None
         self._stopping = False
+        self.steps = 0
 
     @abstractmethod
     def step(self) -> bool:
@@ -95,6 +97,9 @@ class Loop(ABC):
     def alive(self) -> bool:
         """Whether requests are served."""
         return self.error is None and not self._stopping and (self._thread is None or self._thread.is_alive())
+
+    def _begun(self) -> bool:
+        return self._thread is not None or self.steps > 0
 
     def _loop(self) -> None:
         while not self._stopping:

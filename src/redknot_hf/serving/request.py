@@ -167,6 +167,8 @@ class Request:
         # What the prompt begins with, made elsewhere: a span, or what makes it when the engine comes to the request.
         self.source: Any = None
         self.cancelling = False
+        # Whether anybody takes steps, as far as the engine knows.
+        self.served: Callable[[], bool] = lambda: True
         self._changed = Condition()
         self._listeners = [] if callback is None else [callback]
 
@@ -188,9 +190,11 @@ class Request:
         """Waits for the end, and gives the ids of the answer; of one that was given up, what there is of it.
 
         Raises:
-            RuntimeError: The request failed.
+            RuntimeError: The request failed, or no step was ever taken that could serve it, and no time is given.
             TimeoutError: It did not end in time.
         """
+        if timeout is None:
+            self._check_served()
         with self._changed:
             if not self._changed.wait_for(lambda: self.state.ended, timeout):
                 raise TimeoutError(f"request {self.number} has not ended after {timeout} s")
@@ -200,6 +204,7 @@ class Request:
 
     def __iter__(self) -> Iterator[Token]:
         """Tokens as they come."""
+        self._check_served()
         seen = 0
         while True:
             with self._changed:
@@ -213,6 +218,7 @@ class Request:
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         """Tokens as they come, on the running event loop."""
+        self._check_served()
         queue: asyncio.Queue[Token | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         for token in self.listen(lambda _, token: _tell(loop, queue, token)):
@@ -235,6 +241,13 @@ class Request:
             if not self.state.ended:
                 self._listeners.append(callback)
             return list(self.tokens)
+
+    def _check_served(self) -> None:
+        if not self.state.ended and not self.served():
+            raise RuntimeError(
+                f"request {self.number} would be waited for without end, since its engine was never started: call "
+                "engine.start() before, write `with engine:`, or take the steps, engine.drain()"
+            )
 
     # What the engine calls
 
