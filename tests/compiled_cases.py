@@ -12,6 +12,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.cache.cache import row_layers
+from redknot_hf.serving import Engine, Sampling
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.core
@@ -192,3 +193,19 @@ def test_padding_in_a_compiled_step_is_skipped_and_told():
     torch.testing.assert_close(ours[1], theirs[1], atol=2e-5, rtol=1e-4)
     with pytest.raises(RuntimeError, match=r"compiled step had padding.*cache\.reset\(\)"):
         cache.get_seq_length()
+
+
+def test_steps_of_an_engine_compile_once_for_all_seats(monkeypatch):
+    model, plan = tiny("gemma3n")  # its second layer attends the first one's keys
+    plan = plan.stored("int8")
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, **options: torch_compile(run, backend="eager", **options))
+    ids, cache = prompts()[0][:1, :14], RedKnotCache(model.config, plan, page_size=16)
+    expected = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)[0, 14:].tolist()
+    sizes = {"max_batch": 3, "max_len": 32, "page_size": 16, "memory": 1 << 20, "parked": 0}
+    engine = Engine(model, plan, impl="triton", compiled=True, **sizes)
+    engine.reader.seats.captures = True  # as on a device with graphs; here its replays are steps
+    assert engine.generate(ids.tolist(), Sampling(max_new_tokens=4))[0].ids == expected
+    assert engine.reader.seats.replays == 3
+    assert list(engine.reader.seats.graphs) == [3]
+    assert counters["stats"]["unique_graphs"] == 1

@@ -49,8 +49,8 @@ WORKS = {
         "host": Work(2, 70, 16, "8MiB"),
         "prefix": Work(2, 320 + 64, 2, "32MiB"),
         "swap": Work(1, 150, 12, "8MiB"),
-        "arrivals": Work(2, 1300, 12, "3MiB"),
-        "decoding": Work(2, 130, 62, "8MiB"),
+        "arrivals": Work(2, 1300, 8, "3MiB"),
+        "decoding": Work(2, 130, 18, "8MiB"),
         "peer": Work(2, 40, 4, "8MiB"),
     },
 }

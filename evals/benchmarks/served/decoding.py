@@ -67,12 +67,12 @@ def static_row(scene: Scene, work: Work, begun: Begun) -> dict[str, Any]:
     """Decodes the same tokens as one batch by `captured_decoding`."""
     scene.collect()
     ids, span = begun
-    cache = scene.cache(f"{PLAN}, captured", work.length + work.new)
+    count = max((work.new - 8) // 3 - 16, 2)  # new tokens of a turn, which has 16 more to capture with
+    cache = scene.cache(f"{PLAN}, captured", work.length + 8 + 3 * (16 + count))
     cache.extend([span] * work.requests)
     asked = scene.ids(work.requests, work.length)
     asked[:, :-1] = asked.new_tensor(ids)
     _, more = scene.captured(cache, asked, 8)  # compiles
-    count = (work.new - 8) // 3 - 16
     token = scene.captured_token(cache, more, turns=3, more=count)
     scene.forget(cache)
     return {

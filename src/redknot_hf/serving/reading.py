@@ -37,6 +37,11 @@ class Chosen(NamedTuple):
     ready: Any
     likely: dict[int, tuple[Tensor, Tensor, Tensor]]
 
+    @property
+    def come(self) -> bool:
+        """Whether they are on the host already."""
+        return self.ready is None or self.ready.query()
+
 
 class Reader:
     """Runs the model for a scheduler.
@@ -96,6 +101,8 @@ class Reader:
                 except Exception as e:
                     self._raise_among_others(e)
                     self.finish(sequence, State.FAILED, "error", e)
+            while self.ranks.count == 1 and self.pending and self.pending[0].come:
+                self._hear(self.pending.popleft())  # others read on for long; ranks hear of all at the same time
         while len(self.pending) > (self.behind if work.decode else 0):
             self._hear(self.pending.popleft())
 
