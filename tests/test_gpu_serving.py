@@ -51,6 +51,17 @@ def test_captured_steps_have_the_tokens_of_steps_one_by_one_and_of_generate(fami
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["model", "stored"])
+def test_compiled_steps_have_the_tokens_of_generate(stored):
+    model = make_model("llama").cuda()
+    plan, asked = plan_of(model, stored), texts(5, seed=5)
+    engine = Engine(model, plan, **LONG | {"compiled": True, "parked": 0})
+    answers = engine.generate(asked, Sampling(40))
+    assert [x.ids for x in answers] == [alone(model, plan, x, 40) for x in asked]
+    assert list(engine.reader.seats.graphs) == [LONG["max_batch"]]
+    assert all_free(engine)
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["model", "stored"])
 def test_seats_that_come_and_go_between_replays(stored):
     model = make_model("llama").cuda()
     plan, asked = plan_of(model, stored), texts(8, seed=1)

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from itertools import count
 from math import isnan
 from numbers import Integral, Real
@@ -83,12 +84,12 @@ class Sampling:
             if not isinstance(token, Integral) or not isinstance(bias, Real) or isnan(bias):
                 raise ValueError(f"logit_bias={{{token!r}: {bias!r}}}: give a number for each id of a token")
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether the largest logit is taken as it is."""
         return self.temperature == 0 and not self.shaped
 
-    @property
+    @cached_property
     def shaped(self) -> bool:
         """Whether logits are changed by what the request has seen, or asks."""
         penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)

@@ -182,8 +182,9 @@ class Scheduler:
 
     def plan(self) -> Work:
         """What to do next; pages for it are reserved."""
-        for sequence in sorted(self.running, key=lambda x: x.rank):
-            if sequence in self.running and sequence.decodes:
+        growing = [x for x in self.running if x.done >= x.reserved and x.decodes]
+        for sequence in sorted(growing, key=lambda x: x.rank):
+            if sequence in self.running and sequence.decodes:  # those before it may have taken its pages
                 self._make_room(sequence, sequence.done + 1)
         self._admit()
         work = Work([x for x in self.running if x.decodes])
