@@ -49,7 +49,12 @@ class Scene(MeasuredModel):
         """One with room for the work; nothing is parked unless that is asked for."""
         self.collect()
         self.model.set_attn_implementation("redknot")
-        sizes = {"memory": work.memory, "max_batch": work.requests, "max_len": work.length + work.new, "parked": 0}
+        sizes: dict[str, Any] = {
+            "memory": work.memory,
+            "max_batch": work.requests,
+            "max_len": work.length + work.new,
+            "parked": 0,
+        }
         return Engine(self.model, self.plans[plan], **sizes | {"chunk": _READ} | options)
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
