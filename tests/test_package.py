@@ -1,6 +1,7 @@
 """What is shipped: one wheel with both packages, an import that changes nothing for others, a test for each module."""
 
 import ast
+import os
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,7 @@ import redknot_hf
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("src", "kernels/torch-ext", "evals", "examples")
+HARNESS = "redknot_hf/harness/"  # where the wheel has `evals`
 # What torch and transformers bring.
 COME_ALONG = {"triton", "tokenizers", "huggingface_hub", "packaging", "tqdm"}
 
@@ -41,20 +43,36 @@ def test_the_wheel_holds_the_library_its_kernels_and_the_harness(shipped):
         ROOT / "kernels" / "torch-ext" / "redknot_kernels",
         ROOT / "evals",
     ]
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {source.name for source in sources}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        source.name for source in sources[:3]
+    }
     expected = {str(path.relative_to(source.parent)) for source in sources for path in source.rglob("*.py")}
-    assert expected <= names
-    assert {"redknot_hf/py.typed", "redknot_kernels/py.typed", "evals/page.html.jinja"} <= names
+    assert {HARNESS + name if name.startswith("evals/") else name for name in expected} <= names
+    assert {"redknot_hf/py.typed", "redknot_kernels/py.typed", f"{HARNESS}evals/page.html.jinja"} <= names
     assert "redknot_hf/serving/server/page.html" in names
-    assert not [name for name in names if name.startswith(("evals/results", "evals/tiny/")) and name[-3:] != ".py"]
+    heavy = f"{HARNESS}evals/results", f"{HARNESS}evals/tiny/"
+    assert not [name for name in names if name.startswith(heavy) and name[-3:] != ".py"]
     assert wheel.stat().st_size < 1e6
+
+
+def test_the_wheels_harness_goes_beside_another_package_of_its_name(shipped, tmp_path):
+    zipfile.ZipFile(shipped["wheel"][0]).extractall(tmp_path)
+    (tmp_path / "evals.py").write_text("raise RuntimeError('another')")
+    program = "from redknot_cli import app; app(['eval', 'run', '--help'])"
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "examples of each task" in told.stdout
 
 
 def test_the_sdist_holds_what_a_wheel_is_built_of_and_no_weights(shipped):
     sdist, names = shipped["sdist"]
     assert sdist.stat().st_size < 2e6
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "PKG-INFO"} <= names
-    assert {name for name in shipped["wheel"][1] if name.startswith("evals/")} <= names
+    harness = {name.removeprefix(HARNESS) for name in shipped["wheel"][1] if name.startswith(HARNESS)}
+    assert harness
+    assert harness <= names
     assert not [name for name in names if name.endswith(".safetensors")]
 
 
