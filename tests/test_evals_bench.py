@@ -60,11 +60,12 @@ def test_no_benchmark_needs_more_than_a_model_does_to_say_what_it_is():
     assert all(f"python -m evals bench {name}" in said for name in BENCHMARKS)
 
 
-@pytest.mark.parametrize("name", TOY)
-def test_a_toy_benchmark_runs_where_the_other_commands_cannot(name, tmp_path):
-    out = tmp_path / "out.jsonl"
-    bare(["bench", name, *TOY[name], "--out", str(out)])
-    assert all("torch" in json.loads(line)["hardware"] for line in out.read_text().splitlines())
+def test_toy_benchmarks_run_where_the_other_commands_cannot(tmp_path):
+    bare(*(["bench", name, *options, "--out", str(tmp_path / name)] for name, options in TOY.items()))
+    for name in TOY:
+        lines = (tmp_path / name).read_text().splitlines()
+        assert lines
+        assert all("torch" in json.loads(line)["hardware"] for line in lines)
 
 
 def test_the_other_commands_are_named_beside_bench():
