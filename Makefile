@@ -59,7 +59,7 @@ clean:
 	rm -rf .venv .venv-oldest .venv-previous .venv-newest .venv-kvpress
 
 .venv/.ready: pyproject.toml .venv/.torch
-	$(BIN)/pip $(INSTALL) -c constraints.txt -e ".[docs,examples,evals,lm-eval,real,serve]" --group test --group lint
+	$(BIN)/pip $(INSTALL) -c constraints.txt -e ".[docs,examples,evals,lm-eval,real,ray]" --group test --group lint
 	touch $@
 
 .venv/.torch: constraints.txt

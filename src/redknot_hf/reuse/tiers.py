@@ -198,6 +198,11 @@ class Tiers:
         with self._lock:
             return len({*self.on_device, *self.on_host})
 
+    def addresses(self) -> list[str]:
+        """Of all segments in memory; those that the device used last come last."""
+        with self._lock:
+            return list(dict.fromkeys([*self.on_host, *self.on_device]))
+
     def buffer(self, elements: int, dtype: torch.dtype) -> Shaped[Tensor, " elements"]:
         """Memory of the host to read a segment into."""
         return torch.empty(elements, dtype=dtype, pin_memory=self._stream is not None)

@@ -7,11 +7,11 @@ and stores with a tier in common (`remote=`, or a folder). What got lost on the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from redknot_hf.cache.span import Span
 from redknot_hf.reuse.ids import Ids, as_ids
-from redknot_hf.reuse.segment import SegmentRef
 from redknot_hf.reuse.store import SegmentStore
 from redknot_hf.reuse.transfer import as_span
 
@@ -50,17 +50,26 @@ def answer(
         ValueError: The store is another model's or plan's, the prompt has fewer than two tokens, or the request can
             never be served.
     """
+    source = beginning(engine, store, prompt)
+    return engine.submit(list(as_ids(prompt)), sampling, source=source, **options)
+
+
+def beginning(engine: Engine, store: SegmentStore, prompt: Ids) -> Callable[[], Span]:
+    """What makes the beginning of a prompt that was read elsewhere, for `Engine.submit(source=)`.
+
+    Args:
+        engine, store, prompt: As `answer` has them.
+
+    Raises:
+        ValueError: The store is another model's or plan's, or the prompt has fewer than two tokens.
+    """
     if store.model is not engine.model or store.plan != engine.plan:
         raise ValueError("the store is of another model or plan than the engine: make SegmentStore(engine.model, "
                          "engine.plan, remote=...)")  # fmt: skip
     if store.keep != "plan":
         raise ValueError(f"the store keeps {store.keep!r}, more than an engine's pages take: pass keep='plan'")
     ref = store.ref(_ahead(prompt))
-    return engine.submit(list(as_ids(prompt)), sampling, source=lambda: _beginning(store, ref), **options)
-
-
-def _beginning(store: SegmentStore, ref: SegmentRef) -> Any:
-    return as_span(store.get(ref))
+    return lambda: as_span(store.get(ref))
 
 
 def _ahead(prompt: Ids) -> tuple[int, ...]:

@@ -14,7 +14,6 @@ from redknot_hf.reuse.assembly import Assembly
 from redknot_hf.reuse.ids import Ids
 from redknot_hf.reuse.schedule import BOUNDARY, Amount, Boundary, Reused, is_spliced, passes, schedule
 from redknot_hf.reuse.segment import SegmentRef
-from redknot_hf.reuse.store import SegmentStore
 
 from .scheduler import Sequence as Served
 
@@ -25,7 +24,7 @@ class Documents:
     """What a store's segments are to an engine.
 
     Args:
-        store: Of the engine's model and plan.
+        store: Of the engine's model and plan; or what gives the names that it gives (`ref`, `named`, `verdict`).
         model, plan: The engine's.
         chunk: Tokens that are recomputed in a step at most.
         tokenizer: For texts; what it begins every text with, contexts begin with.
@@ -34,7 +33,7 @@ class Documents:
         ValueError: The store is another model's, or of another plan.
     """
 
-    def __init__(self, store: SegmentStore, model: Any, plan: HeadPlan, chunk: int, tokenizer: Any) -> None:
+    def __init__(self, store: Any, model: Any, plan: HeadPlan, chunk: int, tokenizer: Any) -> None:
         if store.model is not model:
             raise ValueError("the store's segments belong to another model: make a SegmentStore of the engine's")
         if store.plan != plan:

@@ -59,6 +59,10 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def held(self, kind: Hashable = ()) -> list[Parked]:
+        """All prefixes of a kind, the least recently used first; from any thread."""
+        return [entry for entry in list(self._entries.values()) if entry.kind == kind]
+
     def find(self, tokens: Sequence[int], kind: Hashable = ()) -> tuple[Parked, int] | None:
         """The prefix of a kind that most of the tokens begin with, and how many; the last one is left to be read."""
         self.asked_tokens += len(tokens)

@@ -134,7 +134,8 @@ def _plain(load: Load) -> Iterator[Metric]:
     yield gauge("redknot_requests_waiting", "Requests that hold no pages yet, or none any more", load.waiting)
     yield gauge("redknot_requests_running", "Requests that hold pages", load.running)
     yield gauge("redknot_seats", "Requests that may hold pages at once", load.seats)
-    yield gauge("redknot_kv_usage_ratio", "Share of all pages that running requests hold", load.busy / load.total)
+    share = load.busy / load.total if load.total else 0  # of replicas that have not told yet
+    yield gauge("redknot_kv_usage_ratio", "Share of all pages that running requests hold", share)
     yield gauge("redknot_kv_total_bytes", "Bytes of all pages", load.total)
     yield gauge("redknot_kv_parked_bytes", "Bytes of pages that only prefixes kept for later hold", load.parked)
     yield gauge("redknot_kv_host_bytes", "Bytes of sequences that were swapped out", load.host)
