@@ -24,7 +24,6 @@ class Replicas:
 
     def __init__(self, url, redis, home):
         self.url, self.redis, self.home = url, redis, home
-        self.left = None  # a document that lies in Redis alone
 
     def ask(self, path="completions", **body):
         answer = httpx.post(f"{self.url}/v1/{path}", json=body, timeout=120)
@@ -47,22 +46,29 @@ class Replicas:
         (address,) = self.store(document)
         return address if self.server.exists(f"redknot:segment:{address}") else None
 
+    def alter(self, address):
+        """Changes a bit of what Redis has of a document."""
+        name = next(key for key in self.server.scan_iter(f"*{address}*:0"))
+        value = bytearray(self.server.get(name))
+        value[len(value) // 2] ^= 1
+        self.server.set(name, bytes(value))
+
     @property
     def server(self):
         import redis
 
         return redis.Redis.from_url(self.redis.url)
 
-    def told(self):
-        """What each replica that answers says of itself now, by its name."""
+    def told(self, only=""):
+        """What each replica that answers says of itself now, by its name; or one of them, whatever others do."""
         import ray
 
         found = {}
         for one in ray.util.list_named_actors(all_namespaces=True):
-            if "#answer#" in one["name"]:
+            if "#answer#" in one["name"] and one["name"].endswith(only):
                 actor = ray.get_actor(one["name"], namespace=one["namespace"])
                 try:
-                    found[one["name"]] = ray.get(actor.record_routing_stats.remote(), timeout=60)
+                    found[one["name"]] = ray.get(actor.record_routing_stats.remote(), timeout=20)
                 except ray.exceptions.RayError:  # it goes, or is not there yet
                     continue
         return {name: stats for name, stats in found.items() if stats}
@@ -137,6 +143,3 @@ class Single:
         while not request.state.ended:
             self.engine.step()
         return [self.tokenizer.decode([token]) for token in request.result()]
-
-    def named(self, document):
-        return self.engine.documents.store.ref(document, self.opening or None)
