@@ -87,7 +87,7 @@ def test_deployments_have_their_settings(tmp_path, monkeypatch):
         0
     ]
     assert (near.plan, near.store, near.model) == (str(plan), str(tmp_path / "kv"), "m"), "replicas run elsewhere"
-    assert near.chat_template == str(plan)
+    assert (near.chat_template, near.name) == (str(plan), "m")
     assert build.settings_of(Options(**told)).hosts, "without a key, names of this machine alone"
     assert not build.settings_of(Options(**told, api_key="k")).hosts
 
@@ -174,7 +174,7 @@ def tokens(index, *which, end=None, cached=0):
     return News(index, [Token(i) for i in which], cached, end, reasons.get(end, ""), "what went wrong" if end else "")
 
 
-def fly(streams, n=1, **options):
+def fly(streams, n=1, ready=None, **options):
     requests = [Request([1, 2], Sampling(max_new_tokens=5, seed=i), **options) for i in range(n)]
     sent, told, left = [], [], list(streams)
 
@@ -182,11 +182,13 @@ def fly(streams, n=1, **options):
         sent.append((want, errand))
         return left.pop(0) if left else Stream("x", error=GoneError("it is gone"))
 
-    async def ready(errand):
+    async def prepare(errand):
+        if ready is not None:
+            raise ready
         return errand
 
     errand = Errand((1, 2), n, Sampling(max_new_tokens=5, seed=0))
-    flight = Flight(send, ready, lambda *what: told.append(what), requests, Want({"s": 1}), errand)
+    flight = Flight(send, prepare, lambda *what: told.append(what), requests, Want({"s": 1}), errand)
     asyncio.run(flight.run())
     return requests, sent, told
 
@@ -218,6 +220,8 @@ def test_answers_that_cannot_go_on_fail():
     assert (request.ids, request.state, len(sent)) == ([4], State.FAILED, TRIES)
     (request,), sent, _ = fly([Stream("a", error=ValueError("an errand that is off"))])
     assert (request.state, str(request.error), len(sent)) == (State.FAILED, "an errand that is off", 1)
+    (request,), sent, _ = fly([Stream("a")], ready=ZeroDivisionError("of who prepares"))
+    assert (request.state, str(request.error), sent) == (State.FAILED, "of who prepares", [])
     (request,), sent, _ = fly([Stream("a", [tokens(0, 4, end=State.FAILED)])])
     assert (request.state, str(request.error), len(sent)) == (State.FAILED, "what went wrong", 1)
 

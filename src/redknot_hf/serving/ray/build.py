@@ -102,7 +102,8 @@ def _at_home(options: Options) -> Options:
     paths = {name: Path(path).resolve() for name, path in told.items() if path is not None and Path(path).exists()}
     if options.kept is not None and "://" not in options.kept:
         paths["store"] = Path(options.kept).resolve()
-    return options.model_copy(update={name: str(path) for name, path in paths.items()})
+    called = {"name": options.name or options.model}
+    return options.model_copy(update={**called, **{name: str(path) for name, path in paths.items()}})
 
 
 def _scale(options: Options) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class Flight:
             self._end(self.requests, State.CANCELLED, "deadline")
         except asyncio.CancelledError:
             self._end(self.requests, State.CANCELLED, "cancelled")
+        except Exception as e:  # of what prepares; nobody waits for ever
+            self._end(self.requests, State.FAILED, "error", e)
 
     async def _fly(self, requests: Sequence[Request], errand: Errand, avoid: frozenset[str], tries: int) -> None:
         """Has requests answered by one replica, and those that it leaves by others."""
