@@ -7,6 +7,7 @@ from served import SIZES, all_free
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, prompt
 from redknot_hf.serving import Engine, Sampling
+from redknot_hf.serving.capturing import CapturedStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")]
 
@@ -46,6 +47,7 @@ def test_captured_steps_have_the_tokens_of_steps_one_by_one_and_of_generate(fami
         found.append([x.ids for x in engine.generate(asked, Sampling(40))])
         seats = engine.reader.seats
         assert bool(seats.replays) == seats.captures == capture
+        assert all(isinstance(step, CapturedStep) for step in seats.graphs.values())
         assert all_free(engine)
     assert found[0] == found[1] == [alone(model, plan, x, 40) for x in asked]
 
