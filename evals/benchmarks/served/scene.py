@@ -50,12 +50,10 @@ class Scene(MeasuredModel):
         self.collect()
         self.model.set_attn_implementation("redknot")
         sizes: dict[str, Any] = {
-            "memory": work.memory,
-            "max_batch": work.requests,
-            "max_len": work.length + work.new,
+            "memory": work.memory, "max_batch": work.requests, "max_len": work.length + work.new, "chunk": _READ,
             "parked": 0,
-        }
-        return Engine(self.model, self.plans[plan], **sizes | {"chunk": _READ} | options)
+        }  # fmt: skip
+        return Engine(self.model, self.plans[plan], **sizes | options)
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         """Random ones."""
