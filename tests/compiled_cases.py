@@ -13,6 +13,7 @@ from transformers import CompileConfig, PreTrainedModel
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.cache.cache import row_layers
 from redknot_hf.serving import Engine, Sampling
+from redknot_hf.serving.capturing import CapturedStep
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.core
@@ -207,5 +208,5 @@ def test_steps_of_an_engine_compile_once_for_all_seats(monkeypatch):
     engine.reader.seats.captures = True  # as on a device with graphs; here its replays are steps
     assert engine.generate(ids.tolist(), Sampling(max_new_tokens=4))[0].ids == expected
     assert engine.reader.seats.replays == 3
-    assert list(engine.reader.seats.graphs) == [3]
+    assert {size: type(step) for size, step in engine.reader.seats.graphs.items()} == {3: CapturedStep}
     assert counters["stats"]["unique_graphs"] == 1
