@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from families import make_model
-from served import SIZES, all_free
+from served import SIZES, all_free, alone, prompts_of
 
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.serving.admission import check_arguments
 from redknot_hf.serving.batch import Seats
+from redknot_hf.serving.capturing import CapturedStep
 from redknot_hf.serving.engine import Engine
 from redknot_hf.serving.inbox import Inbox, QueueFullError
 from redknot_hf.serving.memory import SeatMemory
@@ -182,6 +183,20 @@ def test_seats_take_tables_only_where_they_changed(model):
     reader = Reader(held, seats, lambda *_: None, 64)
     reader.run(Work())
     assert not reader.pending
+
+
+def test_steps_as_they_are_captured_have_the_tokens_of_generate(model):
+    plan = HeadPlan.with_global(model.config, [(1, 1), (1, 0)], HeadSpec(20, 2)).stored("int8", heads=[(1, 1)])
+    asked = prompts_of(8, 3, longest=20)[0][:3]
+    engine = Engine(model, plan, **SIZES)
+    engine.reader.seats.captures = True  # on a device without graphs replays are steps
+    answers = engine.generate(asked, [Sampling(max_new_tokens=n) for n in (9, 3, 6)])
+    assert [x.error for x in answers] == [None] * 3
+    assert [x.ids for x in answers] == [alone(model, plan, x, n) for x, n in zip(asked, (9, 3, 6), strict=True)]
+    assert {*engine.reader.seats.graphs} == {1, 2, 4}  # as prompts have been read and answers end
+    assert all(isinstance(step, CapturedStep) for step in engine.reader.seats.graphs.values())
+    assert engine.reader.seats.replays >= 8
+    assert all_free(engine)
 
 
 def test_arguments_mean_something(model):

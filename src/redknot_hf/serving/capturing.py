@@ -12,7 +12,7 @@ from torch import Tensor
 from .memory import SeatMemory
 from .stepping import Batch, ColdCounts
 
-Tables = tuple[Mapping[int, Int[Tensor, "seats heads columns"]], Mapping[int, Int[Tensor, "seats heads columns"]]]
+Tables = tuple[Mapping[int, Int[Tensor, "seats _heads _columns"]], Mapping[int, Int[Tensor, "seats _heads _columns"]]]
 # The model on the next token of each seat: ids, positions and what it takes for its cache.
 Forward = Callable[[Tensor, Tensor, Batch, Any], Float[Tensor, "seats words"]]
 
