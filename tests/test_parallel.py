@@ -226,6 +226,21 @@ def test_what_holds_the_heads_of_one_process_is_refused_where_several_share_a_mo
         ranks.check_leads()
 
 
+def test_a_rank_that_had_gone_is_told_at_the_end(model, monkeypatch):
+    ranks, left = Ranks(model), []
+    ranks._group, ranks.count = "group", 2
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *args, **options: raises())
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", left.append)
+    with pytest.warns(UserWarning, match="another rank of 2 had gone before the engine was shut down: a reset"):
+        ranks.end("over")
+    assert left == ["group"]
+    ranks.end("over")  # a second end changes nothing
+
+
+def raises():
+    raise RuntimeError("a reset")
+
+
 def test_orders_make_the_same_sequences_elsewhere(model):
     first, fork, late = (
         Sequence(Request([5, 6], Sampling(7, processors=[print], stop=["x"]), priority=2), [5, 6]) for _ in range(3)

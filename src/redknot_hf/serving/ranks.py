@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
+from warnings import warn
 
 import torch
 from jaxtyping import Int, UInt8
@@ -164,7 +165,7 @@ class Ranks:
             ) from e
 
     def end(self, last: Any) -> None:
-        """Leaves the others, of whom none waits for this one any more.
+        """Leaves the others, of whom none waits for this one any more; warns where one has gone already.
 
         Args:
             last: What the first rank tells before, on which they leave too; `None` where they may not listen.
@@ -173,6 +174,8 @@ class Ranks:
         try:
             if last is not None and self.leads:
                 self.told(last)
+        except RuntimeError as e:
+            warn(f"another rank of {self.count} had gone before the engine was shut down: {e}", stacklevel=2)
         finally:
             self._group = None
             if group is not None:
