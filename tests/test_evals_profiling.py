@@ -99,3 +99,7 @@ def test_cost_of_a_toy(tmp_path):
     assert [row["method"] for row in rows] == ["drift", "mass", "loss", "gates"]
     assert all(row["seconds"] > 0 and row["heads"] == 16 and row["length"] == 96 for row in rows)
     assert all((row["peak_bytes"] > 0) == torch.cuda.is_available() for row in rows)
+    profile_cost.app(
+        [*arguments[:-8], "--method", "drift", "--storage", "int8", "--out", str(out)], standalone_mode=False
+    )
+    assert json.loads(out.read_text().splitlines()[-1])["storages"] == ["int8"]

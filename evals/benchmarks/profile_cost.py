@@ -32,8 +32,10 @@ def make_prompts(vocabulary: int, length: int, count: int, scored: int) -> list[
     return [Prompt(torch.randint(vocabulary, (length,), generator=generator), flags) for _ in range(count)]
 
 
-def measure(model: Any, prompts: list[Prompt], method: str, windows: list[int], seconds: float) -> dict[str, Any]:
-    """Profiles once, and says what it took."""
+def measure(
+    model: Any, prompts: list[Prompt], method: str, windows: list[int], seconds: float, storages: list[str]
+) -> dict[str, Any]:
+    """Profiles once, and says what it took: for a ratio of global heads, or with storages for a budget of bytes."""
     on_gpu = model.device.type == "cuda"
     before = 0
     if on_gpu:
@@ -52,7 +54,8 @@ def measure(model: Any, prompts: list[Prompt], method: str, windows: list[int], 
             bar.update(tasks[stage], completed=done)
 
         profile = profile_heads(
-            model, prompts, method=method, windows=windows, global_ratio=0.25, report=report,
+            model, prompts, method=method, windows=windows, report=report, storages=storages,
+            budget=0.25 if storages else None, global_ratio=None if storages else 0.25,
             seconds=seconds if method in ("loss", "gates") else None,
         )  # fmt: skip
     if on_gpu:
@@ -63,7 +66,8 @@ def measure(model: Any, prompts: list[Prompt], method: str, windows: list[int], 
     return {
         "method": method, "seconds": round(taken, 2), "peak_bytes": peak, "peak_over_weights_bytes": peak - before,
         "heads": profile.plan().num_heads, "length": profile.length, "windows": list(profile.windows),
-        "prompts": len(prompts), "passes": passes, "given_seconds": seconds if method in ("loss", "gates") else None,
+        "storages": storages, "prompts": len(prompts), "passes": passes,
+        "given_seconds": seconds if method in ("loss", "gates") else None,
         "finished": profile.provenance.get("finished"), "held_out_kl": [row["kl"] for row in confirmed],
     }  # fmt: skip
 
@@ -76,6 +80,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="every fourth is held out")] = 8,
     scored: Annotated[int, typer.Option(help="tokens of a prompt that are predicted")] = 64,
     windows: Annotated[list[int], typer.Option("--window")] = [128, 256, 512, 1024],
+    storages: Annotated[list[str], typer.Option("--storage", help="heads may take too, by drift and loss")] = [],
     loss_seconds: Annotated[float, typer.Option(help="time for the search of loss, about")] = 600,
     out: Out = None,
 ) -> None:
@@ -84,8 +89,8 @@ def main(
     model = random_llama(shape, length + 64, device)
     texts = make_prompts(model.config.vocab_size, length, prompts, scored)
     # Kernels are compiled by a first, short run.
-    measure(model, make_prompts(model.config.vocab_size, max(windows) + 64, 2, 8), "drift", windows, 0)
+    measure(model, make_prompts(model.config.vocab_size, max(windows) + 64, 2, 8), "drift", windows, 0, storages)
     for method in methods:
         used = windows[-1:] if method == "gates" else windows
-        found = measure(model, texts, method, used, loss_seconds)
+        found = measure(model, texts, method, used, loss_seconds, storages if method in ("drift", "loss") else [])
         write_line(out, {"benchmark": "profile_cost", "shape": shape, **found}, device)
