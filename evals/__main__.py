@@ -15,6 +15,7 @@ from evals.commands import app
 # model needs.
 BENCHMARKS = (
     "break_even",
+    "budgets",
     "speed",
     "speed_gpu",
     "new_lengths",

@@ -164,7 +164,7 @@ def test_the_bundled_model_is_profiled_in_the_words_that_it_has(tmp_path):
         *("--length", 400, "--prompts", 6, "--windows", "64"),
     )
     assert result.exit_code == 0, result.output
-    assert "warning: the tokenizer has no words for passkey, pairs, two_hop, copy, home" in result.output
+    assert "warning: the tokenizer has no words for passkey, pairs, two_hop, copy, home, boat" in result.output
     (held,) = HeadPlan.load(tmp_path / "plan.json").provenance["held_out"]
     (codes,) = (row for row in held["kinds"] if "codes" in row.values())
     assert codes["dense_accuracy"] > 0.9

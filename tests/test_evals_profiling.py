@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from evals.benchmarks import profile_cost, profiling, profiling_figures
+from evals.benchmarks import budgets, profile_cost, profiling, profiling_figures
+from evals.real import contenders
 from redknot_hf.profiling import HeadProfile
 
 
@@ -103,3 +104,16 @@ def test_cost_of_a_toy(tmp_path):
         [*arguments[:-8], "--method", "drift", "--storage", "int8", "--out", str(out)], standalone_mode=False
     )
     assert json.loads(out.read_text().splitlines()[-1])["storages"] == ["int8"]
+
+
+def test_budgets_of_bytes_are_judged_as_a_cache_would_give_them(tmp_path, monkeypatch):
+    """Fewer bits are not free: texts are read in chunks."""
+    monkeypatch.setattr(contenders, "BUDGETS", (0.4,))
+    monkeypatch.setattr(contenders, "_COMPARED", ())
+    out = tmp_path / "budgets.jsonl"
+    arguments = ["--model", "bundled", "--length", "640", "--calibration", "2", "--answers", "2", "--out", str(out)]
+    budgets.app(arguments, standalone_mode=False)
+    rows = {row["method"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert rows.keys() == {"drift", "int4 everywhere", "int8 everywhere"}
+    assert rows["drift"]["kept"] <= 0.4
+    assert rows["int4 everywhere"]["kl"] > max(rows["int8 everywhere"]["kl"], 0)

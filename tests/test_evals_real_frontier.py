@@ -17,7 +17,7 @@ from evals.real.items import TASKS, Item, items
 from evals.real.summary import summarize, table
 from evals.real.texts import docstrings
 from redknot_hf import HeadPlan, HeadSpec
-from redknot_hf.profiling import profile_heads, python_texts
+from redknot_hf.profiling import fisher, profile_heads, python_texts
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,7 @@ def test_a_frontier_runs_from_profiles_to_lines(byte_tokenizer, tmp_path, monkey
     )  # fmt: skip
     one = Item(list(range(1, 200)), {task: [[9]] for task in TASKS})
     monkeypatch.setattr(frontier, "_ROUNDS", 1)
+    monkeypatch.setattr(fisher, "_DRAWN", 1)
     monkeypatch.setattr(frontier, "calibration_kinds", lambda texts: ("text", "copy"))
     monkeypatch.setattr(compared, "BUDGETS", (0.4,))
     monkeypatch.setattr(compared, "_COMPARED", (0.4,))
@@ -134,11 +135,11 @@ def test_a_frontier_runs_from_profiles_to_lines(byte_tokenizer, tmp_path, monkey
     head, *rows = (json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines())
     assert head["length"] == 1200
     assert {row["method"] for row in rows} == {
-        "dense", "drift", "windows only", "storages only", "mass", "loss 0.4", "streaming", "int4 everywhere",
-        "int8 everywhere",
+        "dense", "drift", "fisher", "windows only", "storages only", "mass", "loss 0.4", "streaming",
+        "int4 everywhere", "int8 everywhere",
     }  # fmt: skip
     assert (tmp_path / "drift.json").exists()
-    assert said[-1].startswith("8 plans")
+    assert said[-1].startswith("9 plans")
     monkeypatch.setattr(frontier, "items", lambda *arguments: iter([one, one]))
     more, model = tmp_path / "more", LlamaForCausalLM(config).eval()
     measure(Job(model, byte_tokenizer, 1200, 1, (0.4,), 1e9, more, 1, tmp_path), said.append)

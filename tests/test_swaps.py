@@ -13,11 +13,11 @@ from redknot_hf.profiling.swaps import SwapSearch
 
 CHOICES = choices(4, 12)
 COSTS = np.tile([4.0, 12.0, 40.0], (8, 1))
-SQUARES = np.tile([0.02, 0.01, 0.0], (8, 1))
+ERRORS = np.tile([0.02, 0.01, 0.0], (8, 1))
 
 
 def search(model, count=4):
-    return SwapSearch(model, prompts(count=count), CHOICES, COSTS, SQUARES, lambda passes: None)
+    return SwapSearch(model, prompts(count=count), CHOICES, COSTS, ERRORS, lambda passes: None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
@@ -26,7 +26,7 @@ def test_slopes_are_those_of_the_divergence(family):
     model = make_model(family)
     heads = model.config.num_hidden_layers * model.config.num_key_value_heads
     found = SwapSearch(
-        model, prompts(), CHOICES, *(np.tile(x[:1], (heads, 1)) for x in (COSTS, SQUARES)), lambda passes: None
+        model, prompts(), CHOICES, *(np.tile(x[:1], (heads, 1)) for x in (COSTS, ERRORS)), lambda passes: None
     )
     assert np.abs(found._slopes(np.full(heads, 2))).max() < 1e-4
     slopes = found._slopes(np.zeros(heads, dtype=int))
@@ -52,19 +52,19 @@ def test_swaps_keep_the_bytes_and_lower_the_divergence():
 def test_out_of_time_the_plan_stays():
     found = search(make_model("llama"), 2)
     begun = np.zeros(16, dtype=int)
-    found.costs, found.squares = (np.tile(x[:1], (16, 1)) for x in (COSTS, SQUARES))
+    found.costs, found.errors = (np.tile(x[:1], (16, 1)) for x in (COSTS, ERRORS))
     assert (found.run(begun, 1000.0, Clock(0)) == begun).all()
     assert not found.finished
 
 
-def test_a_profile_by_loss_holds_its_budget_and_is_no_worse_than_drift():
+def test_a_profile_by_loss_holds_its_budget_and_is_no_worse_than_fisher():
     model = make_model("llama")
     options = {"windows": (4, 12), "budget": 0.4}
     loss = profile_heads(model, prompts(count=6), method="loss", **options)
     plan = loss.plan()
     assert plan.nbytes(40, 16, 4) <= 0.4 * 16 * 40 * 32 * 4
     assert loss.provenance["kl_by_swaps"] == sorted(loss.provenance["kl_by_swaps"], reverse=True)
-    drift = profile_heads(model, prompts(count=6), **options)
+    fisher = profile_heads(model, prompts(count=6), method="fisher", **options)
     deciding = Divergence(model, [prompt for i, prompt in enumerate(prompts(count=6)) if i != 3][1::2])
-    assert deciding(plan).mean() <= deciding(drift.plan()).mean() + 1e-6
-    assert loss.plan(budget=0.6) == drift.plan(budget=0.6), "other budgets follow drift"
+    assert deciding(plan).mean() <= deciding(fisher.plan()).mean() + 1e-6
+    assert loss.plan(budget=0.6) == fisher.plan(budget=0.6), "other budgets follow fisher"

@@ -33,7 +33,7 @@ def test_a_kind_without_words_is_named(plain, kind):
 
 def test_kinds_without_words_are_left_out_with_a_word(plain, byte_tokenizer):
     with pytest.warns(
-        UserWarning, match="no words for passkey, pairs, two_hop, copy, home: prompts are codes, repeats"
+        UserWarning, match="no words for passkey, pairs, two_hop, copy, home, boat: prompts are codes, repeats"
     ):
         prompts = calibration_prompts(plain, length=300, count=3)
     assert [(prompt.kind, len(prompt)) for prompt in prompts] == [("codes", 300), ("repeats", 300), ("codes", 300)]

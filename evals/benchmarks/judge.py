@@ -32,7 +32,7 @@ class Judge:
             dense_right.append(dense.argmax(-1) == expected)
             kl += fidelity(dense, mine, expected.tolist()).kl
         shares = {"accuracy": right, "dense_accuracy": dense_right, "kl": [torch.tensor(kl)]}
-        means = {name: round(float(torch.cat(found).float().mean()), 5) for name, found in shares.items()}
+        means = {name: round(float(torch.cat(found).float().mean()), 8) for name, found in shares.items()}
         return means | {"tokens": sum(map(len, right)), "texts": len(self.exams)}
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ from redknot_hf.profiling import HeadProfile
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.28, 0.4, 0.53)
 _COMPARED = (0.1, 0.2, 0.28, 0.53)  # of methods that are compared with ours
+_OURS = ("drift", "fisher")
 SEEDS = (0, 1, 2)  # of random plans, which are drift's specs dealt to other heads
 _RANDOM = (0.2,)
 
@@ -55,7 +56,7 @@ def contenders(config: Any, length: int, profiles: dict[str, HeadProfile]) -> It
     for budget in BUDGETS:
         for name, profile in profiles.items():
             single = profile.searched is not None or profile.length != length
-            wanted = profile.target == {"budget": budget} if single else name == "drift" or budget in _COMPARED
+            wanted = profile.target == {"budget": budget} if single else name in _OURS or budget in _COMPARED
             if wanted and profile.curve(length)[0][0] <= budget:
                 yield make(name, budget, profile.plan(budget=budget, length=length))
         if budget in _COMPARED:

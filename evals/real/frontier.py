@@ -28,7 +28,7 @@ from redknot_hf.profiling import HeadProfile, calibration_kinds, calibration_pro
 
 STORAGES = ("int8", "int4")
 _SECONDS = 60  # of a search by loss
-_ROUNDS = 2  # prompts of every kind that are measured, and as many again to confirm on
+_ROUNDS = 4  # prompts of every kind that are measured, and as many again to confirm on
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Job:
         first: Number of the first: runs of other numbers add to it.
         profiles: Folder of a run whose profiles are taken; without one they are measured.
         peers: Whether other libraries' ways are asked too.
-        swapped: Budgets for which the plans of drift are searched further, by `loss`.
+        swapped: Budgets for which the plans of fisher are searched further, by `loss`.
         seconds: After which no further item is begun.
     """
 
@@ -91,7 +91,7 @@ def measure(job: Job, say: Callable[[str], object] = print) -> None:
 def names(job: Job) -> list[str]:
     """The profiles that a frontier compares."""
     short = ["drift at 2K"] if job.length > 2048 else []
-    return ["drift", "mass", *(f"loss {budget}" for budget in job.swapped), *short]
+    return ["drift", "fisher", "mass", *(f"loss {budget}" for budget in job.swapped), *short]
 
 
 def make_profiles(job: Job, wanted: list[str], say: Callable[[str], object]) -> dict[str, HeadProfile]:

@@ -12,7 +12,7 @@ from evals.intervals import estimate
 from evals.real.items import TASKS
 
 Line = dict[str, Any]
-_SHOWN = ("drift", "loss", "windows only", "storages only", "mass", "streaming", "random")
+_SHOWN = ("drift", "fisher", "loss", "windows only", "storages only", "mass", "streaming", "random")
 
 
 def summarize(*sources: Path) -> list[Line]:
@@ -95,7 +95,12 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     for column, task in enumerate(TASKS):
         for what, rows in _series([line for line in lines if task in line["tasks"]]).items():
             kept = [line["kept"] for line in rows]
-            style = {"marker": "o", "markersize": 3, "label": what, "linewidth": 2 if what == "drift" else 1}
+            style = {
+                "marker": "o",
+                "markersize": 3,
+                "label": what,
+                "linewidth": 2 if what in ("drift", "fisher", "loss") else 1,
+            }
             panels[0][column].plot(kept, [line["tasks"][task]["right"] for line in rows], **style)
             panels[1][column].plot(kept, [max(line["tasks"][task]["kl"][0], 1e-4) for line in rows], **style)
         (dense,) = (line["tasks"][task]["right"] for line in lines if line["method"] == "dense")

@@ -14,7 +14,7 @@ from .prompt import Prompt
 from .wording import ADJECTIVES, MAKERS, QUESTIONS, UnwritableError, ids_of, sentences_for
 
 _PASSAGE, _HINT = 96, 8  # tokens of a copied passage, and those of them that say which one it is
-_KINDS = ("passkey", "pairs", "two_hop", "repeats", "text", "copy", "home")
+_KINDS = ("passkey", "pairs", "two_hop", "repeats", "text", "copy", "home", "boat")
 
 
 def calibration_prompts(
@@ -31,9 +31,10 @@ def calibration_prompts(
     Kinds: `"passkey"`, numbers of persons; `"pairs"`, a list of keys and values; `"two_hop"`, the city of somebody's
     friend; `"repeats"`, random tokens and then the same again, which needs no words of the tokenizer; `"text"`, the
     caller's texts, of which the second half is scored; `"copy"`, a passage of a text that comes again; `"home"`, the
-    city of somebody's house. They take turns, `"text"` where there are texts, which then also stand between the facts
-    of `"passkey"`, `"two_hop"` and `"home"` and are what is copied. `"codes"`, numbers of things in few and plain
-    words, takes the place of kinds that a small vocabulary has no words for; these are left out with a warning.
+    city of somebody's house; `"boat"`, what somebody calls a boat. They take turns, `"text"` where there are texts,
+    which then also stand between the facts of `"passkey"`, `"two_hop"`, `"home"` and `"boat"` and are what is copied.
+    `"codes"`, numbers of things in few and plain words, takes the place of kinds that a small vocabulary has no words
+    for; these are left out with a warning.
 
     Args:
         tokenizer: The model's.
@@ -83,7 +84,7 @@ def _can_write(tokenizer: Any, kind: str, texts: Sequence[str]) -> bool:
 
 def _prompt(tokenizer: Any, length: int, kind: str, texts: Sequence[str], rng: random.Random) -> Prompt:
     match kind:
-        case "passkey" | "two_hop" | "home" | "codes":
+        case "passkey" | "two_hop" | "home" | "boat" | "codes":
             return _hidden(tokenizer, length, kind, texts, rng)
         case "pairs":
             return _pairs(tokenizer, length, rng)

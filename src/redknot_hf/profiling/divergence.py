@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -81,7 +81,7 @@ class Divergence:
     def _compare(self, plan: HeadPlan, prompt: int) -> dict[str, float]:
         with self._from_where_it_differs(plan, prompt):
             dense, mine = self.dense[prompt], self._predict(plan, self.prompts[prompt])
-        expected = self.prompts[prompt].ids[evenly(self.prompts[prompt].targets, _MOST)].to(mine.device)
+        expected = self.prompts[prompt].ids[scored_targets(self.prompts[prompt])].to(mine.device)
         likeliest, was = mine.argmax(-1), dense.argmax(-1)
         same = {"agreement": likeliest == was, "accuracy": likeliest == expected, "dense_accuracy": was == expected}
         kl = float((dense.exp() * (dense - mine)).sum(-1).mean())
@@ -123,7 +123,18 @@ class Divergence:
         return found
 
     def _forward(self, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:
-        rows = (evenly(prompt.targets, _MOST) - 1).to(input_device(self.model))
-        out = self.model(prompt.ids[None].to(input_device(self.model)), use_cache=False, logits_to_keep=rows)
         self.measured += 1
-        return out.logits[0].float().log_softmax(-1)
+        return predictions(self.model, prompt)
+
+
+def scored_targets(prompt: Prompt) -> Int[Tensor, " targets"]:
+    """Places of the scored tokens of a prompt that are looked at."""
+    return evenly(prompt.targets, _MOST)
+
+
+def predictions(model: PreTrainedModel, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:
+    """Log-probabilities at the queries that predict them, of the model as it is being watched."""
+    device = input_device(model)
+    rows = (scored_targets(prompt) - 1).to(device)
+    out = model(prompt.ids[None].to(device), use_cache=False, logits_to_keep=rows)
+    return out.logits[0].float().log_softmax(-1)

@@ -59,7 +59,8 @@ def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
     panels[-1].set_xlabel("layer")
     units = {
         "drift": "drift of the residual stream",
-        "loss": "KL, nats a token",
+        "fisher": "KL foretold, nats a token",
+        "loss": "KL foretold, nats a token",
         "mass": "attention mass",
         "gates": "gate",
     }

@@ -35,7 +35,7 @@ class HeadProfile:
     least.
 
     Attributes:
-        method: How the errors were measured: "drift", "loss", "mass" or "gates".
+        method: How the errors were measured: "drift", "fisher", "loss", "mass" or "gates".
         heads_by_layer: KV heads of each layer.
         choices: What a head may keep short of everything, the cheapest first.
         errors: Error of every head that holds keys, counted layer by layer, under every choice; none grows where a

@@ -18,6 +18,7 @@ from redknot_hf.plan.formats import AnyPath
 
 from .clock import Clock
 from .drift import drift, measure_drift
+from .fisher import fisher, measure_fisher
 from .gates import train_gates
 from .head_profile import HeadProfile
 from .holders import Holders
@@ -73,21 +74,41 @@ def measured(profile: HeadProfile, job: Job) -> HeadProfile:
     by_bytes = bool(profile.target.keys() & {"budget", "bytes_per_token"})
     if profile.method == "loss" and not by_bytes:
         return _by_path(profile, job)
-    found = _by_drift(profile, job)
+    if profile.method == "drift":
+        return _by_drift(profile, job)
+    found = _by_fisher(profile, job)
     return _by_swaps(found, job) if profile.method == "loss" else found
 
 
-def _by_drift(profile: HeadProfile, job: Job) -> HeadProfile:
-    """Measures as many prompts as there is time for; what confirming takes is kept back."""
+def _ticks(stage: str, job: Job) -> Callable[[], bool]:
+    """Counts prompts, of which as many are measured as there is time for; what confirming takes is kept back."""
     steps = count(1)
 
     def tick() -> bool:
         done = next(steps)
-        job.report("drift", done, len(job.prompts))
+        job.report(stage, done, len(job.prompts))
         each = job.clock.taken / done
         return done >= FEWEST and job.clock.left(_reserve(job, done)) < each
 
-    sums = measure_drift(job.model, job.prompts, profile.choices, tick)
+    return tick
+
+
+def _by_fisher(profile: HeadProfile, job: Job) -> HeadProfile:
+    """Measures as many prompts as there is time for."""
+    errors, right = measure_fisher(job.model, job.prompts, profile.choices, _ticks("fisher", job))
+    kinds = [prompt.kind for prompt in job.prompts[: len(errors)]]
+    every, *halves = (slice(None), slice(0, None, 2), slice(1, None, 2))
+    holders = Holders.of(job.model.config)
+    whole, first, second = (
+        holders.fold(fisher((errors[some], right[some]), kinds[some])) for some in (every, *halves)
+    )
+    used = provenance_of(job.model, job.prompts[: len(errors)])
+    return replace(profile, errors=whole, halves=(first, second), provenance=used)
+
+
+def _by_drift(profile: HeadProfile, job: Job) -> HeadProfile:
+    """Measures as many prompts as there is time for."""
+    sums = measure_drift(job.model, job.prompts, profile.choices, _ticks("drift", job))
     holders = Holders.of(job.model.config)
     whole, *halves = (holders.fold(drift(part) ** 2) ** 0.5 for part in (sums, sums[::2], sums[1::2]))
     used = provenance_of(job.model, job.prompts[: len(sums)])
@@ -95,24 +116,16 @@ def _by_drift(profile: HeadProfile, job: Job) -> HeadProfile:
 
 
 def _by_swaps(profile: HeadProfile, job: Job) -> HeadProfile:
-    """Drift's plan for the target, its choices swapped; errors are drift's, as shares of that plan's KL."""
-    reserve = _reserve(job, len(job.prompts))
-    as_drift = replace(profile, method="drift")
-    squares = np.concatenate([profile.errors, np.zeros((len(profile.errors), 1))], 1) ** 2
+    """Fisher's plan for the target, its choices swapped; the errors stay Fisher's."""
+    errors = np.concatenate([profile.errors, np.zeros((len(profile.errors), 1))], 1)
     search = SwapSearch(
-        job.model, job.prompts, profile.choices, as_drift.costs(), squares,
+        job.model, job.prompts, profile.choices, profile.costs(), errors,
         lambda passes: job.report("loss", passes, None),
     )  # fmt: skip
-    picks = as_drift.picks()
-    found = search.run(picks, as_drift.bytes_allowed(), job.clock, reserve)
-    unit = search.kl[0] / max(float(squares[np.arange(len(picks)), picks].sum()), np.finfo(float).tiny)
-    first, second = profile.halves
+    found = search.run(profile.picks(), profile.bytes_allowed(), job.clock, _reserve(job, len(job.prompts)))
     swaps = {"passes": search.proposing.measured + search.deciding.measured, "finished": search.finished}
     swaps |= {"kl_by_swaps": [round(kl, 5) for kl in search.kl]}
-    return replace(
-        profile, errors=unit * profile.errors**2, halves=(unit * first**2, unit * second**2),
-        searched=tuple(map(int, found)), provenance={**profile.provenance, **swaps},
-    )  # fmt: skip
+    return replace(profile, searched=tuple(map(int, found)), provenance={**profile.provenance, **swaps})
 
 
 def _by_path(profile: HeadProfile, job: Job) -> HeadProfile:

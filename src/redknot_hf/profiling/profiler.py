@@ -23,7 +23,7 @@ from .holders import Holders
 from .measuring import FEWEST, Job, Report, measured, provenance_of
 from .prompt import Prompt, as_prompts, held_apart
 
-METHODS = ("drift", "loss", "mass", "gates")
+METHODS = ("drift", "fisher", "loss", "mass", "gates")
 WINDOWS = (64, 256, 1024)  # and a quarter of the length that will be served
 _TRIES = 7  # budgets that are confirmed in the search for the smallest that holds
 
@@ -61,9 +61,10 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
             prompt, as far as they are shorter than half of the shortest prompt.
         sink: First tokens that local heads keep.
         storages: Of fewer bits, that a head which keeps everything may take: of `"int8"` and `"int4"`.
-        method: `"drift"`: error of the head's output, one forward pass a prompt. `"loss"`: KL divergence of the
-            predictions; for a budget of bytes the plan of drift, whose choices are swapped while the KL falls, else a
-            search that restricts heads together, in hundreds of forward passes. `"mass"`: attention outside of the
+        method: `"drift"`: error of the head's output, one forward pass a prompt. `"fisher"`: what that does to the
+            predictions, by eight backward passes a prompt. `"loss"`: KL divergence of the predictions; for a budget of
+            bytes the plan of fisher, whose choices are swapped while the KL falls, else a search that restricts heads
+            together, in hundreds of forward passes. `"mass"`: attention outside of the
             window, the paper's criterion. `"gates"`: gates between full and windowed output, trained by distillation;
             one window.
         held_out: Prompts like `inputs`, of any lengths, on which the plan for the target is confirmed. By default a
@@ -173,7 +174,9 @@ def _choices(windows: Sequence[int], sink: int, storages: Sequence[str], method:
     if set(storages) - set(known) or len(set(storages)) != len(storages):
         raise ValueError(f"storages={tuple(storages)}: choose different ones of {known}")
     if storages and method in ("mass", "gates"):
-        raise ValueError(f"storages={tuple(storages)}: {method} looks at windows alone; give method='drift' or 'loss'")
+        raise ValueError(
+            f"storages={tuple(storages)}: {method} looks at windows alone; give method='drift', 'fisher' or 'loss'"
+        )
     return (*(HeadSpec(window, sink) for window in windows), *(HeadSpec(storage=storage) for storage in storages))
 
 

@@ -21,6 +21,10 @@ _NOUNS = (
     "bridge clock garden harbor kettle ladder lantern letter market mirror museum orchard piano river school station "
     "table teacher tower train valley village violin wagon window writer"
 )
+_BOATS = (
+    "acorn banner candle daisy eagle feather glacier hazel ivy jasper kestrel lotus maple nettle onyx pebble quail "
+    "raven sparrow thistle umber vesper willow yarrow"
+)
 _PLAIN_NOUNS = "bridge clock garden harbor lantern market mirror museum river school station table tower valley window"
 _PLAIN_VERBS = "borrowed carried cleaned closed followed guarded measured moved opened painted repaired sold watched"
 _VERBS = "admires carries describes follows forgets guards hides paints praises repairs sells watches"
@@ -68,6 +72,15 @@ def _homes(rng: random.Random) -> Needles:
     return facts, [phrase for pair in asked for phrase in pair]
 
 
+def _boats(rng: random.Random) -> Needles:
+    """Words; some persons are not asked about."""
+    names, boats = (rng.sample(words.split(), QUESTIONS * 3 // 2) for words in (_NAMES, _BOATS))
+    facts = [f" {name} calls the boat '{boat}'." for name, boat in zip(names, boats, strict=True)]
+    order = rng.sample(range(len(names)), QUESTIONS)
+    asked = [((f"\n{names[i]} calls the boat '", False), (boats[i], True)) for i in order]
+    return facts, [phrase for pair in asked for phrase in pair]
+
+
 def _codes(rng: random.Random) -> Needles:
     things = rng.sample([f"{a} {n}" for a in ADJECTIVES.split() for n in _PLAIN_NOUNS.split()], QUESTIONS)
     codes = {thing: " ".join(rng.choice("0123456789") for _ in range(4)) for thing in things}
@@ -98,6 +111,7 @@ MAKERS: dict[str, Callable[[random.Random], Needles]] = {
     "passkey": _passkeys,
     "two_hop": _two_hops,
     "home": _homes,
+    "boat": _boats,
     "codes": _codes,
 }
 
