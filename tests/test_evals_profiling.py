@@ -1,12 +1,16 @@
 """The scripts that measure profiles, at a size that takes seconds."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from evals.benchmarks import budgets, profile_cost, profiling, profiling_figures
 from evals.real import contenders
+from redknot_hf import HeadSpec
 from redknot_hf.profiling import HeadProfile
 
 
@@ -108,12 +112,18 @@ def test_cost_of_a_toy(tmp_path):
 
 def test_budgets_of_bytes_are_judged_as_a_cache_would_give_them(tmp_path, monkeypatch):
     """Fewer bits are not free: texts are read in chunks."""
-    monkeypatch.setattr(contenders, "BUDGETS", (0.4,))
+    blank = HeadProfile.load(Path(__file__).parents[1] / "evals/results/profiling/bundled_drift.json")
+    errors = np.repeat(blank.errors, 3, 1) / (1, 2, 4)
+    choices = (HeadSpec(64, 4), HeadSpec(storage="int4"), HeadSpec(storage="int8"))
+    made = replace(blank, choices=choices, errors=errors, halves=(errors, errors), length=448, target={})
+    monkeypatch.setattr(budgets, "profile_heads", lambda model, texts, **options: made)
+    monkeypatch.setattr(contenders, "BUDGETS", (0.7,))
     monkeypatch.setattr(contenders, "_COMPARED", ())
     out = tmp_path / "budgets.jsonl"
-    arguments = ["--model", "bundled", "--length", "640", "--calibration", "2", "--answers", "2", "--out", str(out)]
+    arguments = ["--model", "bundled", "--length", "448", "--calibration", "2", "--answers", "2", "--out", str(out)]
     budgets.app(arguments, standalone_mode=False)
     rows = {row["method"]: row for row in map(json.loads, out.read_text().splitlines())}
-    assert rows.keys() == {"drift", "int4 everywhere", "int8 everywhere"}
-    assert rows["drift"]["kept"] <= 0.4
+    assert rows.keys() == {"drift", "fisher", "int4 everywhere", "int8 everywhere"}
+    assert rows["drift"] | {"method": "fisher"} == rows["fisher"]
+    assert rows["drift"]["kept"] <= 0.7
     assert rows["int4 everywhere"]["kl"] > max(rows["int8 everywhere"]["kl"], 0)

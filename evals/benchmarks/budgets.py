@@ -2,7 +2,7 @@
 
     python -m evals bench budgets --out evals/results/budgets.jsonl
 
-The bundled model and its plainly trained twin are profiled by drift, and plans for every budget of the real model's
+The bundled model and its plainly trained twin are profiled by drift and by fisher, and plans for every budget of the real model's
 frontier are judged on texts of their own, with those that are compared there. Heads see what a RedKnotCache would give
 them that reads the text in chunks, pages through int8 or int4 included; bytes are those of 16-bit keys and values. A
 JSON line a plan: share of answer tokens right, that of the dense model, and the mean KL divergence from it.
@@ -60,9 +60,12 @@ def main(
         )
         model.to(device)
         texts = prompts(length, calibration, CALIBRATION)
-        drift = replace(profile_heads(model, texts, storages=STORAGES), itemsize=2)
+        drift, fisher = (
+            replace(profile_heads(model, texts, storages=STORAGES, method=method), itemsize=2)
+            for method in ("drift", "fisher")
+        )
         judge = InChunks(model, length, answers)
-        for one in contenders(model.config, length, {"drift": drift, **parts(drift)}):
+        for one in contenders(model.config, length, {"drift": drift, "fisher": fisher, **parts(drift)}):
             row = {"model": name, "length": length, "method": one.method, "budget": one.budget}
             row |= {"kept": round(one.kept, 4), **judge(one.plan)}
             write_line(out, {"benchmark": "budgets", **row}, torch.device(device))
