@@ -140,6 +140,8 @@ def test_a_frontier_runs_from_profiles_to_lines(byte_tokenizer, tmp_path, monkey
     }  # fmt: skip
     assert (tmp_path / "drift.json").exists()
     assert said[-1].startswith("9 plans")
+    with pytest.raises(ValueError, match="profile 'loss': name drift, fisher"):
+        frontier.make_profiles(Job(None, byte_tokenizer, 1200, 1, (), 0, tmp_path), ["drift", "loss"], said.append)
     monkeypatch.setattr(frontier, "items", lambda *arguments: iter([one, one]))
     more, model = tmp_path / "more", LlamaForCausalLM(config).eval()
     measure(Job(model, byte_tokenizer, 1200, 1, (0.4,), 1e9, more, 1, tmp_path), said.append)

@@ -2,10 +2,11 @@
 
     python -m evals bench budgets --out evals/results/budgets.jsonl
 
-The bundled model and its plainly trained twin are profiled by drift and by fisher, and plans for every budget of the real model's
-frontier are judged on texts of their own, with those that are compared there. Heads see what a RedKnotCache would give
-them that reads the text in chunks, pages through int8 or int4 included; bytes are those of 16-bit keys and values. A
-JSON line a plan: share of answer tokens right, that of the dense model, and the mean KL divergence from it.
+The bundled model and its plainly trained twin are profiled by drift and by fisher, and plans for every budget of the
+real model's frontier are judged on texts of their own, with those that are compared there. Heads see what a
+RedKnotCache would give them that reads the text in chunks, pages through int8 or int4 included; bytes are those of
+16-bit keys and values. A JSON line a plan: share of answer tokens right, that of the dense model, and the mean KL
+divergence from it.
 """
 
 from __future__ import annotations

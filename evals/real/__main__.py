@@ -69,7 +69,10 @@ def profile(
     """Make some of the frontier's profiles alone: several processes may make them side by side."""
     loaded, tokenizer = _loaded(model, device)
     out.mkdir(parents=True, exist_ok=True)
-    make_profiles(Job(loaded, tokenizer, length, 0, (), 0, out), names, print)
+    try:
+        make_profiles(Job(loaded, tokenizer, length, 0, (), 0, out), names, print)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from e
 
 
 def _loaded(model: Path, device: str | None) -> tuple[Any, Any]:

@@ -8,9 +8,11 @@ figures with paired intervals.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,18 @@ from evals.real.items import Item, items
 from evals.real.peers import Peer, peers
 from evals.real.texts import docstrings, fingerprint
 from redknot_hf import HeadPlan, HeadSpec
-from redknot_hf.profiling import HeadProfile, calibration_kinds, calibration_prompts, profile_heads, python_texts
+from redknot_hf.profiling import (
+    HeadProfile,
+    Prompt,
+    calibration_kinds,
+    calibration_prompts,
+    profile_heads,
+    python_texts,
+)
 
 STORAGES = ("int8", "int4")
 _SECONDS = 60  # of a search by loss
+_NAMES = re.compile(r"drift( at 2K)?|fisher|mass|loss 0?\.\d+|loss 1(\.0)?")
 _ROUNDS = 4  # prompts of every kind that are measured, and as many again to confirm on
 
 
@@ -98,18 +108,23 @@ def make_profiles(job: Job, wanted: list[str], say: Callable[[str], object]) -> 
     """Some profiles by their names, each written to the folder.
 
     Raises:
-        ValueError: A name is none of a method with its budget, or at its length.
+        ValueError: A name is none that a frontier knows.
     """
+    for name in wanted:
+        if not _NAMES.fullmatch(name):
+            raise ValueError(f"profile {name!r}: name drift, fisher, mass, 'drift at 2K', or 'loss 0.1' for a budget")
     texts = python_texts()
     kinds = calibration_kinds(texts)
+
+    @cache
+    def prompts(length: int, seed: int) -> list[Prompt]:
+        count = _ROUNDS * len(kinds)
+        return calibration_prompts(job.tokenizer, length=length, count=count, kinds=kinds, texts=texts, seed=seed)
+
     found: dict[str, HeadProfile] = {}
     for name in wanted:
         method, _, rest = name.partition(" ")
-        length = 2048 if rest == "at 2K" else job.length
-        inputs, held_out = (
-            calibration_prompts(job.tokenizer, length=of, count=_ROUNDS * len(kinds), texts=texts, seed=seed)
-            for of, seed in ((length, 1), (job.length, 2))
-        )
+        inputs, held_out = prompts(2048 if rest == "at 2K" else job.length, 1), prompts(job.length, 2)
         options: dict[str, Any] = {} if method == "mass" else {"storages": STORAGES}
         if method == "loss":
             options |= {"seconds": _SECONDS}
