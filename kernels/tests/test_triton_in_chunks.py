@@ -55,6 +55,7 @@ def test_every_query_sees_what_its_chunk_found(places, dims, group, options, mon
     numbers = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (places, ends_of(places))]
     on_device = {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in options.items()}
     query, key, value, *cold = (x.to(DEVICE) for x in new)
-    found = implementation("triton").in_chunks(query, key, value, cold, *numbers, PAGE, scale=0.3, **on_device)
+    assert implementation("triton").in_chunks is triton_in_chunks.in_chunks
+    found = triton_in_chunks.in_chunks(query, key, value, cold, *numbers, PAGE, scale=0.3, **on_device)
     assert found.is_contiguous()
     torch.testing.assert_close(found.cpu().double(), expected, atol=3e-6, rtol=1e-5)
