@@ -9,6 +9,7 @@ from texts import profiling_prompts as prompts
 
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.profiling import fisher as module
+from redknot_hf.profiling import mixture as mixture_module
 from redknot_hf.profiling import profile_heads
 from redknot_hf.profiling.divergence import Divergence
 from redknot_hf.profiling.fisher import fisher, measure_fisher
@@ -64,3 +65,12 @@ def test_it_stops_where_it_is_told_to_and_nan_is_told():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
         measure_fisher(model, [Prompt(prompts()[0].ids)], CHOICES, lambda: False)
+
+
+def test_layers_that_are_computed_again_find_the_same(monkeypatch):
+    """As for large models, whose activations are not held: each of the backward passes makes them anew."""
+    model, some = make_model("llama"), prompts(count=1)
+    held, _ = measure_fisher(model, some, CHOICES, lambda: False)
+    monkeypatch.setattr(mixture_module, "_LARGE", 0)
+    again, _ = measure_fisher(model, some, CHOICES, lambda: False)
+    np.testing.assert_allclose(again, held, rtol=1e-3, atol=1e-9)
