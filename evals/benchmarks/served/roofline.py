@@ -56,7 +56,7 @@ class Roofline:
         return cls(
             reading_rate(bench.device), matmul_rate(bench.device), weights * head.itemsize,
             2 * (weights - head.numel()), 2 * head.numel(), 2 * dim * head.itemsize, 4 * dim * group,
-            tuple(None if spec.is_global else spec.window + spec.sink for layer in plan for spec in layer),
+            tuple(None if x.window is None else x.window + x.sink for layer in plan for x in layer),
         )  # fmt: skip
 
     def kept(self, tokens: int) -> int:
@@ -106,7 +106,7 @@ def matmul_rate(device: torch.device) -> float:
             torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(4):
-            a @ b
+            torch.matmul(a, b)
         if fast:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) / 4)
