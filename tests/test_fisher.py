@@ -1,5 +1,7 @@
 """Fisher's errors: the curvature of the divergence, drawn."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -72,5 +74,9 @@ def test_layers_that_are_computed_again_find_the_same(monkeypatch):
     model, some = make_model("llama"), prompts(count=1)
     held, _ = measure_fisher(model, some, CHOICES, lambda: False)
     monkeypatch.setattr(mixture_module, "_LARGE", 0)
+    layer = model.model.layers[0]
+    layer.forward = hooked = partial(type(layer).forward, layer)  # as accelerate's hooks are, of layers over devices
     again, _ = measure_fisher(model, some, CHOICES, lambda: False)
     np.testing.assert_allclose(again, held, rtol=1e-3, atol=1e-9)
+    assert vars(layer)["forward"] is hooked
+    assert not any("forward" in vars(other) for other in model.model.layers[1:])

@@ -158,6 +158,7 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     The weights ask for no gradient meanwhile.
     """
     layers = blocks(model)
+    own = [vars(block).get("forward") for block in layers]  # of hooks, which move what a layer takes to its device
     for block in layers:
         block.forward = lambda *args, _forward=block.forward, **kwargs: checkpoint(
             _forward, *args, use_reentrant=False, **kwargs
@@ -166,8 +167,10 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
         with frozen(model):
             yield
     finally:
-        for block in layers:
+        for block, forward in zip(layers, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 @contextmanager
