@@ -81,6 +81,15 @@ def test_another_process_reads_the_files(model, plan, tmp_path):
     assert len([*tmp_path.iterdir()]) == 2
 
 
+def test_a_text_that_is_named_twice_is_fetched_once(model, plan):
+    for host_bytes in (None, 0):  # on the host, and lost
+        store = SegmentStore(model, plan, device_bytes=0, host_bytes=host_bytes)
+        ref, other = store.add_all([text(30), text(20)])
+        first, _, same = store.fetch([ref, other, ref])
+        assert first is same
+        assert store.counts.hits["host"] + store.counts.recomputed == 2
+
+
 def test_other_models_and_plans_do_not_meet(model, plan, tmp_path):
     mine = SegmentStore(model, plan, path=tmp_path)
     mine.add(text(20))

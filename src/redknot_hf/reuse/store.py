@@ -171,14 +171,16 @@ class SegmentStore(TakesTexts):
 
     def fetch(self, refs: Sequence[SegmentRef]) -> list[Held]:
         """Brings the keys and values of several texts to the device, as `get` does; copies may still be under way."""
-        held = self.tiers.take_all([ref.address for ref in refs])
-        reading: dict[int, Future[Held | None]] = {}
+        wanted = {ref.address: ref for ref in refs}  # once, however often a text is named
+        held = dict(zip(wanted, self.tiers.take_all([*wanted]), strict=True))
+        reading: dict[str, Future[Held | None]] = {}
         if self.shelves:
-            absent = [i for i, one in enumerate(held) if one is None]
-            reading = {i: self._readers.submit(self._read, self.outline(refs[i])) for i in absent}
-        for i, future in reading.items():
-            held[i] = future.result()
-        return [one or self._again(ref) for one, ref in zip(held, refs, strict=True)]
+            absent = [address for address, one in held.items() if one is None]
+            reading = {address: self._readers.submit(self._read, self.outline(wanted[address])) for address in absent}
+        for address, future in reading.items():
+            held[address] = future.result()
+        found = {address: one or self._again(wanted[address]) for address, one in held.items()}
+        return [found[ref.address] for ref in refs]
 
     def keep_read(self, ids: Ids, span: Span) -> SegmentRef:
         """Keeps what a cache has read of a text, as `add` would have read it with nothing before it.

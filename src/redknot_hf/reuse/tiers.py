@@ -149,7 +149,7 @@ class Tiers:
         return self.take_all([address])[0]
 
     def take_all(self, addresses: Sequence[str]) -> list[Held | None]:
-        """The segments that are in memory; those that come from the host come side by side, layer by layer."""
+        """Different segments, where they are in memory; those from the host come side by side, layer by layer."""
         with self._lock:
             found: dict[str, Held | None] = {}
             coming: list[Held] = []
