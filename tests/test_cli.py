@@ -180,6 +180,7 @@ def test_the_bundled_model_is_profiled_in_the_words_that_it_has(tmp_path):
         (("--windows", "128;256"), "--windows 128;256: give numbers of tokens with commas between"),
         (("--budget", "5"), "budget is 5.0: give a share from 0 to 1"),
         (("--method", "drfit"), "--method drfit: choose one of drift"),
+        (("--out", "no-folder/x.json"), "--out no-folder/x.json: there is no folder no-folder; make it"),
         (("--figure", "x.png"), "a heat map needs matplotlib: pip install 'redknot-hf[plot]'"),
     ],
 )

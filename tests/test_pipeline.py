@@ -96,6 +96,8 @@ def test_a_budget_is_profiled_once_where_a_file_is_named(model, byte_tokenizer, 
     assert pipeline(TASK, model=model, budget=0.6, **options).plan == made.plan == HeadPlan.load(path)
     with pytest.raises(ValueError, match=r"was made for budget=0\.6, not 0\.3: name another file"):
         pipeline(TASK, model=model, budget=0.3, **options)
+    with pytest.raises(ValueError, match=r"there is no folder .*missing to write the plan to"):
+        pipeline(TASK, model=model, budget=0.3, **options | {"plan": tmp_path / "missing" / "plan.json"})
 
 
 def test_a_plan_or_a_budget_is_asked_for(model, plan, byte_tokenizer):

@@ -52,6 +52,9 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
 
         bounds: dict[str, Any] = {"budget": budget, "global_ratio": global_ratio, "max_kl": max_kl}
         bounds |= {"bytes_per_token": bytes_per_token}
+        _check_folders(
+            {"out": out, "profile-out": profile_out, "card": card, "figure": figure, "checkpoint": checkpoint}
+        )
         widths, source = _numbers(windows), Source(model, revision, gguf_file, dtype, device)
         _check_asked({"budget": budget, "global_ratio": global_ratio, "bytes_per_token": bytes_per_token}, method)
         if figure:
@@ -88,6 +91,13 @@ def _check_asked(bounds: dict[str, float | None], method: str) -> None:
         raise ValueError(f"--method {method}: choose one of {', '.join(METHODS)}")
     if given := {name: bound for name, bound in bounds.items() if bound is not None}:
         check_target(given)
+
+
+def _check_folders(files: dict[str, Path | None]) -> None:
+    """Checks that what is found can be written, which is known only at the end otherwise."""
+    for name, file in files.items():
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"--{name} {file}: there is no folder {file.parent}; make it, or name another")
 
 
 def _names(listed: str) -> list[str]:

@@ -42,8 +42,8 @@ class RedKnotPipeline(Pipeline):
         kwargs: As any pipeline's: `model`, `tokenizer`, `device` and so on.
 
     Raises:
-        ValueError: Neither a plan nor a budget is given; or a budget beside a plan that is no file, or that the file's
-            plan was not made for; or the plan does not fit the model.
+        ValueError: Neither a plan nor a budget is given; or a budget beside a plan that is no file, that the file's
+            plan was not made for, or whose file has no folder; or the plan does not fit the model.
     """
 
     _load_processor = False
@@ -161,6 +161,8 @@ class RedKnotPipeline(Pipeline):
             if budget is not None and made_for != budget:
                 raise ValueError(f"{plan} was made for budget={made_for}, not {budget}: name another file")
             return found
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"plan={str(path)!r}: there is no folder {path.parent} to write the plan to: make it")
         from redknot_hf.profiling import calibration_prompts, profile_heads
 
         prompts = calibration_prompts(self.tokenizer, length=length, count=8)
