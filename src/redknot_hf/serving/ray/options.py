@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from redknot_hf.serving.sizes import is_share
 
 
 class Options(BaseModel):
@@ -39,7 +50,7 @@ class Options(BaseModel):
     plan: str
     store: str | None = None
     revision: str | None = None
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
     name: str | None = None
     api_key: str | None = Field(None, repr=False)
@@ -47,11 +58,11 @@ class Options(BaseModel):
     timeout: PositiveFloat | None = None
     max_body: PositiveInt = 8 << 20
     chat_template: str | None = None
-    memory: str = "0.9"
+    memory: str | float = "0.9"
     max_batch: PositiveInt = 32
     max_len: PositiveInt | None = None
     chunk: PositiveInt = 2048
-    preempt: str = "swap"
+    preempt: Literal["swap", "recompute", "none"] = "swap"
     parked: float = Field(0.5, ge=0, le=1)
     queue: PositiveInt = 1024
     replicas: PositiveInt = 1
@@ -81,6 +92,12 @@ class Options(BaseModel):
             return cls(**{**told, **args})
         except ValidationError as e:
             raise ValueError("; ".join(map(_said, e.errors()))) from e
+
+    @field_validator("memory")
+    @classmethod
+    def _bytes(cls, memory: str | float) -> str | float:
+        is_share(memory)
+        return memory
 
     @model_validator(mode="after")
     def _fits(self) -> Options:
@@ -112,4 +129,5 @@ def _said(error: Any) -> str:
         return f"{name}: there is no such argument; there are {', '.join(Options.model_fields)}"
     if error["type"] == "missing":
         return f"{name} is missing: give {name}=..., or set REDKNOT_{name.upper()}"
-    return f"{name}: {error['msg']}" if name else error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if name and not message.startswith(name) else message
