@@ -1,11 +1,14 @@
 """Answers that one engine has begun and another ends: as if one had given them whole."""
 
+import inspect
+
 import pytest
 from families import make_model
 from served import SIZES, all_free, plan_of, prompts_of
 
 from redknot_hf import SegmentStore
 from redknot_hf.serving import Engine, Sampling, State
+from redknot_hf.serving.admission import check_answered
 
 NEW = 14
 ASKED = {
@@ -72,3 +75,9 @@ def test_an_answer_that_was_whole_ends_at_once(model):
 def test_what_cannot_go_on_is_refused(model, answered, n, match):
     with pytest.raises(ValueError, match=match):
         engine_of(model).submit_many([1, 2, 3], n, Sampling(max_new_tokens=4), answered=answered)
+
+
+def test_what_is_no_beginning_is_told():
+    for answered in ("text", [1.5]):
+        with pytest.raises(TypeError, match=r"give the \.ids of the request"):  # past the annotations, as users are
+            inspect.unwrap(check_answered)(answered, Sampling(), 1, 97)

@@ -5,6 +5,7 @@ import collections
 import inspect
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -123,6 +124,13 @@ def test_waiting_for_an_engine_that_was_never_started_is_told(model):
         request.result(timeout=0.01)
     with engine:
         assert len(request.result()) == len(list(request)) == len(asyncio.run(awaited(request))) == 2
+    engine = Engine(model, plan_of(model), **SIZES)
+    engine.step()  # by a loop of one's own, which found nothing to do so far
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.submit([5, 6], Sampling(max_new_tokens=2)).result)
+        while not waiting.done():
+            engine.step()
+        assert len(waiting.result()) == 2
 
 
 @pytest.mark.parametrize(

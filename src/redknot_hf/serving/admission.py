@@ -111,14 +111,19 @@ def check_request(
         )
 
 
-def check_answered(answered: Sequence[int], sampling: Sampling, n: int, words: int) -> None:
-    """Checks the beginning of an answer that is to go on.
+def check_answered(answered: Sequence[int], sampling: Sampling, n: int, words: int) -> list[int]:
+    """Checks the beginning of an answer that is to go on, and gives its ids.
 
     Raises:
         ValueError: It is longer than the answer may be, of several, or no text of the model's.
+        TypeError: It is no ids.
     """
-    if not len(answered):
-        return
+    try:
+        answered = [index(i) for i in answered]
+    except TypeError as e:
+        raise TypeError("answered is not ids: give the .ids of the request that is to go on") from e
+    if not answered:
+        return []
     if n > 1:
         raise ValueError(f"answered is the beginning of one answer, and n={n}: ask for each by itself")
     if len(answered) > sampling.max_new_tokens:
@@ -128,6 +133,7 @@ def check_answered(answered: Sequence[int], sampling: Sampling, n: int, words: i
         )
     if not 0 <= min(answered) <= max(answered) < words:
         raise ValueError(f"answered has ids from {min(answered)} to {max(answered)}: the model knows 0 to {words - 1}")
+    return answered
 
 
 def check_arguments(

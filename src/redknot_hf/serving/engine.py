@@ -172,13 +172,13 @@ class Engine(Loop):
         parts = scheduled(segments, boundary, source, self)
         ids = ids_of(prompt, self, first=not parts)
         check_request(ids, sampling, n, self, parts)
-        check_answered(answered, sampling, n, self.words)
+        answered = check_answered(answered, sampling, n, self.words)
         ids = [*chain.from_iterable(part.ref.ids for part in parts), *ids]
         made: list[scheduling.Sequence] = []
         for i in range(n):
             mine = sampling if sampling.seed is None or not i else replace(sampling, seed=sampling.seed + i)
             request = Request(ids, mine, priority, timeout, callback)
-            request.source, request.segments, request.served = source, parts, self._begun
+            request.source, request.segments, request.served = source, parts, self._serves
             request.tokens = [Token(i) for i in answered]
             begun = {"sampled": len(answered), "after": made[0] if made else None}
             made.append(scheduling.Sequence(request, [*ids, *answered], **begun))
@@ -248,6 +248,7 @@ class Engine(Loop):
     def step(self) -> bool:
         """Does one step: a token for each that decodes, chunks for those that read; whether there was work."""
         self.ranks.check_leads()
+        self._begun = True
         self._inbox.answer()
         new, gone = list(self._arrived()), list(self.scheduler.given_up(time.monotonic()))
         with self.ranks.together():

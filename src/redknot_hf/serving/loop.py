@@ -30,7 +30,7 @@ class Loop(ABC):
         self.error: BaseException | None = None
         self._inbox = Inbox(queue)
         self._thread: Thread | None = None
-        self._stopping = False
+        self._begun = self._stopping = False
         self.steps = 0
 
     @abstractmethod
@@ -98,8 +98,8 @@ class Loop(ABC):
         """Whether requests are served."""
         return self.error is None and not self._stopping and (self._thread is None or self._thread.is_alive())
 
-    def _begun(self) -> bool:
-        return self._thread is not None or self.steps > 0
+    def _serves(self) -> bool:
+        return self._thread is not None or self._begun
 
     def _loop(self) -> None:
         while not self._stopping:
