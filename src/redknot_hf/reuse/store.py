@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
 from redknot_hf.attention.devices import input_device
@@ -173,10 +173,8 @@ class SegmentStore(TakesTexts):
         """Brings the keys and values of several texts to the device, as `get` does; copies may still be under way."""
         wanted = {ref.address: ref for ref in refs}  # once, however often a text is named
         held = dict(zip(wanted, self.tiers.take_all([*wanted]), strict=True))
-        reading: dict[str, Future[Held | None]] = {}
-        if self.shelves:
-            absent = [address for address, one in held.items() if one is None]
-            reading = {address: self._readers.submit(self._read, self.outline(wanted[address])) for address in absent}
+        absent = [address for address, one in held.items() if one is None] if self.shelves else []
+        reading = {address: self._readers.submit(self._read, self.outline(wanted[address])) for address in absent}
         for address, future in reading.items():
             held[address] = future.result()
         found = {address: one or self._again(wanted[address]) for address, one in held.items()}
