@@ -151,6 +151,15 @@ def test_a_frontier_runs_from_profiles_to_lines(byte_tokenizer, tmp_path, monkey
     assert {line["items"] for line in found} == {2}
 
 
+def test_items_of_an_older_run_are_refused_in_a_line(tmp_path):
+    old = tmp_path / "items.jsonl"
+    old.write_text(json.dumps({"length": 300, "hardware": {}}) + "\n")
+    result = CliRunner().invoke(app, ["summarize", str(old), "--out", str(tmp_path / "out.jsonl")])
+    assert str(result.exception) == (
+        f"error: {old}: its first line does not say texts, as that of an older `frontier`: run it anew"
+    )
+
+
 def test_a_model_that_is_not_there_names_the_command(tmp_path):
     result = CliRunner().invoke(app, ["frontier", "--out", str(tmp_path), "--model", str(tmp_path / "none")])
     assert result.exit_code == 1

@@ -54,6 +54,27 @@ def test_wrong_input_is_told(model, inputs, options, message):
         profile_heads(model, inputs(), **options)
 
 
+@pytest.mark.parametrize("method", ["drift", "fisher", "loss", "gates"])
+def test_within_inference_mode_the_profile_is_the_same(method):
+    """Its prompts are made there too."""
+    model = make_model("llama", num_hidden_layers=1)
+    options = {"windows": (4,), "method": method, "budget": 0.5, "steps": 2}
+    outside = profile_heads(model, prompts(), **options)
+    with torch.inference_mode():
+        inside = profile_heads(model, prompts(), **options)
+        assert torch.is_inference_mode_enabled()
+    assert (inside.errors == outside.errors).all()
+    assert inside.picks().tolist() == outside.picks().tolist()
+
+
+def test_weights_that_can_have_no_gradients_are_told():
+    with torch.inference_mode():
+        model = make_model("llama", num_hidden_layers=1)
+    profile_heads(model, prompts(), windows=(4,))
+    with pytest.raises(ValueError, match=r"method='fisher' needs gradients, and .* torch.inference_mode\(\) has none"):
+        profile_heads(model, prompts(), windows=(4,), method="fisher")
+
+
 def test_a_model_with_other_attention_is_told():
     model = make_model("llama")
     model.set_attn_implementation("sdpa")

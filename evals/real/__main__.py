@@ -90,7 +90,10 @@ def summarize_items(
     figure: Annotated[Path | None, typer.Option(help="picture to draw")] = None,
 ) -> None:
     """Make figures with paired intervals of what `frontier` has written, and print the table."""
-    lines = summarize(*items)
+    try:
+        lines = summarize(*items)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"error: {e}") from e
     write(lines, out)
     if figure:
         draw(lines, figure)

@@ -22,11 +22,16 @@ def summarize(*sources: Path) -> list[Line]:
     high), `kl` (nats a token: value, low, high), `top1` (share of tokens as dense, in points).
 
     Raises:
-        ValueError: The files are of several lengths, or of texts of several versions of Python.
+        ValueError: The files are of several lengths, or of texts of several versions of Python; or one does not say.
     """
     heads, found_rows = [], {}
     for source in sources:
         head, *rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+        if missing := [name for name in ("length", "texts", "hardware") if name not in head]:
+            raise ValueError(
+                f"{source}: its first line does not say {', '.join(missing)}, as that of an older `frontier`: "
+                "run it anew"
+            )
         heads.append(head)
         found_rows |= {(row["item"], row["method"], row["budget"]): row for row in rows}
     head, rows = heads[0], list(found_rows.values())

@@ -147,7 +147,7 @@ def _by_path(profile: HeadProfile, job: Job) -> HeadProfile:
 
 
 def _reserve(job: Job, done: int) -> float:
-    """Seconds that confirming will take, by what so many prompts of drift took: a pass of it attends much oftener."""
+    """Seconds that confirming may take: as many a prompt as measuring takes, which does more to each."""
     return job.clock.taken / done * len(job.confirming)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from redknot_hf.attention.watching import check_model
@@ -25,9 +26,11 @@ from .prompt import Prompt, as_prompts, held_apart
 
 METHODS = ("drift", "fisher", "loss", "mass", "gates")
 WINDOWS = (64, 256, 1024)  # and a quarter of the length that will be served
+_BY_GRADIENTS = ("fisher", "loss", "gates")
 _TRIES = 7  # budgets that are confirmed in the search for the smallest that holds
 
 
+@torch.inference_mode(False)  # some methods need gradients, wherever they are called
 def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     model: PreTrainedModel,
     inputs: Any,
@@ -83,6 +86,11 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     check_model(model)
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose one of {METHODS}")
+    if method in _BY_GRADIENTS and any(weight.is_inference() for weight in model.parameters()):
+        raise ValueError(
+            f"method={method!r} needs gradients, and a model that was loaded in torch.inference_mode() has none: load "
+            "it outside, or profile by drift"
+        )
     bound = {"budget": budget, "global_ratio": global_ratio, "bytes_per_token": bytes_per_token}
     target = {name: value for name, value in bound.items() if value is not None}
     if target:
