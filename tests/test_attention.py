@@ -5,7 +5,7 @@ import torch
 from families import make_model
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
-from redknot_hf.attention.attention import redknot_attention
+from redknot_hf.attention.attention import attention_options, redknot_attention
 from redknot_hf.attention.mask import PaddingMask
 
 MODULE = torch.nn.Identity()
@@ -89,3 +89,10 @@ def test_a_handle_attended_twice_gives_the_same_and_stores_once(past, tokens, ma
         step(c, 1, padding(past + tokens + 1) if type(mask) is PaddingMask else None, 1) for c in (cache, once)
     ]
     assert torch.equal(following[0][0], following[1][0])
+
+
+def test_what_is_not_said_of_attention_is_the_default():
+    query, sinks = random_step(3)[0], torch.ones(2)
+    assert attention_options(query, None, {"dropout": 0.0}) == {"scale": 0.25, "softcap": None, "s_aux": None}
+    asked = {"softcap": 30.0, "s_aux": sinks}
+    assert attention_options(query, 0.5, asked) == {"scale": 0.5, "softcap": 30.0, "s_aux": sinks}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,7 +17,6 @@ from redknot_hf.cache.step import Output, Query, Step
 from .dense import dense_attention
 from .explicit import explicit_attention
 from .mask import PaddingMask, describes_new_tokens, real_tokens
-from .options import attention_options
 
 _NOTHING = nullcontext()
 
@@ -62,6 +61,18 @@ def redknot_attention(
             return step.storage.captured(step, query, attention_mask, options), None
         return _attend_eagerly(query, step, attention_mask, options), None  # pyright: ignore
     return _attend(query, step, attention_mask, options), None
+
+
+def attention_options(query: Tensor, scaling: float | None, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns scale, softcap and logits of the sink, as the kernels take them.
+
+    Args:
+        query: Any; the scale is by its last dimension unless the model says one.
+        scaling: The model's.
+        asked: What else came with the call, by transformers' names.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return {"scale": scale, "softcap": asked.get("softcap"), "s_aux": asked.get("s_aux")}
 
 
 def _attend(query: Query, step: Step, mask: Tensor | None, options: dict[str, Any]) -> Output:

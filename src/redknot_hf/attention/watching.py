@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from redknot_hf.attention.attention import attention_options
 from redknot_hf.attention.mask import PaddingMask, redknot_mask
-from redknot_hf.attention.options import attention_options
 from redknot_hf.attention.stored import attend_stored
 from redknot_hf.plan.per_layer import kv_heads
 from redknot_hf.plan.plan import HeadPlan, HeadSpec

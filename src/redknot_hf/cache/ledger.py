@@ -125,8 +125,7 @@ class Ledger:
                 "a compiled step had padding in some sequences, and only the device knows where: pass all of a batch "
                 "real tokens in compiled steps, or call cache.reset()."
             )
-        self._advance(self.rows.lengths + more)
-        self.history.add(slots)
+        self._count(self.rows.lengths + more, slots)
         self.mirror.advanced(self.rows, self.history.slots)
 
     def missing_after_cut(self, slots: int) -> int:
@@ -238,10 +237,12 @@ class Ledger:
         self.pool.make_room(self.rows, lengths)
         self.cold.make_room(lengths)
 
-    def _advance(self, lengths: Lengths) -> None:
-        """Counts what kernels have written, when sequences have come to these lengths."""
+    def _count(self, lengths: Lengths, slots: Slots) -> None:
+        """Counts slots that kernels have written, when sequences have come to these lengths."""
         self.rows.lengths = lengths
-        self.cold.advance(lengths)
+        if self.cold.parts:
+            self.cold.advance(lengths)
+        self.history.add(slots)
 
     def _mirrored(self) -> None:
         device = self.pool.pages.device  # another holder may have moved it

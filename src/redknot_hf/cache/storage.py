@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from redknot_kernels import Context, HeadRules, Rotation, gather, read_context, scatter_tokens
 from torch import Tensor
 
+from .history import Slots
 from .ledger import Ledger, Lengths
 from .pool import staged
 from .step import Group, Kept, Output, Query, Real, Step
@@ -41,7 +42,7 @@ class Storage(Ledger):
             return
         rules = self.rows.rules
         with self.pool.lock:
-            lengths = self._open(step, real)
+            lengths, slots = self._open(step, real)
             self._mirrored()
             for group in self.groups(step, real):
                 key, value = group.take(step.key), group.take(step.value)
@@ -54,7 +55,8 @@ class Storage(Ledger):
                     group.cold = cold._replace(counts=cold.counts.clone())
                 self.kernels.append(self.pool.pages, key, value, table, counts, rules, cold)
                 step.groups.append(group)
-            self._count(step, lengths, real)
+            self._count(lengths, slots)
+            step.real, step.written = real, True
             self._mirrored()  # a captured step may be next
 
     def attend(self, step: Step, query: Query, real: Real | None, options: dict[str, Any]) -> Output:
@@ -210,20 +212,24 @@ class Storage(Ledger):
 
     # The steps of the above; the lock is held
 
-    def _open(self, step: Step, real: Real | None) -> Lengths:
-        """Makes room for a step, and says how long sequences are with it."""
+    def _open(self, step: Step, real: Real | None) -> tuple[Lengths, Slots]:
+        """Makes room for a step; says how long sequences are with it, and which slots that adds."""
         counts = step.tokens if real is None else real.sum(1).cpu().numpy()
         lengths = self.rows.lengths + counts
         self._ready(lengths)
-        return lengths
+        return lengths, step.tokens if real is None else real
 
     def _ready(self, lengths: Lengths) -> None:
         """Brings the pages here, with room for sequences of these lengths that nobody else holds."""
-        self._collect()
+        if self.pool.gone or self.cold.parts:
+            self._collect()
         if self.pool.pages.keys.device != self.device:
             self.pool.to(self.device)
-        self.cold.to(self.device)
-        if not (self.rows.has_room(lengths) and self.cold.has_room(lengths)):
+        room = self.rows.has_room(lengths)
+        if self.cold.parts:
+            self.cold.to(self.device)
+            room = room and self.cold.has_room(lengths)
+        if not room:
             self._make_room(lengths)
 
     def _read(
@@ -250,22 +256,23 @@ class Storage(Ledger):
         """Writes a step of at most a page and attends it, by one call of the kernels."""
         rows, pool, mirror, kernels = self.rows, self.pool, self.mirror, self.kernels
         with pool.lock:
-            lengths = self._open(step, real)
+            lengths, slots = self._open(step, real)
             views = None
             if kernels.step_in_views is not None and real is None and step.tokens == 1 and not self.cold.parts:
                 views = mirror.views(rows, pool)
             if views is not None:
                 past = int(rows.lengths[0])
                 out = kernels.step_in_views(query, step.key, step.value, views, past, rows.rules, **options)  # pyright: ignore[reportOptionalCall]
-                self._count(step, lengths, real)
-                return out
-            self._mirrored()
-            out = kernels.step(
-                query, pool.pages, step.key, step.value, mirror.table, mirror.counts, real, rows.rules,
-                cold=self.cold.tensors(), **options,
-            )  # fmt: skip
-            self._count(step, lengths, real)
-            mirror.advanced(rows, self.history.slots)
+            else:
+                self._mirrored()
+                out = kernels.step(
+                    query, pool.pages, step.key, step.value, mirror.table, mirror.counts, real, rows.rules,
+                    cold=self.cold.tensors(), **options,
+                )  # fmt: skip
+            self._count(lengths, slots)
+            if views is None:
+                mirror.advanced(rows, self.history.slots)
+        step.real, step.written = real, True
         return out
 
     def _attend_group(self, step: Step, query: Query, group: Group, options: dict[str, Any]) -> Output:
@@ -279,11 +286,6 @@ class Storage(Ledger):
             self._mirrored()
             cold = group.cold or self.cold.tensors(group.sequences)
             return self.kernels.decode(query, self.pool.pages, *self._part(group), rules, cold=cold, **options)
-
-    def _count(self, step: Step, lengths: Lengths, real: Real | None) -> None:
-        self._advance(lengths)
-        self.history.add(step.tokens if real is None else real)
-        step.real, step.written = real, True
 
     def _part(self, group: Group) -> tuple[Int[Tensor, "group heads columns"], Int[Tensor, " group"]]:
         return self.mirror.table[group.sequences], self.mirror.counts[:-1][group.sequences]
