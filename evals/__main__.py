@@ -11,8 +11,8 @@ import typer
 from evals.audit import AuditError
 from evals.commands import app
 
-# Modules of `evals.benchmarks`; each is imported when it is asked for, since machines that measure have no more than a
-# model needs.
+# Modules of `evals.benchmarks.commands`; what each does is imported when it runs, so that help waits for nothing, and
+# machines that measure have no more than a model needs.
 BENCHMARKS = (
     "break_even",
     "budgets",
@@ -41,15 +41,16 @@ def bench(
         raise typer.Exit
     if name not in BENCHMARKS:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(BENCHMARKS)}")
-    program = import_module(f"evals.benchmarks.{name}").app
-    import_module("transformers.utils.logging").disable_progress_bar()
-    program(ctx.args, prog_name=f"python -m evals bench {name}")
+    program = import_module(f"evals.benchmarks.commands.{name}").app
+    if "--help" not in ctx.args:
+        import_module("transformers.utils.logging").disable_progress_bar()
+    program(ctx.args, prog_name=f"{ctx.command_path} {name}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def serve(ctx: typer.Context) -> None:
     """Put load on a server that speaks OpenAI's protocol: latency and throughput; `serve --help` tells more."""
-    import_module("evals.load.command").app(ctx.args, prog_name="python -m evals serve")
+    import_module("evals.load.command").app(ctx.args, prog_name=ctx.command_path)
 
 
 def main(words: Sequence[str] | None = None, name: str = "python -m evals") -> None:

@@ -217,7 +217,8 @@ def test_help_imports_no_library_of_models():
     program = """
 import sys
 from redknot_cli import app
-for words in ([], ["profile"], ["gate"], ["plan"], ["plan", "diff"], ["serve"], ["eval"], ["eval", "run"], ["bench"]):
+for words in ([], ["profile"], ["gate"], ["plan"], ["plan", "diff"], ["serve"], ["eval"], ["eval", "run"], ["bench"],
+              ["bench", "speed_gpu"], ["eval", "serve"]):
     if words == ["eval"]:
         assert "evals" not in sys.modules
     try:

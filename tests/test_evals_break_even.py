@@ -6,15 +6,15 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from evals.benchmarks import break_even
 from evals.benchmarks.break_even import Sender, fetched
+from evals.benchmarks.commands import break_even as command
 
 
 def test_fetching_is_held_against_reading(tmp_path):
     out = tmp_path / "rows.jsonl"
     words = ["--shape", "toy", "--length", "600", "--runs", "1", "--device", "cpu", "--out", str(out)]
     rates = [word for rate in (20, 100, 1000) for word in ("--rate", str(rate))]
-    done = CliRunner().invoke(break_even.app, words + rates)
+    done = CliRunner().invoke(command.app, words + rates)
     assert done.exit_code == 0, done.output
     (line,) = out.read_text().splitlines()
     dense, planned = json.loads(line)["rows"]
@@ -25,7 +25,7 @@ def test_fetching_is_held_against_reading(tmp_path):
         assert [one["mb_per_s"] for one in row["fetched"]] == [20, 100, 1000]
         slowest = row["fetched"][0]
         assert slowest["fetch_s"] >= 0.9 * (row["bytes"] - 2e5) / 20e6
-    assert CliRunner().invoke(break_even.app, [*words, "--rate", "0"]).exit_code == 2
+    assert CliRunner().invoke(command.app, [*words, "--rate", "0"]).exit_code == 2
 
 
 def test_a_sender_keeps_its_rate():

@@ -3,12 +3,13 @@ import json
 from transformers import LlamaConfig
 
 from evals.benchmarks import new_lengths
+from evals.benchmarks.commands import new_lengths as command
 
 
 def test_new_lengths_are_timed_beside_known_ones(tmp_path, capsys):
     out = tmp_path / "lengths.jsonl"
     size = ["--shape", "toy", "--device", "cpu", "--length", "64", "--length", "96", "--longest", "3"]
-    new_lengths.app([*size, "--out", str(out)], standalone_mode=False)
+    command.app([*size, "--out", str(out)], standalone_mode=False)
     found = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
     assert [(row["method"], row["length"]) for row in found["prompts"]] == [

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from evals.benchmarks import budgets, profile_cost, profiling, profiling_figures
+from evals.benchmarks import profiling, profiling_figures
+from evals.benchmarks.commands import budgets, profile_cost
+from evals.benchmarks.commands import profiling as command
 from evals.real import contenders
 from redknot_hf import HeadSpec
 from redknot_hf.profiling import HeadProfile
@@ -24,9 +26,9 @@ def measured(tmp_path_factory):
         patch.setattr(profiling, "RATIOS", (0.1, 1.0))
         patch.setattr(profiling, "RANDOM", ("random 0",))
         patch.setattr(profiling, "SEEDS", (1, 2))
-        profiling.app(arguments, standalone_mode=False)
+        command.app(arguments, standalone_mode=False)
         first = (folder / "rows.jsonl").read_text()
-        profiling.app(arguments, standalone_mode=False)  # nothing is left to measure
+        command.app(arguments, standalone_mode=False)  # nothing is left to measure
     assert (folder / "rows.jsonl").read_text() == first
     return folder, [json.loads(line) for line in first.splitlines()]
 
@@ -116,7 +118,7 @@ def test_budgets_of_bytes_are_judged_as_a_cache_would_give_them(tmp_path, monkey
     errors = np.repeat(blank.errors, 3, 1) / (1, 2, 4)
     choices = (HeadSpec(64, 4), HeadSpec(storage="int4"), HeadSpec(storage="int8"))
     made = replace(blank, choices=choices, errors=errors, halves=(errors, errors), length=448, target={})
-    monkeypatch.setattr(budgets, "profile_heads", lambda model, texts, **options: made)
+    monkeypatch.setattr("redknot_hf.profiling.profile_heads", lambda model, texts, **options: made)
     monkeypatch.setattr(contenders, "BUDGETS", (0.7,))
     monkeypatch.setattr(contenders, "_COMPARED", ())
     out = tmp_path / "budgets.jsonl"

@@ -6,12 +6,13 @@ import pytest
 from typer.testing import CliRunner
 
 from evals.benchmarks import ranks
+from evals.benchmarks.commands import ranks as command
 
 
 def test_steps_of_one_device_are_timed_in_which_all_decode(tmp_path):
     out = tmp_path / "rows.jsonl"
     words = ["--shape", "toy", "--device", "cpu", "--requests", "3", "--length", "100", "--new", "8"]
-    done = CliRunner().invoke(ranks.app, [*words, "--memory", "8MiB", "--out", str(out)])
+    done = CliRunner().invoke(command.app, [*words, "--memory", "8MiB", "--out", str(out)])
     assert done.exit_code == 0, done.output
     (row,) = map(json.loads, out.read_text().splitlines())
     assert (row["ranks"], row["steps"], row["captured"]) == (1, 7, False)

@@ -1,6 +1,7 @@
 import json
 
-from evals.benchmarks import reuse
+from evals.benchmarks.commands import reuse
+from evals.benchmarks.reuse_figures import WHOLE
 
 METHODS = ["naive", "deviation 15 %", "prefix cache only", "boundary all"]
 
@@ -11,7 +12,7 @@ def test_the_evaluation_tells_methods_apart(tmp_path, capsys):
     chosen = [part for method in METHODS for part in ("--method", method)]
     reuse.app([*size, "--device", "cpu", *chosen, "--out", str(out), "--figure", str(figure)], standalone_mode=False)
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [r["method"] for r in records] == ["dense", reuse.WHOLE, *METHODS] * 2
+    assert [r["method"] for r in records] == ["dense", WHOLE, *METHODS] * 2
     assert figure.stat().st_size > 10_000
     for record in records:
         assert record["questions"] == 6
@@ -31,5 +32,5 @@ def test_what_must_be_understood_where_it_is_read_is_lost_naively(tmp_path):
     chosen = ["--method", "naive", "--method", "prefix cache only"]
     reuse.app([*size, "--device", "cpu", *chosen, "--out", str(out)], standalone_mode=False)
     right = {record["method"]: record["accuracy"][0] for record in map(json.loads, out.read_text().splitlines())}
-    assert min(right["dense"], right[reuse.WHOLE], right["prefix cache only"]) > 0.9
+    assert min(right["dense"], right[WHOLE], right["prefix cache only"]) > 0.9
     assert right["naive"] < 0.5

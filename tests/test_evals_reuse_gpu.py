@@ -1,6 +1,6 @@
 import json
 
-from evals.benchmarks import reuse_gpu
+from evals.benchmarks.commands import reuse_gpu
 
 
 def test_all_ways_to_the_first_token_are_timed(tmp_path):

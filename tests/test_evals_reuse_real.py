@@ -4,6 +4,7 @@ import pytest
 from families import make_model
 
 from evals.benchmarks import reuse_real
+from evals.benchmarks.commands import reuse_real as command
 from evals.real import __main__ as evals_real
 from evals.real import contexts, reuse_summary
 
@@ -29,16 +30,16 @@ def test_all_methods_answer_the_same_questions(tiny, monkeypatch):
     chosen = [part for method in METHODS for part in ("--method", method)]
     for first in ("0", "7"):
         arguments = [*size, "--first", first, *chosen, "--model", str(tiny), "--out", str(rows)]
-        reuse_real.app(arguments, standalone_mode=False)
+        command.app(arguments, standalone_mode=False)
     evals_real.app(["summarize-reuse", str(rows), "--out", str(out), "--figure", str(picture)], standalone_mode=False)
     assert picture.stat().st_size > 10_000
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert {(r["kind"], r["method"]) for r in records} == {
-        (kind, method) for kind in reuse_real.KINDS for method in (reuse_real.DENSE, *METHODS)
+        (kind, method) for kind in contexts.KINDS for method in (reuse_summary.DENSE, *METHODS)
     }
     assert all(r["contexts"] == 2 for r in records)
     by_name = {r["method"]: r for r in records if r["kind"] == "copy"}
-    assert {kind: next(r["questions"] for r in records if r["kind"] == kind) for kind in reuse_real.KINDS} == {
+    assert {kind: next(r["questions"] for r in records if r["kind"] == kind) for kind in contexts.KINDS} == {
         "number": 12, "word": 12, "friend": 6, "copy": 6, "text": 2, "summary": 6,
     }  # fmt: skip
     assert by_name["dense"]["kl"][0] == 0 <= by_name["boundary all"]["kl"][0] < 1e-5 < by_name["naive"]["kl"][0]

@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 
-from evals.benchmarks import serving
+from evals.benchmarks.commands import serving
 from evals.benchmarks.served import peer
 from evals.benchmarks.served.roofline import Roofline
-from evals.benchmarks.served.scene import PLAN, Scene, Work
+from evals.benchmarks.served.scene import PLAN, Scene
+from evals.benchmarks.served.work import Work
 
 TOY = ["--shape", "toy", "--device", "cpu"]
 

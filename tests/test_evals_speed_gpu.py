@@ -1,6 +1,7 @@
 import json
 
 from evals.benchmarks import bars, speed_gpu
+from evals.benchmarks.commands import speed_gpu as command
 
 
 def test_rows_and_bars_of_a_toy(tmp_path):
@@ -9,7 +10,7 @@ def test_rows_and_bars_of_a_toy(tmp_path):
     size = ["--shape", "toy", "--device", "cpu", "--length", "300", "--tokens", "4"]
     batch = ["--batch", "2", "--batch-length", "128"]
     chosen = [part for method in methods for part in ("--method", method)]
-    speed_gpu.app([*size, *batch, *chosen, "--out", str(out)], standalone_mode=False)
+    command.app([*size, *batch, *chosen, "--out", str(out)], standalone_mode=False)
     found = json.loads(out.read_text())
     assert {(row["method"], row["batch"]) for row in found["rows"]} == {
         *((method, 1) for method in methods), ("1/8 global, captured", 2), ("dynamic", 2), ("static", 2),
@@ -24,7 +25,7 @@ def test_stored_batches_and_the_most_that_are_held(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_gpu, "HELD", 6_000_000)
     monkeypatch.setattr(speed_gpu.Contest, "captured", lambda self, cache, ids, new: (0.1 * new, ids))
     size = ["--shape", "toy", "--device", "cpu", "--length", "300", "--batch", "2", "--batch-length", "1024"]
-    speed_gpu.app([*size, "--stored", "--method", "dynamic", "--out", str(out)], standalone_mode=False)
+    command.app([*size, "--stored", "--method", "dynamic", "--out", str(out)], standalone_mode=False)
     rows = [row for row in json.loads(out.read_text())["rows"] if row["method"] != "dynamic"]
     held = [row["batch"] for row in rows if "held_in" in row]
     assert len(rows) == 6

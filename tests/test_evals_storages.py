@@ -1,6 +1,6 @@
 import json
 
-from evals.benchmarks import storages
+from evals.benchmarks.commands import storages
 
 
 def test_errors_by_storage_on_gaussian_data_and_the_bundled_model(tmp_path):

@@ -1,34 +1,19 @@
-"""From which bandwidth on fetching a context's KV takes less time than reading the context again, dense and planned.
-
-    python -m evals bench break_even --out evals/results/break_even.jsonl
-
-A context of Llama-3.1-8B's shape with random weights is read under a plan that keeps everything and under one of 1/8
-global heads. What each cache then holds is fetched over TCP on the loopback, sent no faster than a given rate, and put
-into another cache, which is checked to hold the same. Both are timed (medians); `break_even_mb_per_s` is the rate at
-which the bytes alone would take as long as reading. What else the host does slows both: `load_average` is how many
-processes ran or waited in the last minute, before and after. The last line is JSON; `--out` appends it to a file.
-"""
+"""From which bandwidth on fetching a context's KV takes less time than reading the context again."""
 
 from __future__ import annotations
 
-import os
 import socket
 import statistics
 import threading
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from evals.benchmarks.measured_model import MeasuredModel
-from evals.benchmarks.options import DEVICE, Device, Out, Shape, command
-from evals.result_file import write_line
 from redknot_hf import cache_argument
 from redknot_hf.cache.span import Span
-
-app = command()
 
 
 class Sender:
@@ -121,22 +106,3 @@ def _seconds(bench: MeasuredModel, work: Callable[[], Any], runs: int) -> float:
         bench.wait()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
-
-
-@app.command(help=__doc__)
-def main(
-    shape: Shape = "8b",
-    length: Annotated[int, typer.Option(help="tokens of the context")] = 32768,
-    rates: Annotated[list[float], typer.Option("--rate", help="MB a second; several")] = [300.0, 1250.0, 5000.0],
-    runs: Annotated[int, typer.Option(min=1, help="of each; the median counts")] = 3,
-    device: Device = DEVICE,
-    out: Out = None,
-) -> None:
-    """Measures, and appends a line to a file."""
-    if min(rates) <= 0:
-        raise typer.BadParameter(f"--rate {min(rates)}: give MB a second")
-    place, load = torch.device(device), [os.getloadavg()[0]]
-    bench = MeasuredModel(shape, length, place)
-    rows = [compare(bench, kind, length, rates, runs) for kind in ("dense", "planned")]
-    load.append(os.getloadavg()[0])
-    write_line(out, {"benchmark": "break_even", "shape": shape, "rows": rows}, place, load_average=load)

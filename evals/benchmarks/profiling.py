@@ -1,13 +1,4 @@
-"""How well profiles find the heads that matter: recovery of known classes, frontier over budgets, length, stability.
-
-    python -m evals bench profiling --figures evals/results/profiling
-
-The bundled model's true head classes are known, since it was trained with them: it is profiled on texts of one length,
-and drift on more sets of them. Its plainly trained twin is the hard case: it is profiled on texts of both lengths.
-Plans are judged on texts of their own, through a RedKnotCache, by the answer tokens that are predicted right and by
-the KL divergence from the dense model. Every measurement is a JSON line of `--out`; those that are there already are
-not made again, so a run that stops goes on. `--figures FOLDER` draws the lines.
-"""
+"""How well profiles find the heads that matter: known classes, frontier over budgets, length, stability."""
 
 from __future__ import annotations
 
@@ -16,24 +7,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 from rich.progress import track
 from transformers import AutoModelForCausalLM
 
 from evals.benchmarks.judge import Judge, prompts
-from evals.benchmarks.options import DEVICE, Device, command
-from evals.benchmarks.profiling_figures import LOCAL, METHODS, MODELS, RANDOM, TINY, draw
+from evals.benchmarks.options import MODELS, TINY
+from evals.benchmarks.profiling_figures import LOCAL, RANDOM
 from evals.result_file import write_line
 from redknot_hf import HeadPlan
 from redknot_hf.profiling import HeadProfile, Prompt, profile_heads
 
-app = command()
-
-STAGES = ("profile", "seeds", "length", "frontier")
 RATIOS = (0.05, 0.1, 0.2, 0.3125, 0.4, 0.5, 0.75, 1.0)
 # Seeds of `set_exams`: what is profiled, and what confirms a profile.
 CALIBRATION, CONFIRMATION = 11, 12
@@ -179,41 +166,3 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
         row.get("seed"),
         row.get("ratio") if row["stage"] == "frontier" else None,
     )
-
-
-@app.command(help=__doc__)
-def main(
-    models: Annotated[list[str], typer.Option("--model", help=f"of {', '.join(MODELS)}")] = list(MODELS),
-    methods: Annotated[list[str], typer.Option("--method", help=f"of {', '.join(METHODS)}")] = list(METHODS),
-    stages: Annotated[list[str], typer.Option("--stage", help=f"of {', '.join(STAGES)}")] = list(STAGES),
-    length: Annotated[int, typer.Option(help="tokens of the texts to profile and to judge on")] = 2048,
-    long: Annotated[int, typer.Option(help="tokens of the longer texts")] = 8192,
-    calibration: Annotated[int, typer.Option(help="answers to profile on")] = 96,
-    long_calibration: Annotated[int, typer.Option(help="answers in longer texts for the twin")] = 288,
-    confirmation: Annotated[int, typer.Option(help="answers that confirm a profile at both lengths")] = 2,
-    answers: Annotated[int, typer.Option(help="answers that judge the plans at both lengths")] = 144,
-    frontier_answers: Annotated[int, typer.Option(help="answers that judge the plans of the frontier")] = 48,
-    steps: Annotated[int, typer.Option(help="training steps of gates, for each half of the texts")] = 20,
-    device: Device = DEVICE,
-    profiles: Annotated[Path, typer.Option(help="folder of the profiles")] = Path("evals/results/profiling"),
-    out: Annotated[Path, typer.Option(help="file to append the lines to")] = Path("evals/results/profiling.jsonl"),
-    figures: Annotated[Path | None, typer.Option(help="folder to draw to")] = None,
-) -> None:
-    """Runs the measurements that the options ask for."""
-    work = Work(
-        tuple(methods), length, long, calibration, long_calibration, confirmation, answers, frontier_answers, steps,
-        device, profiles, out,
-    )  # fmt: skip
-    for name in models:
-        study = Study(name, work)
-        if "profile" in stages:
-            for method in methods:
-                study.profile(method)
-        if "seeds" in stages:
-            study.seeds()
-        if "length" in stages:
-            study.lengths()
-        if "frontier" in stages:
-            study.frontier()
-    if figures:
-        draw([json.loads(line) for line in out.read_text().splitlines()], figures, profiles)

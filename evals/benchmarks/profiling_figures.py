@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evals.benchmarks.commands.profiling import METHODS
+from evals.benchmarks.options import MODELS
 from redknot_hf import HeadSpec
 from redknot_hf.profiling import HeadProfile
 
-TINY = Path(os.path.relpath(Path(__file__).parents[1] / "tiny"))  # so profiles name no folder of this machine
-MODELS = {"bundled": TINY, "plain": TINY / "plain"}
-METHODS = ("drift", "loss", "mass", "gates")
 RANDOM = ("random 0", "random 1", "random 2")
 LOCAL = {"bundled": HeadSpec(window=128, sink=4), "plain": HeadSpec(window=512, sink=4)}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+if TYPE_CHECKING:
+    import torch
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -25,6 +25,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def random_llama(shape: str, longest: int, device: torch.device) -> Any:
     """A Llama of this shape for up to so many tokens; bfloat16 on a GPU, ready for a RedKnotCache."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
     config = LlamaConfig(
         **SHAPES[shape], max_position_embeddings=longest, bos_token_id=None, eos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},

@@ -1,48 +1,29 @@
-"""What reusing stored documents costs in quality, and saves in time, by how much of them is recomputed.
-
-    python -m evals bench reuse --out evals/results/reuse.jsonl --figure evals/results/reuse.png
-
-Every context is 8 documents of 1K tokens in the bundled model's language, and 24 questions; single facts, with the
-documents in random order, and facts that run through several documents, in theirs, are reported apart. All methods
-see the same questions. `read whole` is what they are held against: the whole context read under the same plan. Answers
-are judged under their true beginning, so an answer is right if greedy decoding would have written it. Intervals are
-95 %, by bootstrap over contexts. Times are of building the cache: `cold` with storing all documents, `hot` with them
-in memory.
-"""
+"""What reusing stored documents costs in quality, and saves in time, by how much of them is recomputed."""
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.utils.logging import disable_progress_bar
+from transformers import DynamicCache
 
 from evals import answering
-from evals.benchmarks.options import DEVICE, Device, Out, command
-from evals.benchmarks.reuse_figures import PARTS, WHOLE, Scores, draw, summary, table
+from evals.benchmarks.reuse_figures import PARTS, WHOLE, Scores
 from evals.fidelity import fidelity
-from evals.intervals import check_intervals
 from evals.method import Context, read
 from evals.methods.reuse import Reuse, refreshed, reuse
-from evals.result_file import write_line
 from evals.tiny.corpus import Corpus
 from evals.tiny.facts import Question
 from evals.tiny.lexicon import Lexicon
 from redknot_hf import HeadPlan, RedKnotCache, SegmentRef
-
-app = command()
 
 TINY = Path(__file__).parents[1] / "tiny"
 # Seeds of texts that the model was not trained on.
@@ -183,41 +164,3 @@ def _stored(model: Any, case: Case, method: Reuse) -> tuple[list[list[SegmentRef
     start = answering.now(model.device)
     rows = fresh.stored(model, case.context(model.device))
     return rows, answering.now(model.device) - start
-
-
-@app.command(help=__doc__)
-def main(
-    contexts: Annotated[int, typer.Option(help="contexts of single facts")] = 21,
-    dependent: Annotated[int, typer.Option(help="contexts of dependent facts")] = 21,
-    documents: Annotated[int, typer.Option(help="a context")] = 8,
-    tokens: Annotated[int, typer.Option(help="a document")] = 1024,
-    questions: Annotated[int, typer.Option(help="a context")] = 24,
-    names: Annotated[list[str], typer.Option("--method", help="by name; all, unless said otherwise")] = [],
-    plan: Annotated[Path, typer.Option(help="head plan")] = TINY / "plan.json",
-    device: Device = DEVICE,
-    out: Out = None,
-    figure: Annotated[Path | None, typer.Option(help="file for the figure")] = None,
-) -> None:
-    """Measures, prints tables, and writes what was asked for; the records are appended."""
-    check_intervals(max(contexts, dependent))
-    disable_progress_bar()
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="redknot")
-    model.to(device)
-    held = HeadPlan.load(plan, model.config)
-    chosen = {name: method for name, method in methods(held).items() if not names or name in names}
-    about = {
-        "documents": documents, "tokens": tokens, "plan": plan.name, "global": held.num_global,
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-    records = []
-    for part, count in zip(PARTS, (contexts, dependent), strict=True):
-        made = list(cases(part, count, documents, tokens, questions))
-        if made:
-            found = summary(measure(model, held, made, chosen), part, about)
-            Console(width=130).print(table(found, part))
-            records += found
-    for record in records if out else ():
-        write_line(out, record, torch.device(device))
-    if figure:
-        draw(records, figure)

@@ -1,27 +1,14 @@
-"""Time and memory of a forward pass and of decoding, ours against DynamicCache, as ratios within one run.
-
-    python -m evals bench speed --out evals/results/speed_cpu.jsonl
-
-Prefill reads the whole prompt at once; decoding adds one token at a time through the model's forward, as `generate`
-does. Runs of the methods take turns, and medians are compared, so that a slow minute of the machine hits all of them.
-The last line is one JSON object; `--out` appends it to a file.
-"""
+"""Time and memory of a forward pass and of decoding, ours against DynamicCache, as ratios within one run."""
 
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from evals.benchmarks.options import Decoded, Lengths, Out, command
-from evals.result_file import write_line
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
-
-app = command()
 
 TINY = Path(__file__).parents[1] / "tiny"
 
@@ -105,21 +92,3 @@ def table(rows: list[dict]) -> str:
                 f"{m['decode_ms']:9.2f} {ratios[1]:6.2f} {m['kv_bytes'] / 2**20:8.1f}"
             )
     return "\n".join(lines)
-
-
-@app.command(help=__doc__)
-def main(
-    models: Annotated[list[str], typer.Option("--model", help=f"of {', '.join(MODELS)}")] = list(MODELS),
-    lengths: Lengths = [1024, 8192],
-    tokens: Decoded = 24,
-    repeats: int = 7,
-    out: Out = None,
-) -> None:
-    """Measures, prints a table, and appends a line to a file."""
-    rows = []
-    for name in models:
-        model, plan = MODELS[name]()
-        model.eval()
-        rows += [{"model": name, "length": n, "methods": measure(model, plan, n, tokens, repeats)} for n in lengths]
-    print(table(rows))
-    write_line(out, {"benchmark": "speed", "rows": rows}, torch.device("cpu"))

@@ -1,44 +1,21 @@
-"""Time and memory of a whole model on one GPU: Llama-3.1-8B's shape with random weights, ours against transformers'.
-
-    python -m evals bench speed_gpu --out evals/results/speed_gpu.jsonl
-
-Everything runs through `model.generate`. The time to the first token is that of a prompt whose length was read once
-before; a token's time is the median of the intervals at which `generate` hands tokens on, or, of `captured_decoding`,
-what 64 more tokens take longer (the median of five); its first time is that of 32 tokens. Bytes of the cache are what
-the device's allocator holds more after than before. Reserved caches are compiled by `generate` itself: ours once for
-all lengths, dense ones for each, since they read all that is reserved. A dense batch is the largest that fits, found
-by trying. What matters most is measured first.
-
-Bars were set on a device that reads 4.35 TB/s; times that reading bounds are also given scaled to this device's rate.
-The last line is one JSON object; `--out` appends it to a file, also when the run is interrupted.
-"""
+"""Time and memory of a whole model on one GPU, ours against transformers'."""
 
 import statistics
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, StaticCache
 
-from evals.benchmarks.bars import bars
 from evals.benchmarks.measured_model import ROOM, MeasuredModel
-from evals.benchmarks.options import DEVICE, Decoded, Device, Lengths, Out, Shape, command
-from evals.result_file import write_line
 from redknot_hf import cache_argument
-
-app = command()
 
 CHUNK = 8192  # tokens that are read at once where a batch is filled
 HELD = 10**11  # bytes of pages
 # Tokens behind the prompt that a dense reserved cache has room for: it reads them all.
 DENSE_ROOM = 256
-METHODS = [
-    *("dynamic", "1/8 global", "1/8 global, captured", "all global, captured", "static"),
-    *("all global", "1/8 global, reserved"),
-]
 
 
 class Contest(MeasuredModel):
@@ -220,46 +197,8 @@ def reading_rate(device: torch.device) -> float:
     return data.nbytes / statistics.median(times)
 
 
-@app.command(help=__doc__)
-def main(
-    shape: Shape = "8b",
-    lengths: Lengths = [32768, 131072],
-    methods: Annotated[list[str], typer.Option("--method", help=f"of {', '.join(METHODS)}")] = METHODS,
-    batch: Annotated[int, typer.Option(help="sequences of the batch rows; 0 leaves them out")] = 32,
-    batch_length: int = 32768,
-    stored: Annotated[bool, typer.Option(help="also batches of int8 and int4, and the most that 100 GB hold")] = False,
-    tokens: Decoded = 24,
-    device: Device = DEVICE,
-    out: Out = None,
-) -> None:
-    """Measures, and appends a line to a file."""
-    place = torch.device(device)
-    read = reading_rate(place)
-    bench = Contest(shape, max(lengths), place)
-    bench.run(bench.cache("dynamic"), torch.ones(1, 300, dtype=torch.long, device=place), 8)
-    measures: list[Callable[[], list[dict]]] = [lambda m=m: bench.row(m, lengths, tokens) for m in methods]
-    if batch and stored:
-        ours = [f"1/8 global{storage}, captured" for storage in ("", " int8", " int4")]
-        measures += [lambda m=m: bench.batch_row(m, batch, batch_length) for m in ours]
-        measures += [lambda m=m: bench.held_row(m, batch_length) for m in ours]
-    elif batch:
-        # Ours first: what it leaves behind is the least. Reserved dense batches are slower, and take longest to find.
-        measures[4:4] = [
-            lambda: bench.batch_row("1/8 global, captured", batch, batch_length),
-            lambda: bench.largest_row("dynamic", batch_length, tokens),
-        ]
-        measures.append(lambda: bench.largest_row("static", batch_length, tokens))
-    rows: list[dict] = []
-    try:
-        for measure in measures:
-            rows += _unless_full(bench, measure)
-    finally:
-        found = {"benchmark": "speed_gpu", "shape": shape, "rows": rows, "bars": bars(rows, read)}
-        weights = sum(p.nbytes for p in bench.model.parameters())
-        write_line(out, found, place, read_bytes_per_s=read, weights_bytes=weights)
-
-
-def _unless_full(bench: Contest, measure: Callable[[], list[dict]]) -> list[dict]:
+def unless_full(bench: Contest, measure: Callable[[], list[dict]]) -> list[dict]:
+    """The rows, or none where memory runs out."""
     try:
         return measure()
     except torch.OutOfMemoryError as error:

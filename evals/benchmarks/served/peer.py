@@ -10,7 +10,8 @@ from transformers import GenerationConfig
 
 from redknot_hf.serving import Sampling
 
-from .scene import PLAN, Scene, Work, bar, check
+from .scene import PLAN, Scene, bar, check
+from .work import Work
 
 
 def peer(scene: Scene, work: Work) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from redknot_hf.serving import Engine, Request, Sampling
 
-from .scene import PLAN, Scene, Work, bar, check
+from .scene import PLAN, Scene, bar, check
+from .work import Work
 
 QUESTION = 64  # tokens behind the prefix
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from evals.benchmarks.measured_model import MeasuredModel
+from evals.benchmarks.served.work import Work
 from redknot_hf import cache_argument
 from redknot_hf.cache.span import Span
 from redknot_hf.serving import Engine, Request, Sampling
@@ -19,23 +19,6 @@ INT8 = "1/8 global in int8"
 _READ = 8192  # tokens of a prompt that are read at once
 # Parts of the names of kernels.
 _KERNELS = {"attention": ("split_kernel", "merge_kernel", "cool"), "products": ("gemm", "gemv", "nvjet", "cutlass")}
-
-
-@dataclass(frozen=True)
-class Work:
-    """How much of it.
-
-    Attributes:
-        requests: How many at once.
-        length: Tokens of a prompt.
-        new: Tokens of an answer.
-        memory: Pages of the engine.
-    """
-
-    requests: int
-    length: int
-    new: int
-    memory: str
 
 
 class Scene(MeasuredModel):

@@ -9,7 +9,8 @@ from typing import Any
 
 from redknot_hf.serving import Engine, Request, Sampling
 
-from .scene import PLAN, Scene, Work, bar, check
+from .scene import PLAN, Scene, bar, check
+from .work import Work
 
 TURNS = 5
 

@@ -16,44 +16,13 @@ some of them. The shape `toy` does a little of each on a CPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from importlib import import_module
+from typing import Annotated
 
-import torch
 import typer
 
-from evals.benchmarks.options import DEVICE, Device, Out, command
-from evals.benchmarks.served.arrivals import arrivals
-from evals.benchmarks.served.decoding import decoding
-from evals.benchmarks.served.host import host
-from evals.benchmarks.served.peer import peer
-from evals.benchmarks.served.prefix import prefix
-from evals.benchmarks.served.scene import Scene, Work
-from evals.benchmarks.served.swap import swap
-from evals.result_file import write_line
-
-PARTS: dict[str, Callable[[Scene, Work], Iterator[dict[str, Any]]]] = {
-    "host": host, "prefix": prefix, "swap": swap, "arrivals": arrivals, "decoding": decoding, "peer": peer,
-}  # fmt: skip
-# Requests, tokens of a prompt and of an answer, pages.
-WORKS = {
-    "8b": {
-        "host": Work(64, 512, 204, "8GiB"),
-        "prefix": Work(32, 16384 + 64, 8, "24GiB"),
-        "swap": Work(1, 32768, 60, "4GiB"),
-        "arrivals": Work(64, 8192, 256, "11GiB"),
-        "decoding": Work(32, 32768, 512, "24GiB"),
-        "peer": Work(16, 2048, 64, "8GiB"),
-    },
-    "toy": {
-        "host": Work(2, 70, 16, "8MiB"),
-        "prefix": Work(2, 320 + 64, 2, "32MiB"),
-        "swap": Work(1, 150, 12, "8MiB"),
-        "arrivals": Work(2, 1300, 8, "3MiB"),
-        "decoding": Work(2, 130, 18, "8MiB"),
-        "peer": Work(2, 40, 4, "8MiB"),
-    },
-}
+from evals.benchmarks.options import Device, Out, command, place_of
+from evals.benchmarks.served.work import PARTS, WORKS
 
 app = command()
 
@@ -62,7 +31,7 @@ app = command()
 def main(
     shape: Annotated[str, typer.Option(help=f"of the random Llama: {', '.join(WORKS)}")] = "8b",
     parts: Annotated[list[str], typer.Option("--part", help=f"of {', '.join(PARTS)}")] = list(PARTS),
-    device: Device = DEVICE,
+    device: Device = None,
     out: Out = None,
 ) -> None:
     """Measures, and appends lines to a file."""
@@ -70,11 +39,15 @@ def main(
     if shape not in WORKS or unknown:
         what = f"--part {unknown[0]}: give one of {', '.join(PARTS)}" if unknown else f"--shape {shape}"
         raise typer.BadParameter(what if unknown else f"{what}: give one of {', '.join(WORKS)}")
-    works, place = WORKS[shape], torch.device(device)
+    from evals.benchmarks.served.scene import Scene
+    from evals.result_file import write_line
+
+    works, place = WORKS[shape], place_of(device)
     scene = Scene(shape, max(works[name].length + works[name].new for name in parts), place)
     for name in parts:
         start = time.perf_counter()
-        for row in PARTS[name](scene, works[name]):
+        measure = getattr(import_module(f"evals.benchmarks.served.{name}"), name)
+        for row in measure(scene, works[name]):
             found = {"benchmark": "serving", "part": name, "shape": shape, **row}
             write_line(out, {**found, "part_s": round(time.perf_counter() - start, 1)}, place)
         scene.collect()
