@@ -2,12 +2,15 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from evals.benchmarks.break_even import Sender, fetched
 from evals.benchmarks.commands import break_even as command
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_fetching_is_held_against_reading(tmp_path):
@@ -26,6 +29,15 @@ def test_fetching_is_held_against_reading(tmp_path):
         slowest = row["fetched"][0]
         assert slowest["fetch_s"] >= 0.9 * (row["bytes"] - 2e5) / 20e6
     assert CliRunner().invoke(command.app, [*words, "--rate", "0"]).exit_code == 2
+
+
+def test_the_page_has_what_was_measured():
+    (line,) = (ROOT / "evals" / "results" / "break_even.jsonl").read_text().splitlines()
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    for row in json.loads(line)["rows"]:
+        times = [row["read_s"], *(one["fetch_s"] for one in row["fetched"]), row["break_even_mb_per_s"]]
+        cells = [row["bytes"] / 1e6, *times]
+        assert "".join(f"| {cell:.1f} " for cell in cells) + "|" in page, row["kind"]
 
 
 def test_a_sender_keeps_its_rate():
