@@ -49,6 +49,9 @@ def test_what_an_application_is_told(monkeypatch):
         ({"plan": "p", "dtype": "float17"}, "dtype: Input should be 'auto', 'float32'"),
         ({"plan": "p", "preempt": "never"}, "preempt: Input should be 'swap'"),
         ({"plan": "p", "memory": "lots"}, "^memory='lots': give bytes"),
+        ({"plan": "p", "device": "auto"}, "^device='auto' spreads layers, and a replica has one device"),
+        ({"plan": "p", "device": "gpu"}, "^device='gpu' is none: give cuda or cpu"),
+        ({"plan": "p", "device": "meta"}, "^device='meta' is none"),
         ({"plan": "p", "prefill": 1}, "prefill needs a store that all replicas share"),
         ({"plan": "p", "prefill": 1, "store": "memory"}, "prefill needs a store that all replicas share"),
         ({"plan": "p", "max_replicas": 2}, "replicas=3 lies outside of min_replicas=1 and max_replicas=2"),
@@ -228,6 +231,26 @@ def test_answers_that_cannot_go_on_fail():
     assert (request.state, str(request.error), sent) == (State.FAILED, "of who prepares", [])
     (request,), sent, _ = fly([Stream("a", [tokens(0, 4, end=State.FAILED)])])
     assert (request.state, str(request.error), len(sent)) == (State.FAILED, "what went wrong", 1)
+
+
+def test_what_calls_back_and_raises_ends_its_own_answer_alone():
+    def calls(request, token):
+        if request.sampling.seed == 0 and token is not None:
+            raise KeyError("of my own")
+
+    first = Stream("a", [tokens(0, 4), tokens(1, 5)], [tokens(0, 6, end=State.DONE), tokens(1, 7, end=State.DONE)])
+    requests, sent, told = fly([first], n=2, callback=calls)
+    assert [request.state for request in requests] == [State.FAILED, State.DONE]
+    assert isinstance(requests[0].error, KeyError)
+    assert (requests[1].ids, len(sent)) == ([5, 7], 1)
+    assert [name for name, _ in told] == ["error", "first", "next", "length"]
+    endless = Stream("a", *[[tokens(0, 4)]] * 1000)
+    (request,), sent, told = fly([endless], callback=calls)
+    assert (request.state, request.ids, endless.cancelled, len(sent)) == (State.FAILED, [4], True, 1)
+    gone = Stream("a", [tokens(0, 4), tokens(1, 5)], [tokens(0, end=State.CANCELLED), tokens(1, end=State.CANCELLED)])
+    requests, sent, _ = fly([gone, Stream("b", [tokens(0, 6, end=State.DONE)])], n=2, callback=calls)
+    assert [(request.state, request.ids) for request in requests] == [(State.FAILED, [4]), (State.DONE, [5, 6])]
+    assert [errand.answered for _, errand in sent] == [(), (5,)]
 
 
 def test_answers_that_take_too_long_are_given_up():

@@ -84,21 +84,27 @@ class Flight:
 
     async def _follow(self, stream: Any, requests: Sequence[Request], seen: list[str]) -> None:
         """Tells requests what comes, until all have ended; who sends it is put into `seen`."""
+        ended = lambda: all(request.state.ended for request in requests)  # noqa: E731
+        broken = False
         try:
             async for news in stream:
                 if isinstance(news, str):
                     seen.append(news)
                     continue
                 for one in news:
-                    self._tell(requests[one.index], one)
+                    broken |= self._tell(requests[one.index], one)
+                if broken and ended():
+                    break
         finally:
-            whole = all(request.state.ended for request in requests)
-            if not whole:
+            if broken or not ended():  # it would go on, for nobody
                 stream.cancel()
-        if not whole:
+        if not ended():
             raise GoneError("a replica's answers ended before they were whole")
 
-    def _tell(self, request: Request, news: News) -> None:
+    def _tell(self, request: Request, news: News) -> bool:
+        """Tells a request; whether what it calls back has raised, by which it has ended, and no other."""
+        if request.state.ended:
+            return True
         if news.reason == "shutdown":
             raise GoneError(news.error)
         request.cached = max(request.cached, news.cached)
@@ -106,12 +112,17 @@ class Flight:
             request.state = State.DECODING
         for token in news.tokens:
             before = request.last_token
-            request.emit(token)
+            try:
+                request.emit(token)
+            except Exception as e:
+                self._end_one(request, State.FAILED, "error", e)
+                return True
             since = request.arrived if before is None else before
             self.observe("first" if before is None else "next", (request.last_token or since) - since)
         if news.state is not None:
             error = RuntimeError(news.error) if news.state is State.FAILED else None
             self._end_one(request, news.state, news.reason, error)
+        return False
 
     def _end(self, requests: Sequence[Request], state: State, reason: str, error: BaseException | None = None) -> None:
         for request in requests:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -98,6 +99,21 @@ class Options(BaseModel):
     def _bytes(cls, memory: str | float) -> str | float:
         is_share(memory)
         return memory
+
+    @field_validator("device")
+    @classmethod
+    def _place(cls, device: str | None) -> str | None:
+        if device == "auto":
+            raise ValueError(
+                "device='auto' spreads layers, and a replica has one device: give cuda or cpu, or nothing"
+            )
+        try:
+            found = device is None or torch.device(device).type != "meta"
+        except RuntimeError:
+            found = False
+        if not found:
+            raise ValueError(f"device={device!r} is none: give cuda or cpu, or leave it out")
+        return device
 
     @model_validator(mode="after")
     def _fits(self) -> Options:
