@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from evals.benchmarks.random_llama import random_llama
 from redknot_hf import HeadSpec
+from redknot_hf.parallel import over_ranks
 from redknot_hf.serving import Engine, Sampling
 
 LOCAL = HeadSpec(window=256, sink=4)
@@ -37,7 +38,7 @@ def shared_model(shape: str, longest: int, device: torch.device, ranks: int) -> 
         random_llama(shape, longest, device).save_pretrained(folder[0])
     distributed.barrier()
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder[0], dtype="auto", tp_plan="auto", attn_implementation="redknot"
+        folder[0], dtype="auto", attn_implementation="redknot", **over_ranks()
     )
     distributed.barrier()
     if not distributed.get_rank():
@@ -49,7 +50,7 @@ def decoded(engine: Engine, requests: int, length: int, new: int) -> dict[str, A
     """Serves requests to their end, and says what steps took in which all of them decode and none is read.
 
     Raises:
-        RuntimeError: A request failed.
+        RuntimeError: A request failed, or there was no such step.
     """
     draw = torch.Generator().manual_seed(0)
     texts = torch.randint(engine.words, (requests, length), generator=draw).tolist()
@@ -65,6 +66,8 @@ def decoded(engine: Engine, requests: int, length: int, new: int) -> dict[str, A
             steps.append(time.perf_counter() - before)
     if failed := next((request.error for request in asked if request.error), None):
         raise RuntimeError(f"a request failed: {failed}") from failed
+    if not steps:
+        raise RuntimeError(f"the first request had its {new} tokens before the last one was read: give a larger --new")
     step = statistics.median(steps)
     return {"step_ms": 1e3 * step, "steps": len(steps), "tokens_per_s": requests / step,
             "s": time.perf_counter() - start}  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import redknot_hf  # noqa: F401 - registers "redknot"
+from redknot_hf.parallel import over_ranks
 from redknot_hf.profiling import Prompt, calibration_kinds, calibration_prompts
 from redknot_hf.profiling.texts import read_texts
 
@@ -72,11 +73,7 @@ class Source:
 
     def model(self, ranks: int = 1) -> Any:
         """Loads the model, with attention "redknot"; of several ranks each loads its heads, on its own device."""
-        more: dict[str, Any] = self._where
-        if ranks > 1:
-            from transformers.distributed.configuration_utils import DistributedConfig
-
-            more = {**more, "distributed_config": DistributedConfig(tp_size=ranks, tp_plan="auto")}
+        more: dict[str, Any] = {**self._where, **(over_ranks(ranks) if ranks > 1 else {})}
         spread = self.device == "auto"
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             self.name, dtype=self._dtype, attn_implementation="redknot", device_map="auto" if spread else None, **more

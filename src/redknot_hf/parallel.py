@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from redknot_hf.plan.per_layer import kv_sources
 from redknot_hf.plan.placement import Placement
@@ -27,11 +28,20 @@ _FUSED = ("qkv_proj.weight", "qkv_proj.bias")
 _PLAIN = ("o_proj.bias", "v_norm.weight")
 
 
+def over_ranks(ranks: int | None = None) -> dict[str, Any]:
+    """What `from_pretrained` takes for every rank to load its share of a model's heads, on its own device.
+
+    Args:
+        ranks: How many share it; by default all processes of the run.
+    """
+    return {"distributed_config": DistributedConfig(tp_size=ranks, tp_plan="auto")}
+
+
 @torch.no_grad()
 def reorder_heads(model: nn.Module, placement: Placement) -> None:
     """Puts the heads of a model into the order of a placement: weights are mutated, one projection at a time.
 
-    Under tensor parallelism every rank calls it, after `from_pretrained(..., tp_plan="auto")`; the ranks exchange
+    Under tensor parallelism every rank calls it, after `from_pretrained(..., **over_ranks())`; the ranks exchange
     their slices. A model in one process may be reordered too, and saved. Caches are made with `placement.plan` from
     then on: a plan in the old order would be of other heads.
 
@@ -83,8 +93,8 @@ def _changes(
         if name in _PLAIN:
             continue
         if name not in _AXES and name not in _FUSED:
-            raise ValueError(f"{where} has a parameter {name}, whose heads are not known: use tp_plan='auto' without "
-                             "reordering")  # fmt: skip
+            raise ValueError(f"{where} has a parameter {name}, whose heads are not known: leave its heads as they "
+                             "stand")  # fmt: skip
         axis, of_queries = _AXES.get(name, (0, True))
         size = parameter.shape[axis]
         if parameter.device.type == "meta" or not parameter.is_floating_point() or size % heads:
