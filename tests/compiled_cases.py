@@ -7,6 +7,7 @@ no compiler looks through.
 import pytest
 import torch
 from families import VOCABULARY, make_model
+from served import kept_after_its_end
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
@@ -217,3 +218,4 @@ def test_steps_of_an_engine_compile_once_for_all_seats(monkeypatch):
     assert engine.reader.seats.replays == 3
     assert {size: type(step) for size, step in engine.reader.seats.graphs.items()} == {3: CapturedStep}
     assert counters["stats"]["unique_graphs"] == 1
+    assert not kept_after_its_end(engine)

@@ -1,5 +1,6 @@
 """One rank of two on accelerators, over NCCL: `torchrun gpu_ranks_worker.py FOLDER`, the folder with a model."""
 
+import faulthandler
 import json
 import os
 import sys
@@ -13,11 +14,12 @@ from transfer_worker import NEW, conversation, model_of
 from transformers import AutoModelForCausalLM
 
 from redknot_hf import HeadPlan, RedKnotCache
-from redknot_hf.parallel import reorder_heads
+from redknot_hf.parallel import over_ranks, reorder_heads
 from redknot_hf.reuse.transfer import receive, send
 
 MEMORY = 350_000  # bytes of pages of a rank: too few for all requests
 SENT = ("llama", "gemma4")
+SECONDS = 100
 
 
 def sent(rank: int, device: torch.device) -> dict:
@@ -43,17 +45,19 @@ def sent(rank: int, device: torch.device) -> dict:
 
 
 def main(folder: Path) -> None:
+    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang tells where
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     rank = dist.get_rank()
-    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", attn_implementation="redknot")
+    model = AutoModelForCausalLM.from_pretrained(folder, **over_ranks(), attn_implementation="redknot")
     placement = HeadPlan.load(folder / "plan.json").balanced(2, 72, model.config)
     reorder_heads(model, placement)
     said = {"sent": sent(rank, device), "served": served(model, placement.plan, MEMORY)}
-    (folder / f"{rank}.json").write_text(json.dumps(said))
     dist.barrier()
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # which waits for captured graphs that exchange anything
+    (folder / f"{rank}.json").write_text(json.dumps(said))
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from served import SIZES, all_free, prompts_of
+from served import SIZES, free_at_the_end, prompts_of
 from transformers import AutoModelForCausalLM
 
 from redknot_hf import HeadPlan, RedKnotCache
-from redknot_hf.parallel import reorder_heads
+from redknot_hf.parallel import over_ranks, reorder_heads
 from redknot_hf.serving import Engine, Sampling
 
 # Bytes of pages of a rank that serves, by the name of its plan: too few for all requests.
@@ -68,11 +68,14 @@ def serve(engine: Engine) -> dict[str, Any]:
     ]
     gone = engine.submit(prompts[4], Sampling(30))
     gone.cancel()
-    assert engine.drain(60)
-    engine.shutdown()
+    while engine.step():
+        pass
+    last = engine.submit(prompts[4], Sampling(30), callback=lambda *_: engine.shutdown())
+    while engine.alive:
+        engine.step()
     return {
         "tokens": [request.result() for request in asked],
-        "reasons": [request.reason for request in (*faults, gone)],
+        "reasons": [request.reason for request in (*faults, gone, last)],
         "preempted": sum(engine.scheduler.preemptions.values()),
         "hits": engine.memory.prefixes.hit_tokens,
     }
@@ -81,8 +84,10 @@ def serve(engine: Engine) -> dict[str, Any]:
 def served(model, plan: HeadPlan, memory: int) -> dict[str, Any]:
     """What a rank finds: the first one answers, and what it and the others hold."""
     engine, used = make_engine(model, plan, memory)
+    free = free_at_the_end(engine)
     found = serve(engine) if engine.ranks.leads else engine.follow()
-    counted = {"used": used, "longest": engine.memory.longest, "free": all_free(engine)}
+    counted = {"used": used, "longest": engine.memory.longest, "free": free[0]}
+    counted["captured"] = engine.reader.seats.replays
     return counted | (found or {})
 
 
@@ -104,7 +109,7 @@ def broken(model, plan: HeadPlan, hangs: bool) -> str:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", attn_implementation="redknot")
+    model = AutoModelForCausalLM.from_pretrained(folder, **over_ranks(), attn_implementation="redknot")
     rank = torch.distributed.get_rank()
     prompt = load_file(folder / "prompt.safetensors")
 

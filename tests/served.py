@@ -1,6 +1,8 @@
 """Engines of small models, prompts for them, and what `generate` makes of the same."""
 
+import gc
 import random
+import weakref
 
 import torch
 from families import VOCABULARY
@@ -37,3 +39,34 @@ def all_free(engine):
     while engine.memory.evict():
         pass
     return engine.memory.used()["used"] == 0 and engine.memory.host_used == 0
+
+
+def free_at_the_end(engine):
+    """A list that gets, each time the engine ends, whether all its pages are back; the first time says it."""
+    found, close = [], engine.memory.close
+
+    def closing():
+        found.append(all_free(engine))
+        close()
+
+    engine.memory.close = closing
+    return found
+
+
+def kept_after_its_end(engine):
+    """Pages, captured steps and their graphs that live when an engine has been shut down, without garbage collection.
+
+    Whoever holds the engine, its requests or forks of its cache keeps none of them.
+    """
+    steps = engine.reader.seats.graphs.values()
+    graphs = [step._graph for step in steps if step._graph is not None]
+    pools = [pool for storage in engine.memory.layers.values() for _, pool, _ in storage.held(0)]
+    mortal = [*map(weakref.ref, (*steps, *graphs, *(part for pool in pools for part in pool.pages)))]
+    assert len(mortal) >= 2 * len(engine.memory.layers)
+    del steps, graphs, pools
+    gc.disable()
+    try:
+        engine.shutdown()
+        return [x() for x in mortal if x() is not None]
+    finally:
+        gc.enable()

@@ -22,5 +22,7 @@ def test_steps_of_one_device_are_timed_in_which_all_decode(tmp_path):
     two = row | {"ranks": 2, "tokens_per_s": 1.7 * row["tokens_per_s"]}
     (bar,) = ranks.against_one(out, two)["bars"].values()
     assert bar == {"found": pytest.approx(1.7), "at_least": 1.6, "met": True}
+    done = CliRunner().invoke(command.app, [*words[:6], "--length", "100", "--new", "1", "--memory", "8MiB"])
+    assert "the first request had its 1 tokens before the last one was read" in str(done.exception)
     assert not ranks.against_one(out, two | {"length": 200})
     assert not ranks.against_one(tmp_path / "none", two)

@@ -30,11 +30,12 @@ def plan_of(model):
 
 
 def spread(model, second):
-    """The same model, its first layers on the first accelerator."""
+    """The same model, its first layers on the first accelerator; as `device_map` does it."""
     places = {f"model.{name}": second for name, _ in model.model.named_children() if name != "layers"}
     places |= {"lm_head": second}
     places |= {f"model.layers.{i}": 0 if i < 2 else second for i in range(4)}
-    return accelerate.dispatch_model(model, places, main_device=second)
+    # What layers write to for each other is not moved: it would be a copy.
+    return accelerate.dispatch_model(model, places, main_device=second, skip_keys=model._skip_keys_device_placement)
 
 
 @pytest.mark.parametrize("second", SECOND)

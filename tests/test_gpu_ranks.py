@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_model
-from gpu_ranks_worker import MEMORY, SENT
+from gpu_ranks_worker import MEMORY, SECONDS, SENT
 from parallel_worker import served
 from services import free_port
 
@@ -42,7 +42,7 @@ def found(model, plan, tmp_path_factory):
     env = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [sys.executable, *launch, f"--master-port={free_port()}", str(WORKER), str(folder)],
-        env=env, capture_output=True, text=True, timeout=240,
+        env=env, capture_output=True, text=True, timeout=SECONDS + 20,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
@@ -54,6 +54,8 @@ def test_two_ranks_serve_the_tokens_of_one(model, plan, found):
     assert first["tokens"] == alone["tokens"]
     assert first["reasons"] == alone["reasons"]
     assert first["preempted"]
+    assert first["captured"] > 1
+    assert second["captured"] == first["captured"]
     assert first["free"]
     assert second["free"]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import VOCABULARY, make_model
-from served import SIZES, all_free
+from served import SIZES, all_free, kept_after_its_end
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, prompt
 from redknot_hf.serving import Engine, Sampling
@@ -61,6 +61,21 @@ def test_compiled_steps_have_the_tokens_of_generate(stored):
     assert [x.ids for x in answers] == [alone(model, plan, x, 40) for x in asked]
     assert list(engine.reader.seats.graphs) == [LONG["max_batch"]]
     assert all_free(engine)
+    assert not kept_after_its_end(engine)
+
+
+def test_an_engine_that_has_ended_gives_its_memory_back():
+    model, held = make_model("llama").cuda(), []
+    for _ in range(2):  # libraries take memory for good, the first time
+        engine = Engine(model, plan_of(model, True), **LONG | {"memory": 1 << 28})
+        pages = engine.memory.used()["total"]
+        engine.generate(texts(5), Sampling(9))
+        assert engine.reader.seats.graphs
+        assert not kept_after_its_end(engine)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert pages > 1 << 27
+    assert held[1] - held[0] < 1 << 20
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["model", "stored"])

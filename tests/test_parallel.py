@@ -25,7 +25,7 @@ from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.parallel import reorder_heads
 from redknot_hf.plan.per_layer import kv_sources
 from redknot_hf.plan.placement import Placement
-from redknot_hf.serving import Engine, Request, Sampling
+from redknot_hf.serving import Engine, Request, Sampling, engine
 from redknot_hf.serving.orders import Orders
 from redknot_hf.serving.ranks import Ranks
 from redknot_hf.serving.scheduler import Sequence
@@ -174,7 +174,7 @@ def test_an_engine_of_two_ranks_answers_as_one_of_one_process(single, folder, na
     """Greedy and drawn, in chunks, with sequences that give way, parked beginnings, forks and faults."""
     found = left(folder, name, 0)["served"]
     assert found["tokens"] == single["tokens"]
-    assert found["reasons"] == single["reasons"] == ["error", "error", "deadline", "cancelled"]
+    assert found["reasons"] == single["reasons"] == ["error", "error", "deadline", "cancelled", "shutdown"]
     for one in (found, single):
         assert one["preempted"] > 0
         assert one["hits"] > 0
@@ -212,8 +212,20 @@ def test_alone_a_process_leads_and_has_nobody_to_follow(model):
         Engine(model, HeadPlan.uniform(model.config, HeadSpec()), **SIZES).follow()
     with pytest.raises(KeyError), ranks.together():
         raise KeyError
-    with pytest.raises(ValueError, match="rank_timeout=0: give the seconds"):
-        Ranks(SimpleNamespace(tp_size=2), 0)
+    for shared, seconds in ((SimpleNamespace(tp_size=2), 0), (model, -1), (model, float("nan"))):
+        with pytest.raises(ValueError, match=f"rank_timeout={seconds}: give the seconds"):
+            Ranks(shared, seconds)
+
+
+def test_an_engine_that_cannot_be_made_leaves_the_other_ranks(model, monkeypatch):
+    ranks, left = Ranks(model), []
+    ranks._group, ranks.count = "group", 2
+    monkeypatch.setattr(engine, "Ranks", lambda *given: ranks)
+    monkeypatch.setattr(engine, "SeatMemory", raises)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", left.append)
+    with pytest.raises(RuntimeError, match="a reset"):
+        Engine(model, HeadPlan.uniform(model.config, HeadSpec()), **SIZES)
+    assert left == ["group"]
 
 
 def test_what_holds_the_heads_of_one_process_is_refused_where_several_share_a_model(model):
@@ -237,7 +249,7 @@ def test_a_rank_that_had_gone_is_told_at_the_end(model, monkeypatch):
     ranks.end("over")  # a second end changes nothing
 
 
-def raises():
+def raises(*given, **named):
     raise RuntimeError("a reset")
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from families import make_model
-from served import SIZES, all_free, alone, plan_of, prompts_of
+from served import SIZES, alone, free_at_the_end, kept_after_its_end, plan_of, prompts_of
 
 from redknot_hf.serving import Engine, QueueFullError, Sampling, State
 from redknot_hf.serving.loop import Loop
@@ -55,13 +55,61 @@ def test_drain_waits_and_shutdown_does_not(model):
     assert len(first.result()) == 30
     engine.shutdown()
     engine = Engine(model, plan_of(model), **SIZES).start()
+    free = free_at_the_end(engine)
     long = engine.submit([5] * 30, Sampling(200))
     while not long.tokens:
         time.sleep(0.001)
     engine.shutdown()
     assert (long.state, long.reason) == (State.CANCELLED, "shutdown")
     assert not engine.alive
-    assert all_free(engine)
+    assert free[0]
+
+
+class Graph:
+    """Stands for a captured graph."""
+
+    def replay(self):
+        """Nothing."""
+
+
+def test_an_engine_that_has_ended_holds_neither_pages_nor_captured_steps(model):
+    """Whoever still holds the engine, its requests or a fork of its cache, and without a collection of garbage."""
+    engine = Engine(model, plan_of(model).stored("int8"), **SIZES)
+    engine.reader.seats.captures = True  # as on a device with graphs; here its replays are steps
+    requests = [engine.submit([5] * 100, Sampling(9)), engine.submit([5] * 40, Sampling(100))]
+    while not requests[0].state.ended:
+        engine.step()
+    assert len(engine.memory.prefixes)
+    fork, steps = engine.memory.root.fork(), engine.reader.seats.graphs
+    for size in steps:
+        steps[size]._graph = Graph()
+    assert [*steps] == [1, 2]
+    assert not kept_after_its_end(engine)
+    assert requests[1].reason == "shutdown"
+    assert engine.memory.used() == {"total": 0, "used": 0, "host": 0, "parked": 0}
+    assert fork.nbytes == 0
+    engine.shutdown()  # a second end changes nothing
+
+
+def test_a_callback_may_end_the_engine_and_may_not_wait_for_it(model):
+    engine, said = Engine(model, plan_of(model), **SIZES), []
+
+    def asks(request, token):
+        waiting = [engine.step, engine.drain, lambda: engine.shutdown(1), lambda: engine.generate([[5]])]
+        for waits in (*waiting, *([] if token is None else [request.result])):
+            with pytest.raises(RuntimeError, match=r"within one, by what|its own step") as raised:
+                waits()
+            said.append(str(raised.value))
+        assert engine.between_steps(lambda: 5) == 5
+        engine.shutdown()
+        assert not engine.alive
+
+    last, other = engine.submit([5] * 30, Sampling(50), callback=asks), engine.submit([6] * 9, Sampling(50))
+    with engine:
+        assert (last.result(60), other.result(60)) == ([last.ids[0]], other.ids)
+    assert [request.reason for request in (last, other)] == ["shutdown", "shutdown"]
+    assert said[0].startswith("engine.step() waits for steps")
+    assert len(said) == 9, "its end is told of within the same step"
 
 
 def test_the_queue_has_an_end(model):

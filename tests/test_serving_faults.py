@@ -37,7 +37,7 @@ class Broken(LogitsProcessor):
         return scores[0] if self.how == "shape" else torch.full_like(scores, -torch.inf)
 
 
-@pytest.mark.parametrize("how", ["raises", "shape", "nothing", "callback", "source"])
+@pytest.mark.parametrize("how", ["raises", "shape", "nothing", "callback", "exit", "source"])
 def test_what_goes_wrong_in_one_request_ends_that_one_alone(model, how):
     plan = plan_of(model)
     prompts, _ = prompts_of(11, 2)
@@ -46,9 +46,9 @@ def test_what_goes_wrong_in_one_request_ends_that_one_alone(model, how):
     before = engine.submit(prompts[0], Sampling(12))
 
     def breaks(*_):
-        raise KeyError("of my own")
+        raise SystemExit(1) if how == "exit" else KeyError("of my own")
 
-    if how == "callback":
+    if how in ("callback", "exit"):
         bad = engine.submit(prompts[1], Sampling(12), callback=breaks)
     elif how == "source":
         bad = engine.submit(prompts[1], Sampling(12), source=breaks)

@@ -68,3 +68,11 @@ def follow(engine: Engine) -> None:
         engine.follow()
     except RuntimeError as e:
         fail(e)
+
+
+def leave() -> None:
+    """Ends what ranks have exchanged tensors through, when nothing uses it any more."""
+    if count() > 1:
+        from torch import distributed
+
+        distributed.destroy_process_group()

@@ -91,6 +91,7 @@ def serve(  # noqa: PLR0913 - every one is an option of the command
             _run(engine, settings, listening, drain if drain is not None else 30 if ranks.count() == 1 else 20)
         else:
             ranks.follow(engine)
+        ranks.leave()
 
 
 def check_parts() -> None:

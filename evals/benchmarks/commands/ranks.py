@@ -26,13 +26,15 @@ def main(
     shape: Shape = "8b",
     requests: Annotated[int, typer.Option(help="handed in at once")] = 32,
     length: Annotated[int, typer.Option(help="tokens of a prompt")] = 32768,
-    new: Annotated[int, typer.Option(help="tokens of an answer")] = 128,
+    new: Annotated[int, typer.Option(help="tokens of an answer, more than there are chunks to read")] = 192,
     memory: Annotated[str, typer.Option(help="pages of each rank")] = "40GiB",
     capture: Annotated[bool, typer.Option(help="steps as CUDA graphs")] = True,
     device: Device = None,
     out: Out = None,
 ) -> None:
     """Measures, and appends a line to a file."""
+    from torch import distributed
+
     from evals.benchmarks.ranks import LOCAL, against_one, decoded, shared_model
     from evals.result_file import write_line
     from redknot_hf import HeadPlan
@@ -52,9 +54,12 @@ def main(
     )
     if not engine.ranks.leads:
         engine.follow()
+        distributed.destroy_process_group()
         return
     row = {"benchmark": "ranks", "shape": shape, "ranks": ranks, "requests": requests, "length": length, "new": new}
     row |= {"captured": engine.reader.seats.captures, "pages_bytes": engine.memory.used()["total"]}
     row |= decoded(engine, requests, length, new)
     engine.shutdown()
+    if ranks > 1:
+        distributed.destroy_process_group()
     write_line(out, row | against_one(out, row), place)

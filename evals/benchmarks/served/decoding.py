@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from redknot_hf.cache.span import Span
 
 from .scene import INT8, PLAN, Scene, bar, check, until_all_decode
@@ -55,7 +53,6 @@ def engine_row(scene: Scene, work: Work, begun: Begun, plan: str, compiled: bool
     check(asked)
     read, pages = engine.reader.read, engine.memory.used()["total"]
     engine.shutdown()
-    torch._dynamo.reset()  # compiled code would hold the pages
     rate = work.requests * steps / seconds
     return {
         "method": f"engine, {plan}{', compiled' * compiled}", "requests": work.requests, "length": work.length,

@@ -201,6 +201,13 @@ class Ledger:
             self.cold.parts[bits] = Part(rows, pool)
         self.cold.under(self.pool.lock)
 
+    def let_go(self) -> None:
+        """Takes all pages from pools of a fixed size, from forks too, which can do nothing with theirs any more."""
+        with self.pool.lock:
+            for _, pool, _ in self.held(0):
+                pool.empty()
+        self.settle(0, 0)
+
     def told(self, tokens: int) -> None:
         """Counts tokens of its one sequence that were written by tables and counts which are not the mirror's."""
         with self.pool.lock:

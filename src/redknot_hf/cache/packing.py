@@ -150,9 +150,10 @@ def _here(
 ) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], tuple[int, ...]], Rotation | None]:
     """Keys, values, what is kept of them, and angles, wherever a segment's data is."""
     kept = _kept(segment, index, rules)
-    keys, values = (x.to(device, non_blocking=True) for x in segment.pair(index))
+    early = device.type != "cpu"  # the host would read at once what a device still writes
+    keys, values = (x.to(device, non_blocking=early) for x in segment.pair(index))
     if rotation is not None:
-        cos, sin = (x.to(device, non_blocking=True) for x in (rotation.cos, rotation.sin))
+        cos, sin = (x.to(device, non_blocking=early) for x in (rotation.cos, rotation.sin))
         rotation = Rotation(cos, sin, rotation.interleaved)
     return keys, values, (kept.window, kept.sink), rotation
 

@@ -215,6 +215,11 @@ class PagePool:
         with torch.inference_mode(False):
             self.pages = self.pages._make(x.to(device, non_blocking=not waits) for x in self.pages)
 
+    def empty(self) -> None:
+        """Gives all pages to the device, also those that are listed: nothing may read or write them any more."""
+        with torch.inference_mode(False):
+            self.pages = self.pages._make(x.new_empty(0, *x.shape[1:]) for x in self.pages)
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the holders, who come forward themselves."""
         return {name: x for name, x in vars(self).items() if name in ("page_size", "fixed", "pages")}

@@ -61,7 +61,7 @@ def record(
     done = 0
     for size in _chunks(plan, max(map(len, texts)), page_size, bool(len(prefix)), keep):
         forward(model, cache, [list(text[done : done + size]) for text in texts])
-        segments = segments or _empty(cache, texts, prefix, keep, addresses)
+        segments = segments or _empty(cache, texts, prefix, keep, addresses, input_device(model))
         for b, segment in enumerate(segments):
             if done < segment.tokens:
                 _collect(cache, b, segment, done, min(done + size, segment.tokens))
@@ -108,8 +108,14 @@ def _chunks(plan: HeadPlan, longest: int, page_size: int, behind: bool, keep: Ke
 
 
 def _empty(
-    cache: RedKnotCache, texts: Sequence[Sequence[int]], prefix: Sequence[int], keep: Keep, addresses: Sequence[str]
+    cache: RedKnotCache,
+    texts: Sequence[Sequence[int]],
+    prefix: Sequence[int],
+    keep: Keep,
+    addresses: Sequence[str],
+    device: torch.device,
 ) -> list[Segment]:
+    """Segments without data yet, on the device where the store keeps them: layers may be on several."""
     found: dict[int, KeptLayer] = {}
     for i, layer in row_layers(cache):
         rules, pages = layer.storage.rows.rules, layer.storage.pool.pages
@@ -118,7 +124,7 @@ def _empty(
             window, sink = (UNBOUNDED,) * len(window), (0,) * len(sink)
         found[i] = KeptLayer(window, sink, pages.keys.shape[-1], pages.values.shape[-1])
     layers = tuple(found.get(i) for i in range(len(cache.layers)))
-    like = next(layer for _, layer in row_layers(cache)).storage.pool.pages.keys
+    like = next(layer for _, layer in row_layers(cache)).storage.pool.pages.keys.new_empty(0, device=device)
     return [
         empty(address, tuple(text), tuple(prefix), layers, like)
         for address, text in zip(addresses, texts, strict=True)

@@ -133,6 +133,17 @@ class Seats:
         """Whoever takes the seat next is new to it."""
         self._who[seat] = None
 
+    def close(self) -> None:
+        """Lets captured steps go, which hold pages and what ranks exchange, and the tables: there is no further step.
+
+        A communicator waits for all graphs that have captured it, so those of ranks must not outlive the engine.
+        """
+        for graph in self.graphs.values():
+            graph.close()
+        self.graphs.clear()
+        self._who = [None] * len(self._who)
+        self._flat.clear()
+
     def decode(self, sequences: list[Sequence]) -> Float[Tensor, "sequences words"]:
         """Runs the model on the next token of each sequence, which its rows take; the host counts it as done."""
         seats = [x.seat for x in sequences if x.seat is not None]

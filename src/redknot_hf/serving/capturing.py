@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .memory import SeatMemory
-from .stepping import Batch, ColdCounts
+from .stepping import Batch, BatchLayer, ColdCounts
 
 Tables = tuple[Mapping[int, Int[Tensor, "seats _heads _columns"]], Mapping[int, Int[Tensor, "seats _heads _columns"]]]
 # The model on the next token of each seat: ids, positions and what it takes for its cache.
@@ -46,7 +47,9 @@ class CapturedStep:
             self._counts = [x.clone() for x in self.counts]
             self._cold = {i: x.clone() for i, x in self.cold.of.items()}
         self._forward, self._batch = forward, Batch(memory, *tables, self._counts, self._cold, self.real)
-        self._model = torch.compile(memory.model.forward, fullgraph=True, dynamic=False) if compiled else memory.model
+        self._model = memory.model
+        if compiled:
+            self._model = torch.compile(_of_its_own(memory.model.forward), fullgraph=True, dynamic=False)
         self.logits = self._run()  # no seat is real, so this changes nothing but compiles what it calls
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
@@ -62,9 +65,29 @@ class CapturedStep:
         else:
             self._graph.replay()
 
+    def close(self) -> None:
+        """Lets the graph go and the pages that it reads, of which compilers may hold the batch for longer."""
+        self._graph = None
+        for layer in self._batch.layers:
+            if isinstance(layer, BatchLayer):
+                vars(layer).clear()
+
     def _run(self) -> Float[Tensor, "seats words"]:
         torch._foreach_copy_(self._counts, list(self.counts))  # pyright: ignore[reportPrivateImportUsage]
         if self._cold:
             cold = list(self._cold.values()), list(self.cold.of.values())
             torch._foreach_copy_(*cold)  # pyright: ignore[reportPrivateImportUsage]
         return self._forward(self.ids, self.positions, self._batch, self._model)
+
+
+def _of_its_own(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function by a code of its own: what compilers make of it goes with it, and does not count for others.
+
+    They keep what they have made with the code of the function, which that of a model's class shares with all engines
+    of the process; and of one code they make eight variants at most.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -89,21 +90,22 @@ class Engine(Loop):
         rank_timeout: float | int = 600,
     ) -> None:
         super().__init__(queue)
-        self.ranks = Ranks(model, rank_timeout)
-        self.ranks.check_alone(store=store)
         config = text_config(model)
         limit = getattr(config, "max_position_embeddings", None)
         self.max_len = max_len or limit or 0
         check_arguments(config, self.max_len, (max_batch, chunk, park_every, queue), preempt, parked)
         self.model, self.plan, self.tokenizer = model, as_plan(plan, config), tokenizer
         self.words, self.max_batch = config.vocab_size, max_batch
-        self.memory = SeatMemory(
-            model, self.plan, memory, max_batch, self.max_len,
-            page_size=page_size, impl=impl, host=host, parked=parked, ranks=self.ranks,
-        )  # fmt: skip
+        self.ranks = Ranks(model, rank_timeout)
+        with self.ranks.joined():
+            self.ranks.check_alone(store=store)
+            self.memory = SeatMemory(
+                model, self.plan, memory, max_batch, self.max_len,
+                page_size=page_size, impl=impl, host=host, parked=parked, ranks=self.ranks,
+            )  # fmt: skip
+            seats = Seats(self.memory, max_batch, self.max_len, capture, compiled)
+            self.documents = None if store is None else Documents(store, model, self.plan, chunk, tokenizer)
         self.scheduler = scheduling.Scheduler(self.memory, max_batch, chunk, preempt, lambda: self.reader.settle())
-        seats = Seats(self.memory, max_batch, self.max_len, capture, compiled)
-        self.documents = None if store is None else Documents(store, model, self.plan, chunk, tokenizer)
         self.reader = Reader(self.memory, seats, self._finish, park_every * chunk, self.documents)
         self.observe: Callable[[str, float], None] = lambda name, value: None
         self.reader.observe = lambda name, value: self.observe(name, value)
@@ -214,17 +216,9 @@ class Engine(Loop):
         each = [sampling] * len(texts) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
         if len(each) != len(texts):
             raise ValueError(f"{len(each)} samplings for {len(texts)} prompts: give one, or one for each")
+        self._check_outside("generate")
         requests = [self.submit(text, how) for text, how in zip(texts, each, strict=True)]
-        from tqdm.auto import tqdm
-
-        with tqdm(total=len(requests), unit="request", disable=not progress) as bar:
-            for done, request in enumerate(requests):
-                while not request.state.ended:
-                    if self._thread is None:
-                        self.step()
-                    else:
-                        time.sleep(0.001)
-                bar.update(done + 1 - bar.n)
+        self._until_ended(requests, progress)
         return requests
 
     @property
@@ -248,12 +242,14 @@ class Engine(Loop):
     def step(self) -> bool:
         """Does one step: a token for each that decodes, chunks for those that read; whether there was work."""
         self.ranks.check_leads()
-        self._begun = True
-        self._inbox.answer()
-        new, gone = list(self._arrived()), list(self.scheduler.given_up(time.monotonic()))
-        with self.ranks.together():
-            self.ranks.told(Orders.of(new, gone) if self.ranks.count > 1 else None)
-            return self._step(gone)
+        self._check_outside("step")
+        with self._turn():
+            self._begun = True
+            self._inbox.answer()
+            new, gone = list(self._arrived()), list(self.scheduler.given_up(time.monotonic()))
+            with self.ranks.together():
+                self.ranks.told(Orders.of(new, gone) if self.ranks.count > 1 else None)
+                return self._step(gone)
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -263,10 +259,12 @@ class Engine(Loop):
             RuntimeError: A rank has gone or takes too long, or this one has nobody to follow.
         """
         self.ranks.check_follows()
-        with self.ranks.together():
-            while not (orders := self.ranks.told(Orders())).over:
-                self._step(orders.taken(self.scheduler))
-        self._end_all(State.CANCELLED, "shutdown", None)
+        try:
+            with self.ranks.together():
+                while not (orders := self.ranks.told(Orders())).over:
+                    self._step(orders.taken(self.scheduler))
+        finally:
+            self._end_all(State.CANCELLED, "shutdown", None)
 
     def _step(self, gone: Iterable[tuple[scheduling.Sequence, str]]) -> bool:
         for sequence, why in gone:
@@ -290,11 +288,13 @@ class Engine(Loop):
         self.observe(reason, 1)
 
     def _end_all(self, state: State, reason: str, error: BaseException | None) -> None:
-        for sequence in self._inbox.take():
-            sequence.request.end(state, reason, error)
-        for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
-            self._finish(sequence, state, reason, error)
-        self.ranks.end(Orders(over=True) if error is None else None)
+        with ExitStack() as ends:
+            ends.callback(self.reader.close)
+            ends.callback(self.ranks.end, Orders(over=True) if error is None else None)
+            for sequence in self._inbox.take():
+                sequence.request.end(state, reason, error)
+            for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
+                self._finish(sequence, state, reason, error)
 
     def _patience(self) -> float:
         return 0.02 if self.scheduler.waiting else 0.2

@@ -144,6 +144,13 @@ class SeatMemory:
             self._drop(entry.cache)
         return entry is not None
 
+    def close(self) -> None:
+        """Gives all pages to the device, whoever still holds a sequence: there is no further step."""
+        while self.evict():
+            pass
+        for storage in self.layers.values():
+            storage.let_go()
+
     def swap_out(self, sequence: Sequence) -> bool:
         """Moves what a sequence holds to the host."""
         self.sync(sequence)
@@ -163,7 +170,8 @@ class SeatMemory:
         if isinstance(held, Away):
             held.back(self._storages(cache))
         else:
-            cache.extend([Span(held.tokens, held.layers, held.data.to(self.device, non_blocking=True))])
+            early = self.device.type != "cpu"  # the host would read at once what a device still writes
+            cache.extend([Span(held.tokens, held.layers, held.data.to(self.device, non_blocking=early))])
         sequence.held = cache
 
     # What the engine asks besides

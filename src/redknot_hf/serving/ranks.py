@@ -40,10 +40,10 @@ class Ranks:
     def __init__(self, model: Any = None, seconds: float | int = 600) -> None:
         self.number, self.count, self.seconds = 0, getattr(model, "tp_size", None) or 1, seconds
         self._group: Any = None
+        if not seconds > 0:
+            raise ValueError(f"rank_timeout={seconds}: give the seconds that ranks wait for each other, above 0")
         if self.count == 1:
             return
-        if seconds <= 0:
-            raise ValueError(f"rank_timeout={seconds}: give the seconds that ranks wait for each other, above 0")
         if (world := distributed.get_world_size()) != self.count:
             raise ValueError(
                 f"the model is shared by {self.count} processes of {world}: run an engine for each model, with a "
@@ -163,6 +163,15 @@ class Ranks:
                 f"failed, or another has gone or took more than {self.seconds} s. Start the run again. Here it was: "
                 f"{type(e).__name__}: {e}"
             ) from e
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Leaves the others if the block fails, so that none waits for this one, and no group of theirs stays."""
+        try:
+            yield
+        except BaseException:
+            self.end(None)
+            raise
 
     def end(self, last: Any) -> None:
         """Leaves the others, of whom none waits for this one any more; warns where one has gone already.

@@ -111,6 +111,12 @@ class Reader:
         while self.pending:
             self._hear(self.pending.popleft())
 
+    def close(self) -> None:
+        """Forgets what was launched, and lets seats and pages go: there is no further step."""
+        self.pending.clear()
+        self.seats.close()
+        self.memory.close()
+
     def _decode(self, sequences: list[Served]) -> None:
         for sequence in sequences:
             self.seats.place(sequence, None)
@@ -226,7 +232,7 @@ class Reader:
                     self._raise_among_others(e)
                     self.finish(heard[i][0], State.FAILED, "error", e)
 
-    def _take(self, sequence: Served, token: Token) -> tuple[str | None, Exception | None]:
+    def _take(self, sequence: Served, token: Token) -> tuple[str | None, BaseException | None]:
         """Hands a token on; why the answer ends with it, if it does, and what a callback raised."""
         request = sequence.request
         before = request.last_token
@@ -235,7 +241,7 @@ class Reader:
             since = request.arrived if before is None else before
             self.observe("first" if before is None else "next", (request.last_token or since) - since)
             return ended(sequence), None
-        except Exception as e:
+        except (Exception, SystemExit) as e:  # which would end the engine's thread, and not the process
             return "error", e
 
     def _end(self, sequence: Served, reason: str) -> None:

@@ -247,7 +247,8 @@ class Request:
         if not self.state.ended and not self.served():
             raise RuntimeError(
                 f"request {self.number} would be waited for without end, since its engine was never started: call "
-                "engine.start() before, write `with engine:`, or take the steps, engine.drain()"
+                "engine.start() before, write `with engine:`, or take the steps, engine.drain(); or since it is "
+                "waited for within its own step, by a callback"
             )
 
     # What the engine calls
@@ -274,7 +275,7 @@ class Request:
         for listener in listeners:
             try:
                 listener(self, None)
-            except Exception as e:  # whoever listens has gone; the others are still told
+            except (Exception, SystemExit) as e:  # whoever listens has gone; the others are still told
                 self.error = self.error or e
 
     def __repr__(self) -> str:
