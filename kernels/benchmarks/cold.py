@@ -28,12 +28,7 @@ BITS = {"bf16": 0, "int8": 8, "int4": 4}
 SHAPES = [(1, 4096), (8, 4096), (1, 32768), (8, 32768), (1, 131072)]
 PLANS = {"all global": HEADS, "1/8 global": 1}
 LEAST = {"int8": 1.3, "int4": 1.5}
-SWEEP = {
-    "num_warps": (2, 4),
-    "num_stages": (3, 5),
-    "limits": ({"maxnreg": 80}, {"maxnreg": 96}, {"maxnreg": 128}),
-    "programs": (4, 6),
-}
+SWEEP = {"cold": (32, 64), "limits": ({}, {"maxnreg": 168}), "programs": (2, 3, 4)}
 
 
 def rules_of(plan: str, storage: str) -> HeadRules:
@@ -77,8 +72,8 @@ def row(kernels, timer: Timer, plan: str, storage: str, batch: int, length: int)
 def tiles() -> list[dict]:
     """The tiles of a sweep."""
     return [
-        {"programs": programs, "keys": 64, "options": {"num_warps": warps, "num_stages": stages, **limit}}
-        for warps, stages, limit, programs in itertools.product(*SWEEP.values())
+        {"programs": programs, "keys": 64, "cold": cold, "options": {"num_warps": 4, "num_stages": 3, **limit}}
+        for cold, limit, programs in itertools.product(*SWEEP.values())
     ]
 
 

@@ -89,26 +89,28 @@ def in_chunks(chip, dtype, dims, group, softcap=False, sink=False):
 
 def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, softcap=False, storage=()):
     """`tokens`: `None` for as many as a launch takes."""
+    import torch
+    from redknot_kernels.triton import cold
     from redknot_kernels.triton import decode as triton_decode
     from redknot_kernels.triton.configurations import configuration
 
-    kind = "int4" if 4 in storage else "int8" if storage else "rows"
-    tile = configuration("decode", chip, kind, 4 if dtype == "fp32" else 2, max(dims), group)
+    kind, itemsize = "int4" if 4 in storage else "int8" if storage else "rows", 4 if dtype == "fp32" else 2
+    tile = configuration("decode", chip, kind, itemsize, max(dims), group)
     kernel, power = triton_decode.split_kernel, lambda n: 1 << (n - 1).bit_length()
-    tokens = tokens or triton_decode.most_new_tokens(max(dims), 4 if dtype == "fp32" else 2)
+    tokens = tokens or triton_decode.most_new_tokens(max(dims), itemsize)
+    stored, most = (cold.Stored(None, storage, 0), cold.MOST_ROWS) if storage else (None, triton_decode._QUERIES)
+    sizes = cold.cold_sizes(stored, tile, dims[0], page, torch.device("cuda"), itemsize, group * tokens)
     arguments = dict.fromkeys(kernel.arg_names, "i32")
     arguments |= dict.fromkeys(("q", "k_pages", "v_pages", "k_new", "v_new"), f"*{dtype}")
     arguments |= dict.fromkeys(("table", "counts", "bounds", "shares"), "*i32")
     arguments |= {"flags": "*i1" if flags else "*i32", "part_out": "*fp32", "part_lse": "*fp32"}
     arguments |= {"scale": "fp32", "softcap": "fp32"} | dict.fromkeys(("codes8", "codes4"), "*u8")
     arguments |= dict.fromkeys(("scales8", "scales4"), "*fp16") | dict.fromkeys(("cold_table", "cold_counts"), "*i32")
-    arguments |= {"signs": f"*{dtype}", "COLD": bool(storage), "INT8": 8 in storage, "INT4": 4 in storage}
-    arguments |= {"TURNED": dims[0] & -dims[0], "BLOCK_C": min(tile["keys"], page), "WIDE": dtype == "fp32"}
-    arguments |= {"PTX": chip.startswith("sm") and dtype != "fp32"}
+    arguments |= {"signs": f"*{dtype}", **sizes, "PTX": chip.startswith("sm")}
     arguments |= {"tokens": 1} if tokens == 1 else {}
     arguments |= {"GROUP": group, "DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": page}
     arguments |= {"FUSED": fused, "HAS_FLAGS": flags, "MIN_SPLIT": 64, "BLOCK_R": 8, "BLOCK_T": max(16, power(tokens))}
-    arguments |= {"BLOCK_M": min(triton_decode._QUERIES, power(max(16, group * tokens))), "BLOCK_N": tile["keys"]}
+    arguments |= {"BLOCK_M": min(most, power(max(16, group * tokens))), "BLOCK_N": tile["keys"]}
     arguments |= {"BLOCK_D": max(16, power(dims[0])), "BLOCK_V": max(16, power(dims[1]))}
     arguments |= {"SOFTCAP": softcap, "UPCAST": False, "EARLY": chip in ("sm90", "sm100")}
     return launch(chip, kernel, arguments, **tile["options"])

@@ -1,9 +1,9 @@
 """Attention over cold pages as they lie, in Triton.
 
-It makes no dequantised tile. Codes become fp16 four at a time, two instructions a pair. The scales of a page's keys go
-into the query (`q . (s * k + z) = (q * s) . k + q . z`), those of its values into the weights. Keys lie channel by
-channel and values token by token, each along the dim that its product sums over, so that both go to the tensor cores
-as they are read.
+It makes no dequantised tile. The scales of a page's keys go into the query (`q . (s * k + z) = (q * s) . k + q . z`),
+those of its values into the weights. Keys lie channel by channel and values token by token, each along the dim that
+its product sums over, so that tensor cores take both as they are read. Every warp attends tokens of its own, and they
+come together last: until then none waits for another.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,19 @@ import triton.language as tl
 
 from ..plain.cold import Cold
 from ..plain.quantise import turned_block
-from .pages import INTERPRETING
 from .quantise import _TAIL, pools, turned
 from .tiles import LOG2E, LOWEST
+from .words import in_order, numbers, of_warps, order_of, read_keys, read_scales, read_values, scales_of
 
-# Weights are multiplied by so much, so that small ones stay normal in fp16; scales of values are at most 1 there.
-_LIFT = tl.constexpr(4096.0)
+# The query rows of a program at most, and the tokens that a warp takes at once, in half and in single precision.
+MOST_ROWS = 16
+_TOKENS = 32, 16
+# Weights are two to so much at most, so that small ones stay normal in fp16; scales of values are at most 1 there.
+_LIFT = tl.constexpr(14.0)
+# Queries are multiplied by so much, so that products with the scales of keys stay finite in fp16.
+_QUERY = tl.constexpr(0.0625)
+# The least fp16 above zero, of which codes are so many times, and one in both halves of a word.
+_LEAST, _ONES = tl.constexpr(2.0**-24), tl.constexpr(0x3C003C00)
 
 
 class Stored(NamedTuple):
@@ -47,91 +54,70 @@ def cold_strides(stored):
     return (0, 0) if stored is None else stored.cold.table.stride()[:2]
 
 
-def cold_sizes(stored, tile, dim, page, device, itemsize):
-    """What a kernel is compiled for where rows are stored; one tile lies within a page, whose scales it shares."""
-    storage = () if stored is None else stored.storage
-    wide = itemsize > 2 or INTERPRETING
+def cold_sizes(stored, tile, dim, page, device, itemsize, rows):
+    """What a kernel is compiled for where rows are stored; `rows` are a head's queries, tokens times its group.
+
+    The tokens that a warp takes lie within a page.
+    """
+    storage, wide = () if stored is None else stored.storage, itemsize > 2
     sizes = {"COLD": stored is not None, "INT8": 8 in storage, "INT4": 4 in storage, "TURNED": turned_block(dim)}
-    ptx = device.type == "cuda" and not torch.version.hip and not wide
-    return sizes | {"BLOCK_C": min(tile.get("cold", tile["keys"]), page), "PTX": ptx, "WIDE": wide}
-
-
-def _fp16_of(part, codes):
-    """PTX that makes fp16 of four codes in a register: 0x6400 and a code is 1024 and so much."""
-    return tl.constexpr(f"""{{
-        .reg .b32 base, part;
-        mov.b32 base, 0x64006400;
-        {part}
-        prmt.b32 $0, {codes}, base, 0x5150;
-        prmt.b32 $1, {codes}, base, 0x5352;
-        sub.f16x2 $0, $0, base;
-        sub.f16x2 $1, $1, base;
-        }}""")
-
-
-_WHOLE = _fp16_of("", "$2")
-_LOW = _fp16_of("and.b32 part, $2, 0x0F0F0F0F;", "part")
-_HIGH = _fp16_of("shr.u32 part, $2, 4; and.b32 part, part, 0x0F0F0F0F;", "part")
+    ptx = device.type == "cuda" and not torch.version.hip
+    sizes |= {"BLOCK_C": min(tile.get("cold", _TOKENS[wide]), page), "FEW": 8 if rows <= 8 else MOST_ROWS}
+    return sizes | {"WARPS": tile["options"]["num_warps"], "PTX": ptx, "WIDE": wide}
 
 
 @triton.jit
-def _as_fp16(b_byte, ASM: tl.constexpr):
-    return tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [b_byte], dtype=tl.float16, is_pure=True, pack=4)
+def _pages(p_table, start, last, o_w, PAGE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The page of every warp where a turn begins at a slot, and which part of it; none is behind the last page."""
+    COUNT: tl.constexpr = max(1, o_w.shape[0] * BLOCK_C // PAGE)
+    b_page = tl.load(p_table + tl.minimum(start // PAGE, last)) + o_w * 0
+    for i in tl.static_range(1, COUNT):
+        page = tl.load(p_table + tl.minimum(start // PAGE + i, last))
+        b_page = tl.where(o_w * BLOCK_C // PAGE == i, page, b_page)
+    return b_page.to(tl.int64), start % PAGE // BLOCK_C + o_w % (PAGE // BLOCK_C)
 
 
 @triton.jit
-def _unpacked(b_byte, BITS: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr, WIDE: tl.constexpr):
-    """Codes of bytes as numbers: of whole bytes, of the low halves, or of the high ones."""
-    if PTX:
-        if BITS == 8:
-            b_x = _as_fp16(b_byte, _WHOLE)
-        elif HALF == 0:
-            b_x = _as_fp16(b_byte, _LOW)
-        else:
-            b_x = _as_fp16(b_byte, _HIGH)
+def _scaled(b_x, b_scale):
+    """`[warps, rows, summed]` times scales `[warps, 8, summed]`, whose rows are alike."""
+    b_y = tl.reshape(b_x, b_x.shape[0], b_x.shape[1] // 8, 8, b_x.shape[2]) * b_scale[:, None]
+    return tl.reshape(b_y, b_x.shape[0], b_x.shape[1], b_x.shape[2])
+
+
+@triton.jit
+def _dot(b_a, b_b, b_sum, PTX: tl.constexpr):
+    """Adds the products of the rows of both in every warp."""
+    return tl.dot(b_a, tl.permute(b_b, 0, 2, 1), b_sum, input_precision="tf32x3" if PTX else "ieee")
+
+
+@triton.jit
+def _queries(
+    p_q, stride_d, signs, asked, BITS: tl.constexpr, DIM: tl.constexpr, TURNED: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Queries `[warps, rows, summed]`; in 4 bits of the low half of the turned dim, and a sixteenth of the high."""
+    NUMBER: tl.constexpr = tl.float32 if WIDE else tl.float16
+    o_k, o_d = order_of(BLOCK_K, WORDS), tl.arange(0, BLOCK_D)
+    if BITS == 8:
+        b_0 = tl.load(p_q[:, None] + o_k * stride_d, mask=asked[:, None] & (o_k < DIM), other=0.0).to(tl.float32)
+        b_1 = b_0
     else:
-        b_x = b_byte if BITS == 8 else (b_byte >> (4 * HALF)) & 15
-        b_x = b_x.to(tl.float32) if WIDE else b_x.to(tl.float16)
-    return b_x
-
-
-@triton.jit
-def _product(b_a, b_byte, BITS: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr, WIDE: tl.constexpr):
-    """`b_a` times codes, of which each row is a column of the product."""
-    b_a = b_a if WIDE else b_a.to(tl.float16)
-    return tl.dot(b_a, tl.trans(_unpacked(b_byte, BITS, HALF, PTX, WIDE)), input_precision="ieee")
-
-
-@triton.jit
-def _bytes(pointers, mask, MASKED: tl.constexpr):
-    return tl.load(pointers, mask=mask, other=0) if MASKED else tl.load(pointers)
-
-
-@triton.jit
-def _key_scales(p_scales, o_k, FIRST: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Scales and zeros of some channels of a page's keys."""
-    if COUNT == BLOCK:
-        b_scale, b_zero = tl.load(p_scales + FIRST + o_k), tl.load(p_scales + DIM + FIRST + o_k)
-    else:
-        b_scale = tl.load(p_scales + FIRST + o_k, mask=o_k < COUNT, other=0.0)
-        b_zero = tl.load(p_scales + DIM + FIRST + o_k, mask=o_k < COUNT, other=0.0)
-    return b_scale, b_zero
-
-
-@triton.jit
-def _value_scales(p_scales, n, PAGE: tl.constexpr):
-    """Scales of tokens as shares of a power of two, their zeros, and that power."""
-    return tl.load(p_scales + n), tl.load(p_scales + PAGE + n), tl.load(p_scales + 2 * PAGE)
+        b_q = tl.load(p_q[:, None] + o_d * stride_d, mask=asked[:, None] & (o_d < DIM), other=0.0)
+        b_q = b_q if PTX else b_q.to(tl.float32)
+        b_0 = turned(b_q, signs, o_k, 0, DIM, 0, DIM // 2, DIM, TURNED)
+        b_1 = turned(b_q, signs, o_k, 0, DIM, DIM // 2, DIM // 2, DIM, TURNED) * (1 / 16)
+    b_0 = tl.broadcast_to((b_0 * _QUERY).to(NUMBER)[None], WARPS, p_q.shape[0], BLOCK_K)
+    return b_0, tl.broadcast_to((b_1 * _QUERY).to(NUMBER)[None], WARPS, p_q.shape[0], BLOCK_K)
 
 
 @triton.jit
 def attend_cold(
-    b_q, codes, scales, signs, p_table, first, stop, p_out, p_lse, asked, scale, softcap,
+    p_q, stride_qd, codes, scales, signs, p_table, first, stop, p_out, p_lse, asked, scale, softcap,
     BITS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    SOFTCAP: tl.constexpr, PTX: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, WARPS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PTX: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Attends queries `[BLOCK_M, BLOCK_D]` over the slots `first` to `stop` of cold pages, and writes the part."""
+    """Attends queries, at 8 or 16 pointers, over the slots `first` to `stop` of cold pages, and writes the part."""
     HALVES: tl.constexpr = 8 // BITS
     KEYS: tl.constexpr = DIM // HALVES
     VALUES: tl.constexpr = VALUE_DIM // HALVES
@@ -139,62 +125,69 @@ def attend_cold(
     BLOCK_W: tl.constexpr = BLOCK_V if BITS == 8 else max(16, BLOCK_V // 2)
     CODES: tl.constexpr = PAGE * (DIM + VALUE_DIM) // HALVES
     SCALES: tl.constexpr = 2 * (DIM + PAGE) + _TAIL
-    scaling = scale if SOFTCAP else scale * LOG2E
-    if BITS == 8:
-        b_q0 = b_q.to(tl.float32) * scaling
-        b_q1 = b_q0
-    else:
-        b_q0 = turned(b_q, signs, 0, DIM, 0, KEYS, DIM, TURNED, BLOCK_K) * scaling
-        b_q1 = turned(b_q, signs, 0, DIM, KEYS, KEYS, DIM, TURNED, BLOCK_K) * scaling
-    o_n, o_k, o_w = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_W)
-    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    # Summed up slot by slot, and over the slots at the end: a sum over warps in every tile is a wait in every tile.
-    b_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    b_zeros = b_sums
-    b_out0 = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    UNIT: tl.constexpr = _LEAST if PTX else 1.0  # of a code
+    WORDS: tl.constexpr = min(4, BLOCK_K // 16)
+    TOKENS: tl.constexpr = BLOCK_C // 16
+    ROWS: tl.constexpr = p_q.shape[0]
+    NUMBER: tl.constexpr = tl.float32 if WIDE else tl.float16
+    b_q0, b_q1 = _queries(p_q, stride_qd, signs, asked, BITS, DIM, TURNED, BLOCK_D, BLOCK_K, WORDS, WARPS, PTX, WIDE)
+    o_w, o_r, o_v = tl.arange(0, WARPS), tl.arange(0, 8), tl.arange(0, BLOCK_W)
+    b_max = tl.full([WARPS, ROWS], LOWEST, tl.float32)
+    b_none = tl.zeros([WARPS, ROWS, 8], tl.float32)
+    b_sums = b_none
+    b_out0 = tl.zeros([WARPS, BLOCK_W, ROWS], tl.float32)
     b_out1 = b_out0
-    # Scales are read a tile ahead, and the page that they belong to two tiles ahead.
+    b_top = tl.full([WARPS], 1.0, tl.float32)
+    factor = scale * (1 / _QUERY) if SOFTCAP else scale * (LOG2E / _QUERY)
     last = (stop - 1) // PAGE
-    p_next = scales + tl.load(p_table + first // PAGE).to(tl.int64) * SCALES
-    b_ks, b_kz = _key_scales(p_next, o_k, 0, KEYS, DIM, BLOCK_K)
-    b_ks1, b_kz1 = _key_scales(p_next, o_k, DIM - KEYS, KEYS, DIM, BLOCK_K)
-    b_vs, b_vz, top = _value_scales(p_next + 2 * DIM, first % PAGE + o_n, PAGE)
-    next_page = tl.load(p_table + tl.minimum((first + BLOCK_N) // PAGE, last))
-    for start in range(first, stop, BLOCK_N):
-        page = tl.load(p_table + start // PAGE).to(tl.int64)
-        p_codes, n = codes + page * CODES, start % PAGE + o_n
-        b_keys = _bytes(p_codes + n[:, None] * KEYS + o_k[None, :], (o_k < KEYS)[None, :], KEYS < BLOCK_K)
-        p_values = p_codes + PAGE * KEYS + o_w[:, None] * PAGE + n[None, :]
-        b_values = _bytes(p_values, (o_w < VALUES)[:, None], VALUES < BLOCK_W)
-        p_next = scales + next_page.to(tl.int64) * SCALES
-        b_ks_next, b_kz_next = _key_scales(p_next, o_k, 0, KEYS, DIM, BLOCK_K)
-        b_vs_next, b_vz_next, top_next = _value_scales(p_next + 2 * DIM, (start + BLOCK_N) % PAGE + o_n, PAGE)
-        b_bias = tl.sum(b_q0 * b_kz.to(tl.float32)[None, :], 1)
-        b_s = _product(b_q0 * b_ks.to(tl.float32)[None, :], b_keys, BITS, 0, PTX, WIDE)
+    b_page, b_part = _pages(p_table, first, last, o_w, PAGE, BLOCK_C)
+    for start in tl.range(first, stop, WARPS * BLOCK_C, num_stages=1):
+        p_codes, p_scales = codes + of_warps(b_page * CODES), scales + of_warps(b_page * SCALES)
+        b_keys = read_keys(p_codes, b_part, KEYS, BLOCK_K, BLOCK_C)
+        b_values = read_values(p_codes + PAGE * KEYS, b_part, VALUES, BLOCK_W, BLOCK_C, PAGE)
+        b_scale = scales_of(read_scales(p_scales, o_w * 0, 0, KEYS, BLOCK_K, WORDS), WIDE)
+        b_zero = scales_of(read_scales(p_scales, o_w * 0, HALVES, KEYS, BLOCK_K, WORDS), WIDE)
+        p_tokens, b_first = p_scales + 2 * DIM, b_part * (BLOCK_C // 2)
+        b_share = scales_of(read_scales(p_tokens, b_first, 0, PAGE, BLOCK_C, TOKENS), WIDE)
+        b_zeros = read_scales(p_tokens, b_first, 1, PAGE, BLOCK_C, TOKENS)
+        b_above = tl.load(scales + b_page * SCALES + 2 * (DIM + PAGE)).to(tl.float32)
+        b_page, b_part = _pages(p_table, start + WARPS * BLOCK_C, last, o_w, PAGE, BLOCK_C)
+        b_bias = b_none
+        b_s = tl.zeros([WARPS, ROWS, BLOCK_C], tl.float32)
         if BITS == 4:
-            b_bias += tl.sum(b_q1 * b_kz1.to(tl.float32)[None, :], 1)
-            b_s += _product(b_q1 * b_ks1.to(tl.float32)[None, :], b_keys, BITS, 1, PTX, WIDE)
-            b_ks1, b_kz1 = _key_scales(p_next, o_k, KEYS, KEYS, DIM, BLOCK_K)
-        next_page = tl.load(p_table + tl.minimum((start + 2 * BLOCK_N) // PAGE, last))
-        b_s += b_bias[:, None]
+            b_scale1 = scales_of(read_scales(p_scales, o_w * 0, 1, KEYS, BLOCK_K, WORDS), WIDE)
+            b_zero1 = scales_of(read_scales(p_scales, o_w * 0, 3, KEYS, BLOCK_K, WORDS), WIDE)
+            b_bias = _dot(b_q1, b_zero1, b_none, PTX) * 16
+            b_s = _dot(_scaled(b_q1, b_scale1), numbers(b_keys, BITS, 1, PTX, WIDE), b_s, PTX)
+        b_s = _dot(_scaled(b_q0, b_scale), numbers(b_keys, BITS, 0, PTX, WIDE), b_s, PTX)
+        b_bias = tl.max(_dot(b_q0, b_zero, b_bias, PTX), 2) * factor  # of 8 alike ones
+        held = (start + o_w * BLOCK_C < stop)[:, None]
         if SOFTCAP:
-            b_s = softcap * (2 * tl.sigmoid(2 * b_s / softcap) - 1) * LOG2E
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
+            b_s = 2 * tl.sigmoid(2 * (b_s * (factor / UNIT) + b_bias[:, :, None]) / softcap) - 1
+            b_s, b_bias, above = b_s * softcap, tl.zeros([WARPS, ROWS], tl.float32), LOG2E
+        else:
+            above = factor / UNIT
+        b_bias = tl.where(held, b_bias, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 2) * above + b_bias)
+        b_p = in_order(tl.exp2(b_s * above - (b_new - b_bias - _LIFT)[:, :, None]).to(NUMBER))
         b_old = tl.exp2(b_max - b_new)
         b_max = b_new
-        b_sums = b_sums * b_old[:, None] + b_p
-        b_zeros = b_zeros * b_old[:, None] + b_p * b_vz.to(tl.float32)[None, :]
-        b_w = b_p * (b_vs.to(tl.float32) * _LIFT)[None, :]
-        factor = top.to(tl.float32) / _LIFT
-        b_out0 = b_out0 * b_old[:, None] + _product(b_w, b_values, BITS, 0, PTX, WIDE) * factor
+        # Beside the zeros of values stand ones, so that the product is sums of zeros and of weights.
+        b_zeros = scales_of(tl.where((o_r == 0)[None, :, None, None, None, None], b_zeros, _ONES), WIDE)
+        b_sums = _dot(b_p, b_zeros, b_sums * b_old[:, :, None], PTX)
+        b_p, b_less = _scaled(b_p, b_share), (b_old * (b_top / b_above)[:, None])[:, None, :]
+        b_top = b_above
+        b_out0 = _dot(numbers(b_values, BITS, 0, PTX, WIDE), b_p, b_out0 * b_less, PTX)
         if BITS == 4:
-            b_out1 = b_out1 * b_old[:, None] + _product(b_w, b_values, BITS, 1, PTX, WIDE) * factor
-        b_ks, b_kz, b_vs, b_vz, top = b_ks_next, b_kz_next, b_vs_next, b_vz_next, top_next
-    b_sum, b_zero = tl.where(asked, tl.sum(b_sums, 1), 1.0), tl.sum(b_zeros, 1)
-    tl.store(p_lse, b_max + tl.log2(b_sum), mask=asked)
-    b_out0 = (b_out0 + b_zero[:, None]) / b_sum[:, None]
-    tl.store(p_out[:, None] + o_w, b_out0, mask=asked[:, None] & (o_w < VALUES))
+            b_out1 = _dot(numbers(b_values, BITS, 1, PTX, WIDE), b_p, b_out1 * b_less, PTX)
+    most = tl.max(b_max, 0)
+    b_weight = tl.exp2(b_max - most[None])
+    b_sums = tl.sum(b_sums * b_weight[:, :, None], 0)
+    b_zero = tl.sum(tl.where(o_r == 0, b_sums, 0.0), 1)
+    b_sum = tl.where(asked, tl.sum(tl.where(o_r == 1, b_sums, 0.0), 1), 1.0)
+    tl.store(p_lse, most - _LIFT + tl.log2(b_sum), mask=asked)
+    b_weight = (b_weight * b_top[:, None])[:, None, :] * (1 / UNIT)
+    p_out, asked = p_out + o_v[:, None], asked & (o_v < VALUES)[:, None]
+    tl.store(p_out, (tl.sum(b_out0 * b_weight, 0) + b_zero) / b_sum, mask=asked)
     if BITS == 4:
-        b_out1 = (b_out1 + b_zero[:, None]) / b_sum[:, None]
-        tl.store(p_out[:, None] + VALUES + o_w, b_out1, mask=asked[:, None] & (o_w < VALUES))
+        tl.store(p_out + VALUES, (tl.sum(b_out1 * b_weight, 0) * (1 / 16) + b_zero) / b_sum, mask=asked)

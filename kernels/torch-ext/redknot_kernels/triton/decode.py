@@ -15,7 +15,7 @@ import triton
 from ..plain.cold import Cold
 from ..plain.pages import Pages
 from ..plain.quantise import ColdPages
-from .cold import Stored, cold_sizes, cold_strides, cold_tensors, stored_rows
+from .cold import MOST_ROWS, Stored, cold_sizes, cold_strides, cold_tensors, stored_rows
 from .configurations import chip_name, configuration, processors
 from .merging import merge_kernel
 from .pages import INTERPRETING, early_launch, on_its_device
@@ -133,15 +133,15 @@ def _launch(query, pages, new, table, counts, bounds, most_kept, reach, scale, s
     sizes |= {"HAS_FLAGS": real is not None, "BLOCK_T": max(16, power(tokens))}
     strides = *query.stride(), *k_new.stride(), *v_new.stride(), *pages.keys.stride()[:2], *pages.values.stride()[:2]
     early = early_launch(device)
-    block_m = min(_QUERIES, power(max(16, group * tokens)))
+    cold = cold_sizes(stored, tile, dim, page, device, query.element_size(), group * tokens)
+    block_m = min(_QUERIES if stored is None else MOST_ROWS, power(max(16, group * tokens)))
     # Tiles of the same keys run next to each other: all but one find them in the chip's cache.
     split_kernel[(triton.cdiv(group * tokens, block_m), programs)](
         query, *pages, k_new, v_new, table, counts, flags, bounds, *cold_tensors(stored, pages, counts), part_out,
         part_lse, shares, *strides, *table.stride()[:2], *cold_strides(stored), scale, softcap or 0.0, reach, batch,
         heads, slots, tokens, **sizes, DIM=dim, PAGE=page, MIN_SPLIT=_MIN_SPLIT, BLOCK_R=power(parts * batch * heads),
         BLOCK_M=block_m, BLOCK_N=tile["keys"], BLOCK_D=max(16, power(dim)), BLOCK_V=max(16, power(value_dim)),
-        **cold_sizes(stored, tile, dim, page, device, query.element_size()), SOFTCAP=softcap is not None,
-        UPCAST=INTERPRETING, **tile["options"], **early,
+        **cold, SOFTCAP=softcap is not None, UPCAST=INTERPRETING, **tile["options"], **early,
     )  # fmt: skip
     # Where all sequences are equally long, so many splits a row has; more take more turns.
     longest = max(slots, cold_slots)

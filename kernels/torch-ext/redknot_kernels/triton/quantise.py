@@ -79,13 +79,13 @@ def signs(dim, device, dtype):
 
 @triton.jit
 def turned(
-    b_x, signs, FROM: tl.constexpr, COUNT: tl.constexpr, TO: tl.constexpr, WANTED: tl.constexpr, DIM: tl.constexpr,
-    TURNED: tl.constexpr, BLOCK: tl.constexpr,
+    b_x, signs, o_out, FROM: tl.constexpr, COUNT: tl.constexpr, TO: tl.constexpr, WANTED: tl.constexpr,
+    DIM: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """What the channels from `FROM` on, `[rows, block]`, give of the turned ones from `TO` on; in float32."""
-    o_in, o_out = tl.arange(0, b_x.shape[1]), tl.arange(0, BLOCK)
+    """What the channels from `FROM` on, `[rows, block]`, give of the turned ones `TO + o_out`; in float32."""
+    o_in = tl.arange(0, b_x.shape[1])
     pointers = signs + (FROM + o_in)[:, None] * DIM + (TO + o_out)[None, :]
-    if b_x.shape[1] == COUNT and BLOCK == WANTED:
+    if b_x.shape[1] == COUNT and o_out.shape[0] == WANTED:
         b_signs = tl.load(pointers)
     else:
         b_signs = tl.load(pointers, mask=(o_in < COUNT)[:, None] & (o_out < WANTED)[None, :], other=0.0)
@@ -134,7 +134,7 @@ def _quantise_keys(b_k, signs, p_codes, p_scales, o_n, BITS: tl.constexpr, DIM: 
     o_c = tl.arange(0, BLOCK)
     b_byte = tl.zeros([b_k.shape[0], BLOCK], tl.uint8)
     for HALF in tl.static_range(HALVES):
-        b_x = b_k.to(tl.float32) if BITS == 8 else turned(b_k, signs, 0, DIM, HALF * COUNT, COUNT, DIM, TURNED, BLOCK)
+        b_x = b_k.to(tl.float32) if BITS == 8 else turned(b_k, signs, o_c, 0, DIM, HALF * COUNT, COUNT, DIM, TURNED)
         b_scale, b_zero = _scaled(tl.min(b_x, 0), tl.max(b_x, 0), LEVELS)
         b_scale = _rounded(b_scale)
         b_codes = _coded(b_x, b_scale.to(tl.float32)[None, :], b_zero[None, :], LEVELS)

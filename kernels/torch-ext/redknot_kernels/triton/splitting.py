@@ -45,13 +45,15 @@ def split_kernel(
     FUSED: tl.constexpr, HAS_FLAGS: tl.constexpr, MIN_SPLIT: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     COLD: tl.constexpr, INT8: tl.constexpr, INT4: tl.constexpr, TURNED: tl.constexpr, BLOCK_C: tl.constexpr,
-    PTX: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr,
+    FEW: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attends a tile of a group's queries over one split of a row; a row's first program takes the new tokens too."""
     await_previous(EARLY)
     i_tile, i_program = tl.program_id(0), tl.program_id(1)
     PARTS: tl.constexpr = 2 if COLD else 1
-    split, stops = shares_of(counts, cold_counts, bounds, batch, heads, slots, MIN_SPLIT, BLOCK_R, BLOCK_N, PAGE, COLD)
+    TURN: tl.constexpr = WARPS * BLOCK_C if COLD else 0
+    split, stops = shares_of(counts, cold_counts, bounds, batch, heads, slots, MIN_SPLIT, BLOCK_R, BLOCK_N, PAGE, TURN)
     if i_program >= tl.max(stops, 0):
         return
     i_share = tl.sum((stops <= i_program).to(tl.int32), 0)
@@ -75,21 +77,27 @@ def split_kernel(
         cold_count = tl.load(cold_counts + i_row)
         bits = tl.load(bounds + 3 * heads + i_head)
         if i_share % PARTS == 0:  # cold pages
+            split = tl.cdiv(split, TURN) * TURN
             first = (i_program - first_program) * split
             stop = tl.minimum(first + split, cold_count * PAGE)
             p_cold = cold_table + i_batch * stride_cb + i_head * stride_ch
-            p_out, p_lse = part_out + part * VALUE_DIM, part_lse + part
+            o_few = i_tile * FEW + tl.arange(0, FEW)
+            p_few = q + i_batch * stride_qb + (i_head * GROUP + o_few % GROUP) * stride_qh + o_few // GROUP * stride_qt
+            few_asked, few = o_few < GROUP * tokens, i_program.to(tl.int64) * GROUP * tokens + o_few
+            p_out, p_lse = part_out + few * VALUE_DIM, part_lse + few
             if INT8:  # noqa: SIM102 - a constant, and the other is not
                 if bits == 8:
                     attend_cold(
-                        b_q, codes8, scales8, signs, p_cold, first, stop, p_out, p_lse, asked, scale, softcap, 8, DIM,
-                        VALUE_DIM, PAGE, TURNED, BLOCK_M, BLOCK_C, BLOCK_D, BLOCK_V, SOFTCAP, PTX, WIDE,
+                        p_few, stride_qd, codes8, scales8, signs, p_cold, first, stop, p_out, p_lse, few_asked,
+                        scale, softcap, 8, DIM, VALUE_DIM, PAGE, TURNED, BLOCK_C, BLOCK_D, BLOCK_V, WARPS, SOFTCAP,
+                        PTX, WIDE,
                     )  # fmt: skip
             if INT4:  # noqa: SIM102
                 if bits == 4:
                     attend_cold(
-                        b_q, codes4, scales4, signs, p_cold, first, stop, p_out, p_lse, asked, scale, softcap, 4, DIM,
-                        VALUE_DIM, PAGE, TURNED, BLOCK_M, BLOCK_C, BLOCK_D, BLOCK_V, SOFTCAP, PTX, WIDE,
+                        p_few, stride_qd, codes4, scales4, signs, p_cold, first, stop, p_out, p_lse, few_asked,
+                        scale, softcap, 4, DIM, VALUE_DIM, PAGE, TURNED, BLOCK_C, BLOCK_D, BLOCK_V, WARPS, SOFTCAP,
+                        PTX, WIDE,
                     )  # fmt: skip
             return
         cold_end = tl.where(bits > 0, (cold_count + 1) * PAGE, 0)

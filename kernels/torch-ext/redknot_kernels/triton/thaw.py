@@ -49,7 +49,7 @@ def _thaw(p_codes, p_scales, signs, p_k, p_v, o_n, BITS: tl.constexpr, DIM: tl.c
         if BITS == 8:
             b_k = b_x
         else:
-            b_k += turned(b_x, signs, HALF * COUNT, COUNT, 0, DIM, DIM, TURNED, BLOCK_D)
+            b_k += turned(b_x, signs, o_d, HALF * COUNT, COUNT, 0, DIM, DIM, TURNED)
     tl.store(p_k + o_n[:, None] * DIM + o_d[None, :], b_k.to(p_k.dtype.element_ty), mask=(o_d < DIM)[None, :])
     p_codes += PAGE * COUNT
     b_byte = tl.load(p_codes + o_w[None, :] * PAGE + o_n[:, None], mask=(o_w < VALUES)[None, :], other=0)
