@@ -138,7 +138,8 @@ def cool(chip, dims, page, new):
     arguments |= dict.fromkeys(("table", "lengths", "bounds", "cold_table", "cold_counts"), "*i32")
     arguments |= dict.fromkeys(("codes8", "codes4"), "*u8") | dict.fromkeys(("scales8", "scales4"), "*fp16")
     arguments |= {"DIM": dims[0], "VALUE_DIM": dims[1], "PAGE": page, "TURNED": dims[0] & -dims[0]}
-    arguments |= {"BLOCK_D": power(dims[0]), "BLOCK_V": power(dims[1]), "HAS_NEW": new, "INT8": True, "INT4": True}
+    arguments |= {"BLOCK_D": max(16, power(dims[0])), "BLOCK_V": max(16, power(dims[1]))}
+    arguments |= {"HAS_NEW": new, "INT8": True, "INT4": True}
     arguments |= {"UPCAST": False, "EARLY": chip in ("sm90", "sm100")}
     return launch(chip, kernel, arguments, num_warps=8)
 

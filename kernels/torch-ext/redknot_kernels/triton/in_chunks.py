@@ -41,7 +41,7 @@ def in_chunks(query, key, value, cold, places, ends, page_size, *, scale, softca
         *tensors, places, ends, out if s_aux is None else s_aux, out, *(n for x in tensors for n in x.stride()[:3]),
         rows, scale, softcap or 0.0,
         GROUP=group, DIM=dim, VALUE_DIM=value_dim, PAGE=page_size, SOFTCAP=softcap is not None,
-        HAS_SINK=s_aux is not None, UPCAST=INTERPRETING, BLOCK_M=block, BLOCK_N=min(tile["keys"], page_size),
+        HAS_SINK=s_aux is not None, UPCAST=INTERPRETING, BLOCK_M=block, BLOCK_N=max(16, min(tile["keys"], page_size)),
         BLOCK_D=blocks["BLOCK_D"], BLOCK_V=blocks["BLOCK_V"], **tile["options"],
     )  # fmt: skip
     return out
@@ -98,7 +98,8 @@ def _in_chunks_kernel(
                 whole = first + BLOCK_N <= first_end
                 seen = first + o_n < end[:, None]
             else:
-                whole = (first + BLOCK_N - 1 <= first_query) & (in_first | (first >= last_end))
+                whole = first + BLOCK_N - 1 <= first_query
+                whole = whole & tl.where(in_first, first + BLOCK_N <= PAGE, first >= last_end)
                 seen = (first + o_n <= place[:, None]) & ((first + o_n >= end[:, None]) | in_first)
             if not whole:  # at an edge, or cold for some queries and hot for others
                 b_s = tl.where(seen & held, b_s, float("-inf"))
