@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +8,8 @@ from redknot_kernels import UNBOUNDED
 
 from redknot_hf.cache.span import KeptLayer, places
 from redknot_hf.reuse.coarse import Coarse
+from redknot_hf.reuse.copies import Copies, Held
 from redknot_hf.reuse.segment import Segment, empty
-from redknot_hf.reuse.tiers import Held
 
 LAYER = KeptLayer((UNBOUNDED, 4, 4, 1), (0, 2, 0, 0), 3, 5)
 
@@ -65,6 +68,26 @@ def test_parts_of_layers_are_the_data(parts, storage):
         assert all(torch.equal(*pair) for pair in zip(filled.pair(i), segment.pair(i), strict=True))
     assert held.part(0) == 0
     assert held.part(-1) == -1
+
+
+def test_copies_are_begun_when_they_are_near(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    stream = SimpleNamespace(record_event=object)
+    layers = [KeptLayer((UNBOUNDED,), (0,), 2, 2)] * 6
+    held = [Held(empty(name, (1, 2, 3), (), tuple(layers), torch.zeros(0))) for name in "ab"]
+    targets = [torch.zeros_like(one.segment.data) for one in held]
+    for one in held:
+        one.segment.data.fill_(1)
+    copies = Copies(stream, held, targets, 6)
+    mine, other = (Held(held[i].segment.with_data(targets[i]), copies.events(i)) for i in range(2))
+    assert not any(target.any() for target in targets)
+    first = mine.ready[mine.part(0)]
+    assert [sum(bool(mine.segment.keys(i).any()) for i in range(6)), int(other.segment.data.sum())] == [3, 3 * 12]
+    assert mine.ready[0] is first is not other.ready[0]
+    assert other.ready[other.part(4)] not in (first, mine.ready[4])
+    assert all(target.all() for target in targets)
+    assert len(mine.ready) == 6
+    assert mine.ready[-1] is mine.ready[5]
 
 
 def test_a_segment_moves_with_its_data():

@@ -15,6 +15,7 @@ from redknot_hf.plan.per_layer import text_config
 from redknot_hf.plan.plan import HeadPlan, as_plan
 
 from .coarse import Coarse
+from .copies import Held
 from .counts import Counts
 from .encoding import outline
 from .gate import Verdict, gate
@@ -26,7 +27,7 @@ from .shelf import Entry
 from .shelves import opened
 from .stand_in import StandIn
 from .texts import TakesTexts
-from .tiers import Held, Tiers
+from .tiers import Tiers
 
 GIB = 2**30
 

@@ -5,49 +5,17 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from .copies import Copies, Held
 from .counts import Counts
 from .segment import Segment
 
-# In how many parts segments come to the device: the model reads the first layers while the next are on their way.
-_PARTS = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """A segment that some stream may still be copying.
-
-    Attributes:
-        segment: Its data may be used after `here`.
-        ready: Events, each recorded behind the copy of as many layers as the others; empty if there is nothing to wait
-            for. The last one is behind all.
-    """
-
-    segment: Segment
-    ready: tuple[Any, ...] = ()
-
-    def here(self, layer: int = -1) -> Segment:
-        """The segment, usable by what the current stream does from now on; the host does not wait.
-
-        Of a layer, if one is named, and of those before it: the others may still be on their way.
-        """
-        if self.ready:
-            stream = torch.cuda.current_stream(self.segment.data.device)
-            stream.wait_event(self.ready[self.part(layer)])
-            self.segment.data.record_stream(stream)
-        return self.segment
-
-    def part(self, layer: int) -> int:
-        """Which of the parts that are copied one after the other a layer is in."""
-        if layer < 0 or not self.ready:
-            return -1
-        return layer * len(self.ready) // len(self.segment.layers)
+# Segments come to the device in so many parts, a layer or a few each: the model reads the first while others come.
+_PARTS = 32
 
 
 class Tier:
@@ -243,7 +211,7 @@ class Tiers:
         return self._copied([held], lambda data: self.buffer(data.numel(), data.dtype), 1)[0]
 
     def _copied(self, held: Sequence[Held], room: Callable[[Tensor], Tensor], parts: int) -> list[Held]:
-        """Copies segments on the own stream: the first layers of all of them, then the next ones."""
+        """Copies segments on the own stream, and begins to."""
         stream, sources = self._stream, [one.segment.data for one in held]
         assert stream is not None
         for one, data in zip(held, sources, strict=True):
@@ -251,15 +219,13 @@ class Tiers:
                 stream.wait_event(one.ready[-1])
             elif data.is_cuda:  # it may still be computed
                 stream.wait_stream(torch.cuda.current_stream(data.device))
-        ready: list[tuple[Any, ...]] = [()] * len(held)
         with torch.cuda.stream(stream):
             moved = [room(data) for data in sources]
-            for part in range(parts):
-                for i, (one, to, data) in enumerate(zip(held, moved, sources, strict=True)):
-                    for where in one.segment.extents(part, parts):
-                        to[where].copy_(data[where], non_blocking=True)
-                    ready[i] += (stream.record_event(),)
             for data in sources:
                 if data.is_cuda:
                     data.record_stream(stream)
-        return [Held(one.segment.with_data(x), events) for one, x, events in zip(held, moved, ready, strict=True)]
+        copies = Copies(stream, held, moved, parts)
+        copies.begin(0)
+        return [
+            Held(x.segment.with_data(to), copies.events(i)) for i, (x, to) in enumerate(zip(held, moved, strict=True))
+        ]
