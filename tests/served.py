@@ -58,12 +58,13 @@ def kept_after_its_end(engine):
 
     Whoever holds the engine, its requests or forks of its cache keeps none of them.
     """
-    steps = engine.reader.seats.graphs.values()
-    graphs = [step._graph for step in steps if step._graph is not None]
+    seats = engine.reader.seats
+    steps = [*seats.graphs.values(), *seats.readings.values()]
+    graphs = [x for step in steps for x in (step._graph, step._graph._graph) if x is not None]
     pools = [pool for storage in engine.memory.layers.values() for _, pool, _ in storage.held(0)]
     mortal = [*map(weakref.ref, (*steps, *graphs, *(part for pool in pools for part in pool.pages)))]
     assert len(mortal) >= 2 * len(engine.memory.layers)
-    del steps, graphs, pools
+    del seats, steps, graphs, pools
     gc.disable()
     try:
         engine.shutdown()

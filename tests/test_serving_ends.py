@@ -82,7 +82,7 @@ def test_an_engine_that_has_ended_holds_neither_pages_nor_captured_steps(model):
     assert len(engine.memory.prefixes)
     fork, steps = engine.memory.root.fork(), engine.reader.seats.graphs
     for size in steps:
-        steps[size]._graph = Graph()
+        steps[size]._graph._graph = Graph()
     assert [*steps] == [1, 2]
     assert not kept_after_its_end(engine)
     assert requests[1].reason == "shutdown"

@@ -169,9 +169,9 @@ def test_seats_take_tables_only_where_they_changed(model):
     held.begin(sequence)
     held.grow(sequence, 11)
     seats.place(sequence, None)
-    assert seats.lengths.tolist() == [0, 10]
-    assert seats.last.tolist() == [0, 5]
-    (table,) = seats._flat.values()
+    assert seats.numbers.lengths.tolist() == [0, 10]
+    assert seats.numbers.last.tolist() == [0, 5]
+    (table,) = seats.tables.flat.values()
     copied = table.clone()
     table.zero_()
     seats.place(sequence, None)
@@ -179,7 +179,7 @@ def test_seats_take_tables_only_where_they_changed(model):
     held.grow(sequence, 30)
     seats.place(sequence, torch.tensor([7]))
     assert (table >= copied).all()
-    assert seats.last.tolist() == [0, 7]
+    assert seats.numbers.last.tolist() == [0, 7]
     reader = Reader(held, seats, lambda *_: None, 64)
     reader.run(Work())
     assert not reader.pending
@@ -240,7 +240,7 @@ def test_tables_of_layers_in_two_places(family, monkeypatch):
         SeatMemory, "places", lambda x: {d: {i: x.layers[i] for i in part if i in x.layers} for d, part in halves(x)}
     )
     engine = Engine(model, plan, **SIZES)
-    assert len(engine.reader.seats._flat) == 2
+    assert len(engine.reader.seats.tables.flat) == 2
     assert [x.ids for x in engine.generate(prompts, Sampling(new))] == expected
     assert all_free(engine)
 

@@ -217,9 +217,9 @@ class Ledger:
 
     def held(self, tokens: int) -> list[Held]:
         """By pool, what its rows hold, and what those of one sequence will when the page of so many tokens is full."""
-        wanted = -(-np.array([tokens]) // self.page_size) * self.page_size
-        parts = self.cold.parts.values()
-        return [Held(self.rows, self.pool, wanted), *(Held(*part, self.cold.lengths(wanted)) for part in parts)]
+        wanted = np.array([-(-tokens // self.page_size) * self.page_size])
+        hot = Held(self.rows, self.pool, wanted)
+        return [hot, *(Held(*part, self.cold.lengths(wanted)) for part in self.cold.parts.values())]
 
     def __getstate__(self) -> dict[str, Any]:
         """With the pages of its own rows only, whoever else holds pages of the pool."""

@@ -8,8 +8,9 @@ written (copy-on-write).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from operator import le
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
     from redknot_kernels import HeadRules
 
 Allocate = Callable[[int], Ids]
+
+
+class Lacking(NamedTuple):
+    """What rows lack to hold longer sequences.
+
+    Attributes:
+        columns: That their table must have.
+        places: Where pages are missing in a table of so many columns, in the order in which they get them.
+        whole: Lengths up to which the rows may be written then.
+    """
+
+    columns: int
+    places: Ids
+    whole: Int[np.ndarray, " batch"]
 
 
 class Rows:
@@ -61,6 +76,13 @@ class Rows:
         return len(set(self.lengths.tolist())) < 2
 
     @property
+    def owned(self) -> bool:
+        """Whether what is written next lies in pages that nobody else lists, be they shared by others or not."""
+        references = self.page_table.references
+        unshared = references is None or not references.shared
+        return unshared or bool((self.lengths < self._room).all())
+
+    @property
     def unbounded(self) -> int:
         """Number of rows that grow for ever."""
         return self.batch * len(self.rules.global_heads)
@@ -68,7 +90,7 @@ class Rows:
     def pages_needed(self, lengths: Int[np.ndarray, " batch"]) -> Int[np.ndarray, "batch heads"]:
         """Pages of each row when the sequences have these lengths."""
         pages = -(-lengths // self.rules.page_size)
-        return np.minimum(pages[:, None], np.array(self.rules.max_pages))
+        return np.minimum(pages[:, None], _most_pages(self.rules))
 
     def has_room(self, lengths: Int[np.ndarray, " batch"]) -> bool:
         """Whether every row has the pages to hold sequences of these lengths, and may write to them."""
@@ -80,26 +102,27 @@ class Rows:
 
     def reserve(self, lengths: Int[np.ndarray, " batch"], allocate: Allocate) -> None:
         """Gives every row the pages it needs to hold sequences of these lengths; shared ones are not copied."""
-        if self.has_room(lengths):
-            return
+        if not self.has_room(lengths):
+            self.take(self.lacking(lengths), allocate)
+
+    def lacking(self, lengths: Int[np.ndarray, " batch"]) -> Lacking:
+        """What rows lack to hold sequences of these lengths."""
         needed = self.pages_needed(lengths)
-        held, columns = self.table, int(needed.max(initial=0))
+        held, columns = self.table, max(int(needed.max(initial=0)), self.table.shape[2])
+        lacks = np.arange(columns) < needed[:, :, None]
+        lacks[:, :, : held.shape[2]] &= held == ABSENT
+        return Lacking(columns, _places(lacks, self.rules), self._whole(lengths))
+
+    def take(self, lacking: Lacking, allocate: Allocate) -> None:
+        """Gives rows what they lack, or what others of equal rules and lengths do, which hold as many pages."""
+        columns, places, whole = lacking
+        held, self._room = self.table, np.maximum(self._room, whole)
         if columns > held.shape[2]:
             self.page_table.ids = np.full((*held.shape[:2], columns), ABSENT, np.int32)
             self.table[:, :, : held.shape[2]] = held
-        missing = self._columns_below(needed) & (self.table == ABSENT)
-        count = int(missing.sum())
-        if count:
-            pages, at = allocate(count), 0
-            for heads in self.kinds():  # each in the order of its rows, which keeps runs of pages together
-                block, where = self.table[:, heads], missing[:, heads]
-                end = at + int(where.sum())
-                if end > at:
-                    block[where] = pages[at:end]
-                    self.table[:, heads] = block
-                at = end
+        if len(places):
+            self.table.flat[places] = allocate(len(places))
             self.page_table.version += 1
-        self._reserved(lengths)
 
     def lay_out(self, lengths: Int[np.ndarray, " batch"]) -> Ids:
         """Gives every row one run of pages, with room for sequences of these lengths.
@@ -125,7 +148,7 @@ class Rows:
         source[self.table[:, :, : old.shape[2]][held]] = old[held]
         self.table[~self._columns_below(needed)] = ABSENT
         self.page_table.version += 1
-        self._reserved(lengths)
+        self._room = np.maximum(self._room, self._whole(lengths))
         return source
 
     def unshare(
@@ -142,7 +165,7 @@ class Rows:
         growing = (lengths > self.lengths)[:, None, None]
         touched = growing & ~self._columns_below(first) & (self.table != ABSENT)
         touched[touched] = refs[self.table[touched]] > 1
-        where = np.concatenate([self._places(touched, heads) for heads in self.kinds()])
+        where = _places(touched, self.rules)
         pages = self.table.flat[where]
         unique, index, count = np.unique(pages, return_index=True, return_counts=True)
         stay = index[count == refs[unique]]  # nobody else holds the page: its first holder keeps it
@@ -244,11 +267,10 @@ class Rows:
         self._room = np.zeros_like(self.lengths)
         self.page_table.version += 1
 
-    def _reserved(self, lengths: Int[np.ndarray, " batch"]) -> None:
-        """Remembers that rows of sequences that grow to these lengths have pages of their own for them."""
+    def _whole(self, lengths: Int[np.ndarray, " batch"]) -> Int[np.ndarray, " batch"]:
+        """Lengths for which rows have pages of their own where sequences grow to these."""
         size = self.rules.page_size
-        whole = np.where(lengths > self.lengths, -(-lengths // size) * size, lengths)
-        self._room = np.maximum(self._room, whole)
+        return np.where(lengths > self.lengths, -(-lengths // size) * size, lengths)
 
     def _drop(self, dropped: Bool[np.ndarray, "batch heads columns"]) -> None:
         """Takes pages out of the table."""
@@ -258,15 +280,7 @@ class Rows:
 
     def kinds(self) -> list[list[int]]:
         """The heads that grow for ever, and the others by equal rules."""
-        groups = (*self.rules.stored_groups, *self.rules.local_groups)
-        parts = (self.rules.global_heads, *(heads for _, heads in groups))
-        return [list(heads) for heads in parts if heads]
-
-    def _places(self, chosen: Bool[np.ndarray, "batch heads columns"], heads: list[int]) -> Ids:
-        """Flat places of what is chosen of some heads, row by row."""
-        of_heads = np.zeros_like(chosen)
-        of_heads[:, heads] = chosen[:, heads]
-        return np.flatnonzero(of_heads)
+        return _kinds(self.rules)
 
     def _is_global(self) -> Bool[np.ndarray, " heads"]:
         mask = np.zeros(self.rules.heads, bool)
@@ -275,3 +289,29 @@ class Rows:
 
     def _columns_below(self, limit: Int[np.ndarray, "batch heads"]) -> Bool[np.ndarray, "batch heads columns"]:
         return np.arange(self.table.shape[2]) < limit[:, :, None]
+
+
+@lru_cache(maxsize=1024)
+def _most_pages(rules: HeadRules) -> Int[np.ndarray, " heads"]:
+    return np.array(rules.max_pages)
+
+
+@lru_cache(maxsize=1024)
+def _kinds(rules: HeadRules) -> list[list[int]]:
+    groups = (*rules.stored_groups, *rules.local_groups)
+    parts = (rules.global_heads, *(heads for _, heads in groups))
+    return [list(heads) for heads in parts if heads]
+
+
+@lru_cache(maxsize=1024)
+def _kind_of(rules: HeadRules) -> Int[np.ndarray, " heads"]:
+    """The kind of each head."""
+    kinds = _kinds(rules)
+    return np.array([next(i for i, heads in enumerate(kinds) if h in heads) for h in range(rules.heads)])
+
+
+def _places(chosen: Bool[np.ndarray, "batch heads columns"], rules: HeadRules) -> Ids:
+    """Flat places of what is chosen: each kind in the order of its rows, which keeps runs of pages together."""
+    places = np.flatnonzero(chosen)
+    kinds = _kind_of(rules)[places // chosen.shape[2] % chosen.shape[1]]
+    return places[kinds.argsort(kind="stable")]

@@ -57,7 +57,7 @@ class Engine(Loop):
         tokenizer: For prompts that are text, and for stop strings.
         store: Documents that requests may name as segments; of the same model and plan.
         page_size, impl: Of the cache.
-        host: Bytes on the host for sequences that are swapped out.
+        host: Bytes on the host for sequences that are swapped out; for one, up to 1 GiB, they are pinned at once.
         capture: Whether steps of decoding are CUDA graphs, where they can be.
         compiled: Whether these are compiled before (`torch.compile`): the first step waits most of a minute for it,
             and the later ones, which then are steps of all seats, are shorter.
@@ -101,7 +101,7 @@ class Engine(Loop):
             self.ranks.check_alone(store=store)
             self.memory = SeatMemory(
                 model, self.plan, memory, max_batch, self.max_len,
-                page_size=page_size, impl=impl, host=host, parked=parked, ranks=self.ranks,
+                page_size=page_size, impl=impl, host=host if preempt == "swap" else 0, parked=parked, ranks=self.ranks,
             )  # fmt: skip
             seats = Seats(self.memory, max_batch, self.max_len, capture, compiled)
             self.documents = None if store is None else Documents(store, model, self.plan, chunk, tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from redknot_hf.cache.rows import Rows
 from redknot_hf.cache.storage import Storage
 
 _ALIGNED = 64  # bytes, from which every tensor begins
+# Pinned memory is taken in blocks of one size, which torch keeps when they are given back and hands out again: to pin
+# a block takes longer than to fill it.
+_BLOCK = 32 << 20
+_WARM = 1 << 30  # bytes that are pinned beforehand, at most
 
 
 class Part(NamedTuple):
@@ -22,11 +26,11 @@ class Part(NamedTuple):
 
     Attributes:
         rows: Of one sequence.
-        pages: Keys and values of the pages, or codes and scales.
+        pages: Keys and values of the pages, or codes and scales, each in pieces.
     """
 
     rows: Rows
-    pages: tuple[Tensor, ...]
+    pages: tuple[list[Tensor], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,21 +52,16 @@ class Away:
         """Copies what one sequence holds to the host; waits until it is there."""
         sizes = [_trimmed(x) for x in storages.values()]
         devices = {x.device for x in storages.values() if x.device.type == "cuda"}
-        flat = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=bool(devices))
-        at, layers = 0, {}
+        blocks, layers = _Blocks(sum(sizes), bool(devices)), {}
         for i, storage in storages.items():
             layers[i] = []
             for rows, pool, _ in storage.held(0):
                 with storage.pool.lock:
                     own, mine = pool.part(rows)
-                pages = []
-                for tensor in own.pages:
-                    pages.append(_copied(tensor, flat[at : at + tensor.nbytes]))
-                    at += _whole(tensor.nbytes)
-                layers[i].append(Part(mine, tuple(pages)))
+                layers[i].append(Part(mine, tuple(map(blocks.copied, own.pages))))
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
-        return cls(layers, {i: x.cold.counts for i, x in storages.items()}, len(flat))
+        return cls(layers, {i: x.cold.counts for i, x in storages.items()}, sum(sizes))
 
     def needs(self, index: int, storage: Storage, tokens: int) -> list[int]:
         """Pages that a layer takes, pool by pool, when the sequence is back and has come to so many tokens."""
@@ -76,10 +75,11 @@ class Away:
         for i, storage in storages.items():
             with storage.pool.lock:
                 for (rows, pool, _), part in zip(storage.held(0), self.layers[i], strict=True):
-                    ids = pool.allocate(len(part.pages[0]))
+                    ids = pool.allocate(sum(map(len, part.pages[0])))
                     where = torch.from_numpy(ids.astype(np.int64)).to(storage.device)
-                    for tensor, held in zip(pool.pages, part.pages, strict=True):
-                        tensor.index_copy_(0, where, held.to(storage.device, non_blocking=True))
+                    for tensor, pieces in zip(pool.pages, part.pages, strict=True):
+                        for at, held in zip(where.split([len(x) for x in pieces]), pieces, strict=True):
+                            tensor.index_copy_(0, at, held.to(storage.device, non_blocking=True))
                     rows.become(part.rows, ids)
                 storage.cold.counts = self.counts[i]
             storage.left_align()
@@ -100,5 +100,37 @@ def _whole(nbytes: int) -> int:
     return -(-nbytes // _ALIGNED) * _ALIGNED
 
 
-def _copied(tensor: Tensor, into: Tensor) -> Any:
-    return into.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+class _Blocks:
+    """Memory of the host, filled from its beginning.
+
+    Args:
+        nbytes: That will be needed; a block holds no more.
+        pinned: Copies from a device wait for nothing.
+    """
+
+    def __init__(self, nbytes: int, pinned: bool) -> None:
+        self._size, self._pinned = min(_BLOCK, nbytes), pinned
+        self._block, self._at = torch.empty(0, dtype=torch.uint8), 0
+
+    def copied(self, pages: Tensor) -> list[Tensor]:
+        """A copy of pages, in as many pieces as there are blocks that it lies in."""
+        pieces: list[Tensor] = []
+        each, first = pages[:1].nbytes, 0
+        while first < len(pages):
+            count = min((len(self._block) - self._at) // each, len(pages) - first)
+            if not count:
+                size = max(_BLOCK if self._pinned else self._size, each)
+                self._block, self._at = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned), 0
+                continue
+            piece = pages[first : first + count]
+            into = self._block[self._at : self._at + piece.nbytes].view(pages.dtype).view(piece.shape)
+            pieces.append(into.copy_(piece, non_blocking=True))
+            self._at, first = min(self._at + _whole(piece.nbytes), len(self._block)), first + count
+        return pieces
+
+
+def pin(nbytes: int) -> None:
+    """Takes pinned memory for sequences to come, so that the first of them need not wait for it."""
+    count = -(-min(nbytes, _WARM) // _BLOCK)
+    held = [torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=True) for _ in range(count)]  # lest one be had twice
+    held.clear()

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from redknot_hf.attention.devices import input_device
 from redknot_hf.cache.argument import cache_argument
@@ -24,8 +26,8 @@ from redknot_hf.cache.span import Span
 from redknot_hf.cache.storage import Storage
 from redknot_hf.plan.plan import HeadPlan
 
-from .host import Away
-from .pages import column_bytes, missing, needed, page_bytes, ring_bytes, ring_pages
+from .host import Away, pin
+from .pages import column_bytes, missing, needed, page_bytes, reserve, ring_bytes, ring_pages
 from .prefixes import Prefixes
 from .ranks import Ranks
 from .scheduler import Sequence
@@ -49,6 +51,7 @@ class SeatMemory:
 
     Attributes:
         longest: Tokens of the longest sequence that fits where nothing else is held.
+        moved: Sequences that may have got other pages; who has heard of one takes it out.
 
     Raises:
         ValueError: A layer keeps more than keys and values, or the memory is too small for a sequence.
@@ -78,18 +81,22 @@ class SeatMemory:
         self.root.crop(-1)
         self.layers = {i: layer.storage for i, layer in row_layers(self.root) if layer.is_initialized}
         self.page_size, self.host, self.host_used = page_size, host, 0
-        self.freed = 0
+        self.freed, self.moved = 0, set[Sequence]()
         self.sizes = self._sizes(memory, seats, longest, 2 if parked else 1)
         for storage in self.layers.values():  # all forks share these pools
             rings, columns = self.sizes.rings, self.sizes.columns
             storage.settle(rings * ring_pages(storage) + columns * len(storage.rows.rules.global_heads), columns)
         # Layers of equal rules hold the same pages of every sequence, so that one of them speaks for all.
-        self.kinds = list({storage.rows.rules: i for i, storage in self.layers.items()}.values())
+        rules = {storage.rows.rules for storage in self.layers.values()}
+        self._alike = [[i for i, x in self.layers.items() if x.rows.rules == one] for one in rules]
+        self.kinds = [alike[0] for alike in self._alike]
         # Rules by which rows grow cold, which are the same in all layers with stored heads; `None` without any.
         self.stored = next((x.rows.rules for x in self.layers.values() if x.rows.rules.stored_heads), None)
         kept = self.ranks.most(int(self.sizes.nbytes * parked))
         self.prefixes = Prefixes(kept, page_size, lambda cache, cut: self.ranks.all(_reaches(cache, cut)))
         self.longest = self.ranks.least(longest_of(self._ever_fits, longest))
+        if self.device.type == "cuda":
+            pin(min(host, self.needs(self.longest)))
 
     # What the scheduler asks
 
@@ -125,12 +132,15 @@ class SeatMemory:
     def grow(self, sequence: Sequence, tokens: int) -> None:
         """Gives a sequence pages of its own for so many tokens."""
         self.sync(sequence)
+        self.moved.add(sequence)
         sequence.reserved = -(-tokens // self.page_size) * self.page_size
-        for storage in self._storages(sequence.held).values():
-            storage.reserve(np.array([sequence.reserved]))
+        storages = self._storages(sequence.held)
+        for alike in self._alike:
+            reserve([storages[i] for i in alike], sequence.reserved)
 
     def release(self, sequence: Sequence) -> None:
         """Takes everything from a sequence."""
+        self.moved.discard(sequence)
         if sequence.swapped:
             self._left_host(sequence)
         elif sequence.held is not None:
@@ -183,6 +193,12 @@ class SeatMemory:
             more = sequence.done - int(storage.rows.lengths[0])
             if more > 0:
                 storage.told(more)
+
+    def count(self, lengths: Int[Tensor, " seats"], cold: Int[Tensor, " seats"]) -> None:
+        """Counts on the device what kernels have let grow cold in rows that came to these lengths; mutates `cold`."""
+        if self.stored is not None:
+            grown: Any = self.stored.cold_pages(lengths)
+            torch.maximum(cold, grown.to(torch.int32), out=cold)
 
     def park(self, sequence: Sequence) -> None:
         """Keeps what a sequence holds now for others that begin alike, if there is room for it to go on."""

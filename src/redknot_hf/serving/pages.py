@@ -8,6 +8,7 @@ import numpy as np
 
 from redknot_hf.cache.ledger import Held
 from redknot_hf.cache.pool import PagePool
+from redknot_hf.cache.rows import Lacking
 from redknot_hf.cache.storage import Storage
 
 
@@ -27,6 +28,24 @@ def missing(held: Held) -> int:
     first[list(rows.rules.global_heads)] = int(rows.lengths[0]) // size
     written = (np.arange(table.shape[1]) >= first[:, None]) & (table >= 0)
     return lacking + int((references.counts[table[written]] > 1).sum())
+
+
+def reserve(storages: Iterable[Storage], tokens: int) -> None:
+    """Gives the rows of one sequence pages of their own for so many tokens, in layers of equal rules.
+
+    Their rows hold as many pages, so that what one lacks, all do.
+    """
+    lacking: dict[int, Lacking] = {}
+    for storage in storages:
+        with storage.pool.lock:
+            for i, (rows, pool, lengths) in enumerate(storage.held(tokens)):
+                pool.collect()
+                if not rows.owned:
+                    pool.make_room(rows, lengths)
+                    continue
+                if i not in lacking:
+                    lacking[i] = rows.lacking(lengths)
+                rows.take(lacking[i], pool.allocate)
 
 
 def page_bytes(pool: PagePool) -> int:

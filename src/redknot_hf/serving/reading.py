@@ -4,43 +4,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from .batch import Seats
+from .chosen import Chosen, on_its_way, told
 from .documents import Documents
 from .memory import SeatMemory
 from .request import State, Token
-from .sampling import Chooser, Refusals, choose, log_probabilities, settle
+from .sampling import Chooser, Refusals, Said, choose, log_probabilities, settle
 from .scheduler import Sequence as Served
 from .scheduler import Work
 from .stops import Stopper
 
 Finish = Callable[[Served, State, str, BaseException | None], None]
-
-
-class Chosen(NamedTuple):
-    """Tokens that the device has chosen, or will have.
-
-    Attributes:
-        sequences: Whose.
-        tokens: On the host, when `ready`.
-        ready: What to wait for; `None` where nothing is.
-        likely: Log-probabilities, values and ids of the likeliest, by index of the sequences that asked.
-    """
-
-    sequences: list[Served]
-    tokens: Int[Tensor, " sequences"]
-    ready: Any
-    likely: dict[int, tuple[Tensor, Tensor, Tensor]]
-
-    @property
-    def come(self) -> bool:
-        """Whether they are on the host already."""
-        return self.ready is None or self.ready.query()
 
 
 class Reader:
@@ -71,6 +51,7 @@ class Reader:
         self.documents, self.ranks = documents, memory.ranks
         self.behind = 1 if seats.device.type == "cuda" else 0
         self.pending: deque[Chosen] = deque()
+        self._parking: deque[Served] = deque()  # whose beginnings are to be kept
         self.read = self.decoded = self.reused = 0
         self.observe: Callable[[str, float], None] = lambda name, value: None
 
@@ -94,17 +75,20 @@ class Reader:
         """Does what was planned; a request in which something goes wrong ends alone."""
         if work.decode:
             self._decode(work.decode)
+        short = [x for x in work.chunks if self._is_short(*x)]
+        together = short if len(short) > 1 or self.seats.captures else []
+        if together:
+            self._read_together(together)
         for sequence, count in work.chunks:
-            if not sequence.request.state.ended and sequence.seat is not None:
-                try:
-                    self._read(sequence, count)
-                except Exception as e:
-                    self._raise_among_others(e)
-                    self.finish(sequence, State.FAILED, "error", e)
+            if (sequence, count) not in together:
+                self._read_alone(sequence, count)
             while self.ranks.count == 1 and self.pending and self.pending[0].come:
                 self._hear(self.pending.popleft())  # others read on for long; ranks hear of all at the same time
         while len(self.pending) > (self.behind if work.decode else 0):
             self._hear(self.pending.popleft())
+        while self._parking:  # nobody's first token waits for that
+            if not (sequence := self._parking.popleft()).request.state.ended:
+                self.memory.park(sequence)
 
     def settle(self) -> None:
         """Waits for all that was launched."""
@@ -114,28 +98,66 @@ class Reader:
     def close(self) -> None:
         """Forgets what was launched, and lets seats and pages go: there is no further step."""
         self.pending.clear()
+        self._parking.clear()
         self.seats.close()
         self.memory.close()
 
     def _decode(self, sequences: list[Served]) -> None:
-        for sequence in sequences:
-            self.seats.place(sequence, None)
         try:
-            logits = self.seats.decode(sequences)
+            said = self.seats.decode(sequences)
             self.decoded += len(sequences)
-            kept, chosen = self._choose(sequences, logits)
+            kept, chosen = self._choose(sequences, said)
         except Exception as e:  # of whom it came is not known
             self._raise_among_others(e)
             for sequence in sequences:
                 self.finish(sequence, State.FAILED, "error", e)
             return
-        if kept:
+        if kept and chosen is not said.likeliest:  # which the seats have taken already
             self.seats.choose(kept, chosen)
 
     def _raise_among_others(self, error: Exception) -> None:
         """Ends the engine where other ranks know nothing of what has gone wrong in the middle of a step."""
         if self.ranks.count > 1:
             raise error
+
+    def _is_short(self, sequence: Served, count: int) -> bool:
+        """Whether it is the end of a prompt, no longer than a page, with nothing of segments to come before it."""
+        return count == sequence.unread and count <= self.memory.page_size and sequence.done >= sequence.request.lead
+
+    def _read_together(self, parts: list[tuple[Served, int]]) -> None:
+        """Reads the ends of several prompts; where that fails, one by one, so that only who is at fault ends."""
+        try:
+            for sequences, said in self.seats.read(parts):
+                self.read += sum(count for sequence, count in parts if sequence in sequences)
+                self._parking += [x for x in sequences if not x.sampled]
+                self._begin_answers(sequences, said)
+        except Exception as e:
+            self._raise_among_others(e)
+            for sequence, count in parts:
+                if sequence.unread:
+                    self._read_alone(sequence, count)
+
+    def _begin_answers(self, sequences: list[Served], said: Said) -> None:
+        try:
+            kept, chosen = self._choose(sequences, said)
+        except Exception as e:  # of whom it came is not known
+            self._raise_among_others(e)
+            for sequence in sequences:
+                self.finish(sequence, State.FAILED, "error", e)
+            return
+        for sequence in kept:
+            sequence.request.state = State.DECODING
+        if kept:
+            self.seats.choose(kept, chosen)
+
+    def _read_alone(self, sequence: Served, count: int) -> None:
+        if sequence.request.state.ended or sequence.seat is None:
+            return
+        try:
+            self._read(sequence, count)
+        except Exception as e:
+            self._raise_among_others(e)
+            self.finish(sequence, State.FAILED, "error", e)
 
     def _assemble(self, sequence: Served, count: int) -> int:
         """Goes on with a request's segments; how many of the tokens may be read behind them in the same step."""
@@ -172,40 +194,39 @@ class Reader:
         self.read += count
         ends = sequence.unread == 0
         if not sequence.sampled and (ends or last // self.park_every > first // self.park_every):
-            self.memory.park(sequence)
+            self._parking.append(sequence)
         if ends:
-            kept, chosen = self._choose([sequence], logits)
+            kept, chosen = self._choose([sequence], Said(logits))
             if kept:
                 sequence.request.state = State.DECODING
                 self.seats.place(sequence, chosen)
 
-    def _choose(
-        self, sequences: list[Served], logits: Float[Tensor, "sequences words"]
-    ) -> tuple[list[Served], Int[Tensor, " kept"]]:
+    def _choose(self, sequences: list[Served], said: Said) -> tuple[list[Served], Int[Tensor, " kept"]]:
         """Chooses, and lets the host hear of it; gives those who could, and their tokens."""
-        refused, chosen = self._tried(sequences, logits) if self.ranks.leads else ({}, None)
-        told = self.ranks.told({i: str(error) for i, error in refused.items()})
-        for i, text in told.items():
+        refused, chosen = self._tried(sequences, said) if self.ranks.leads else ({}, None)
+        refusals = self.ranks.told({i: str(error) for i, error in refused.items()})
+        for i, text in refusals.items():
             self.finish(sequences[i], State.FAILED, "error", refused.get(i, RuntimeError(text)))
-        kept = [i for i in range(len(sequences)) if i not in told]
+        kept = [i for i in range(len(sequences)) if i not in refusals]
         if not kept:
             return [], torch.zeros(0, dtype=torch.long)
-        sequences, chosen = [sequences[i] for i in kept], self.ranks.tokens(chosen, len(kept), logits.device)
+        sequences, chosen = [sequences[i] for i in kept], self.ranks.tokens(chosen, len(kept), said.device)
         likely = {}
         for i, (row, sequence) in enumerate(zip(kept, sequences, strict=True)):
             sequence.sampled += 1
             most = sequence.request.sampling.logprobs
             if most is not None and self.ranks.leads:
-                likely[i] = log_probabilities(logits[row : row + 1], chosen[i : i + 1], most)
-        self.pending.append(_on_its_way(sequences, chosen, likely))
+                likely[i] = log_probabilities(said.logits[row : row + 1], chosen[i : i + 1], most)
+        self.pending.append(on_its_way(sequences, chosen, likely))
         return sequences, chosen
 
-    def _tried(
-        self, sequences: list[Served], logits: Float[Tensor, "sequences words"]
-    ) -> tuple[dict[int, Exception], Int[Tensor, " kept"] | None]:
+    def _tried(self, sequences: list[Served], said: Said) -> tuple[dict[int, Exception], Int[Tensor, " kept"] | None]:
         """Errors of those who cannot choose, by index, and the tokens of the others."""
+        choosers = [x.chooser for x in sequences]
+        if all(x.sampling.plain for x in choosers):
+            return {}, said.likeliest
         try:
-            return {}, choose(logits, [x.chooser for x in sequences])
+            return {}, choose(said.logits, choosers)
         except Refusals as refused:
             others = [x.chooser for i, x in enumerate(sequences) if i not in refused.errors]
             return refused.errors, settle(refused.scores, others) if others else None
@@ -214,7 +235,7 @@ class Reader:
         if chosen.ready is not None:
             chosen.ready.synchronize()
         heard = [
-            (sequence, _told(token, chosen.likely.get(i)))
+            (sequence, told(token, chosen.likely.get(i)))
             for i, (sequence, token) in enumerate(zip(chosen.sequences, chosen.tokens.tolist(), strict=True))
             if not sequence.request.state.ended
         ]
@@ -256,22 +277,3 @@ def ended(sequence: Served) -> str | None:
     if sequence.stopper.ends([x.id for x in request.tokens[-sequence.stopper.tail :]]):
         return "stop"
     return "length" if len(request.tokens) >= request.sampling.max_new_tokens else None
-
-
-def _on_its_way(
-    sequences: list[Served], chosen: Int[Tensor, " sequences"], likely: dict[int, tuple[Tensor, Tensor, Tensor]]
-) -> Chosen:
-    if chosen.device.type != "cuda":
-        return Chosen(sequences, chosen, None, likely)
-    host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
-    host.copy_(chosen, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record()
-    return Chosen(sequences, host, ready, likely)
-
-
-def _told(token: int, likely: tuple[Tensor, Tensor, Tensor] | None) -> Token:
-    if likely is None:
-        return Token(token)
-    own, values, ids = likely
-    return Token(token, float(own[0]), tuple(zip(ids[0].tolist(), values[0].tolist(), strict=True)))

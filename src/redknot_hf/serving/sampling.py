@@ -7,6 +7,7 @@ So a request with a seed draws what `torch.manual_seed(seed)` and `generate` dra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,35 @@ from .request import Sampling
 
 Logits = Float[Tensor, "requests words"]
 Chosen = Int[Tensor, " requests"]
+
+
+class Said:
+    """What the model says of the next tokens of some sequences.
+
+    Args:
+        logits: Of the sequences, or of more.
+        at: Which of them are those of the sequences, in order; `None` where all are.
+        likeliest: The tokens of the largest logits, if they are known.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "rows words"],
+        at: Int[Tensor, " sequences"] | None = None,
+        likeliest: Int[Tensor, " sequences"] | None = None,
+    ) -> None:
+        self.device = logits.device
+        self._rows, self._at, self._likeliest = logits, at, likeliest
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "sequences words"]:
+        """Of the sequences."""
+        return self._rows if self._at is None else self._rows.index_select(0, self._at)
+
+    @cached_property
+    def likeliest(self) -> Int[Tensor, " sequences"]:
+        """The tokens of the largest logits."""
+        return self.logits.argmax(-1) if self._likeliest is None else self._likeliest
 
 
 class Chooser:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+from .paging import Memory
 from .request import Request, State
 
 # Tokens beyond its prompt that a sequence has room for when it begins, so that it is not preempted at once.
@@ -70,51 +71,12 @@ class Sequence:
     @property
     def reads(self) -> bool:
         """Whether there are tokens to read in front of those to decode."""
-        return self.unread > 1 or not self.sampled
+        return not self.sampled or len(self.tokens) - self.done > 1
 
     @property
     def decodes(self) -> bool:
         """Whether a next token is to be had; where all have been chosen, the host need only hear of the last."""
         return not self.reads and self.sampled < self.request.sampling.max_new_tokens
-
-
-@runtime_checkable
-class Memory(Protocol):
-    """What a scheduler asks of pages.
-
-    Attributes:
-        freed: Grows with every page that comes back, so that whoever did not fit need not ask again before.
-    """
-
-    freed: int
-
-    def begin(self, sequence: Sequence) -> int:
-        """Gives a sequence what it has in common with what is held, or nothing; how many tokens that is."""
-        ...
-
-    def fits(self, sequence: Sequence, tokens: int) -> bool:
-        """Whether there are free pages for it to hold so many tokens."""
-        ...
-
-    def grow(self, sequence: Sequence, tokens: int) -> None:
-        """Gives it pages for so many tokens."""
-        ...
-
-    def release(self, sequence: Sequence) -> None:
-        """Takes all pages of a sequence, on the device or the host."""
-        ...
-
-    def evict(self) -> bool:
-        """Lets go of what is kept for later and was used least recently; `False` if there is nothing."""
-        ...
-
-    def swap_out(self, sequence: Sequence) -> bool:
-        """Moves its pages to the host; `False` if there is no room for them."""
-        ...
-
-    def swap_in(self, sequence: Sequence) -> None:
-        """Brings them back, to pages that `fits` has found."""
-        ...
 
 
 @dataclass
@@ -187,14 +149,33 @@ class Scheduler:
             if sequence in self.running and sequence.decodes:  # those before it may have taken its pages
                 self._make_room(sequence, sequence.done + 1)
         self._admit()
-        work = Work([x for x in self.running if x.decodes])
+        self._look_ahead()
+        work, reading = Work(), []
+        for sequence in self.running:
+            if sequence.reads:
+                reading.append(sequence)
+            elif sequence.decodes:
+                work.decode.append(sequence)
         left = self.chunk
-        for sequence in sorted((x for x in self.running if x.reads), key=lambda x: x.rank):
+        for sequence in sorted(reading, key=lambda x: x.rank):
             count = min(sequence.unread, left)
             if count:
                 work.chunks.append((sequence, count))
             left -= count
         return work
+
+    def _look_ahead(self) -> None:
+        """Gives pages before they are needed: to those that begin at once, and to the others one after another.
+
+        Those that have begun together would else need them in the same step, which all would wait for.
+        """
+        few = -(-len(self.running) // AHEAD)
+        for sequence in self.running:
+            if sequence.reserved - len(sequence.tokens) > AHEAD or sequence.reserved >= sequence.longest:
+                continue
+            few -= bool(sequence.sampled)
+            if few < 0 or not self._grow_far(sequence, sequence.reserved + 1):
+                return
 
     def _admit(self) -> None:
         """Seats those that wait, in order, as long as there is room for the next."""
@@ -248,8 +229,7 @@ class Scheduler:
         """Gives a running sequence pages, if need be those of others behind it, or else lets it wait."""
         if tokens <= sequence.reserved:
             return
-        if not self.waiting and self.memory.fits(sequence, tokens + FAR * len(self.running)):
-            self.memory.grow(sequence, min(tokens + FAR, sequence.longest))
+        if self._grow_far(sequence, tokens):
             return
         while not self.memory.fits(sequence, tokens):
             if self.memory.evict():
@@ -258,6 +238,16 @@ class Scheduler:
             if not self._preempt(last) or last is sequence or sequence not in self.running:
                 return
         self.memory.grow(sequence, tokens)
+
+    def _grow_far(self, sequence: Sequence, tokens: int) -> bool:
+        """Gives a sequence pages for many tokens more, where nobody waits and all that run could have as many."""
+        if self.waiting:
+            return False
+        more = sum(min(max(x.longest - x.reserved, 0), FAR) for x in self.running)
+        far = self.memory.fits(sequence, tokens + more)
+        if far:
+            self.memory.grow(sequence, min(tokens + FAR, sequence.longest))
+        return far
 
     def _preempt(self, sequence: Sequence) -> bool:
         """Takes the pages of a sequence, which goes on later; whether there is anything to be had by it."""

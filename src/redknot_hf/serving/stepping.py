@@ -95,7 +95,9 @@ class BatchLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Handles whose step is attended by this layer."""
-        step = Step(self.storage, key_states, value_states, 1, 0, attend=self.attend, captured=self.captured)
+        step = Step(
+            self.storage, key_states, value_states, key_states.shape[2], 0, attend=self.attend, captured=self.captured
+        )
         return RedKnotHandle.wrap(key_states, step), RedKnotHandle.wrap(value_states, step)
 
     def attend(self, step: Step, query: Query, mask: Any, options: dict[str, Any]) -> Output:
