@@ -192,6 +192,16 @@ def test_what_is_off_is_said_before_anything_is_loaded(options, message, monkeyp
     assert "Traceback" not in result.output
 
 
+def test_memory_that_runs_out_is_told_in_a_line(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("profile by drift")
+
+    monkeypatch.setattr("redknot_hf.profiling.profile_heads", full)
+    result = run("profile", TINY, "--out", tmp_path / "plan.json", "--length", 400, "--kinds", "repeats")
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert result.output.splitlines()[-1] == "error: profile by drift"
+
+
 @pytest.mark.parametrize("command", [("plan", "show"), ("plan", "diff", f"{TINY}/plan.json"), ("plan", "convert")])
 @pytest.mark.parametrize(
     ("text", "message"),

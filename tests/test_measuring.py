@@ -12,6 +12,7 @@ from redknot_hf.profiling import HeadProfile, measuring
 from redknot_hf.profiling.clock import Clock
 from redknot_hf.profiling.drift import drift, measure_drift
 from redknot_hf.profiling.mass import measure_mass
+from redknot_hf.profiling.prompt import halves
 
 CHOICES = (HeadSpec(4, 2), HeadSpec(12, 2))
 
@@ -53,6 +54,31 @@ def test_drift_stops_where_time_is_up_but_not_before_there_are_two_prompts(model
     assert found.provenance["calibration"]["prompts"] == measuring.FEWEST
     sums = measure_drift(model, work.prompts[: measuring.FEWEST], CHOICES, lambda: False)
     np.testing.assert_array_equal(found.errors, drift(sums))
+
+
+@pytest.mark.parametrize(("stage", "kept", "done"), [("drift", 0.0, 32), ("fisher", 0.0, 32), ("fisher", 32.0, 29)])
+def test_a_slow_beginning_takes_no_prompts_away(model, monkeypatch, stage, kept, done):
+    """Kernels are compiled in the first prompt, for ten seconds; another takes half of one, and there are sixty."""
+    some = prompts(8, 32)
+    work, said = job(model, seconds=60.0, some=some, confirming=some)
+    ends = [10 + 0.5 * i for i in range(32)]
+    monkeypatch.setattr(Clock, "taken", property(lambda self: ends[len(said)]))
+    monkeypatch.setattr(Clock, "left", lambda self, reserve: 60 - ends[len(said) - 1] - reserve)
+    tick = measuring._ticks(stage, work, kept)
+    while len(said) < 32 and not tick():
+        pass
+    assert len(said) == done
+
+
+def test_halves_are_of_the_same_kinds(model):
+    """Of two kinds in turns every second prompt would be of one."""
+    kinds = 2 * ["passkey", "pairs"]
+    assert halves(kinds) == ([0, 3], [1, 2])
+    assert halves(5 * ["a"]) == ([0, 2, 4], [1, 3])
+    some = [replace(prompt, kind=kind) for prompt, kind in zip(prompts(count=4), kinds, strict=True)]
+    sums = measure_drift(model, some, CHOICES, lambda: False)
+    found = measuring.measured(empty("drift"), job(model, some=some)[0])
+    np.testing.assert_array_equal(found.halves[1], drift(sums[[1, 2]]))
 
 
 def test_a_search_for_a_ratio_looks_at_windows_alone(model):

@@ -4,7 +4,7 @@ from families import make_model
 from texts import profiling_prompts as prompts
 
 from redknot_hf import HeadPlan, HeadSpec
-from redknot_hf.profiling import Prompt, profile_heads
+from redknot_hf.profiling import Prompt, profile_heads, profiler
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,17 @@ def test_the_same_prompts_give_the_same_profile(model):
 def test_wrong_input_is_told(model, inputs, options, message):
     with pytest.raises(ValueError, match=message):
         profile_heads(model, inputs(), **options)
+
+
+def test_gradients_that_do_not_fit_name_what_does(model, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(profiler, "measured", full)
+    with pytest.raises(torch.OutOfMemoryError, match=r"'fisher' .* memory on prompts of 40 tokens: .* by drift"):
+        profile_heads(model, prompts(), windows=(4,), method="fisher")
+    with pytest.raises(torch.OutOfMemoryError, match="9 GiB"):
+        profile_heads(model, prompts(), windows=(4,))
 
 
 @pytest.mark.parametrize("method", ["drift", "fisher", "loss", "gates"])

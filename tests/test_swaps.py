@@ -1,5 +1,7 @@
 """Swaps of choices: led by gradients, decided by the divergence."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from families import make_model, make_model_with_idle_heads
@@ -14,6 +16,7 @@ from redknot_hf.profiling.swaps import SwapSearch
 CHOICES = choices(4, 12)
 COSTS = np.tile([4.0, 12.0, 40.0], (8, 1))
 ERRORS = np.tile([0.02, 0.01, 0.0], (8, 1))
+KINDS = ["passkey", "pairs", "repeats", "text"]
 
 
 def search(model, count=4):
@@ -31,10 +34,10 @@ def test_slopes_are_those_of_the_divergence(family):
     assert np.abs(found._slopes(np.full(heads, 2))).max() < 1e-4
     slopes = found._slopes(np.zeros(heads, dtype=int))
     assert np.abs(slopes[:, 0]).max() == 0, "what a head does already"
-    before = float(found.proposing(found._plan(np.zeros(heads, dtype=int))).mean())
+    before = float(found.divergence(found._plan(np.zeros(heads, dtype=int)), found.proposing).mean())
     best = np.zeros(heads, dtype=int)
     best[np.argsort(slopes[:, 2])[: heads // 4]] = 2
-    assert float(found.proposing(found._plan(best)).mean()) < before
+    assert float(found.divergence(found._plan(best), found.proposing).mean()) < before
 
 
 def test_swaps_keep_the_bytes_and_lower_the_divergence():
@@ -46,7 +49,21 @@ def test_swaps_keep_the_bytes_and_lower_the_divergence():
     assert COSTS[np.arange(8), picks].sum() <= 112
     assert found.kl == sorted(found.kl, reverse=True)
     assert found.kl[-1] < 0.97 * found.kl[0]
-    assert float(found.deciding(found._plan(picks)).mean()) == pytest.approx(found.kl[-1])
+    assert float(found.divergence(found._plan(picks), found.deciding).mean()) == pytest.approx(found.kl[-1])
+
+
+def test_both_halves_are_of_all_kinds_that_the_model_can_do(monkeypatch):
+    """Every second prompt of an even number of kinds in turns, as calibration makes, would be of every other kind."""
+    some = [replace(prompt, kind=kind) for prompt, kind in zip(prompts(8, 12), 3 * KINDS, strict=True)]
+    right = np.tile([0.5, 0.9, 0.01, 0.2], 3)
+    monkeypatch.setattr(Divergence, "right", lambda self: right)
+    found = SwapSearch(make_model("llama"), some, CHOICES, COSTS, ERRORS, lambda passes: None)
+    for half in (found.proposing, found.deciding):
+        assert {some[i].kind for i in half} == {"passkey", "pairs", "text"}
+    assert sorted(found.proposing + found.deciding) == [i for i in range(12) if i % 4 != 2]
+    right[:] = 0.0  # it can do none but running text, of which there are three
+    found = SwapSearch(make_model("llama"), some, CHOICES, COSTS, ERRORS, lambda passes: None)
+    assert (found.proposing, found.deciding) == ([3, 11], [7])
 
 
 def test_out_of_time_the_plan_stays():

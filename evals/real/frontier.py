@@ -36,7 +36,7 @@ from redknot_hf.profiling import (
 )
 
 STORAGES = ("int8", "int4")
-_SECONDS = 60  # of a search by loss
+_SECONDS = 300  # of a search by loss, fisher included: it ends by itself before
 _NAMES = re.compile(r"drift( at 2K)?|fisher|mass|loss 0?\.\d+|loss 1(\.0)?")
 _ROUNDS = 4  # prompts of every kind that are measured, and as many again to confirm on
 

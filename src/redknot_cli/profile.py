@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .terminal import progress, show, tell, told
+from .terminal import fail, progress, show, tell, told
 
 
 def profile(  # noqa: PLR0913 - every one is an option of the command
@@ -20,7 +20,9 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
     max_kl: Annotated[
         float, typer.Option(help="KL, nats a token, that a plan which holds may be off; without a bound, the smallest")
     ] = options.MAX_KL,
-    method: Annotated[str, typer.Option(help="drift (minutes), fisher, loss (longer), mass or gates.")] = "drift",
+    method: Annotated[
+        str, typer.Option(help="drift; fisher, best under a quarter of the bytes; loss, mass, gates.")
+    ] = "drift",
     windows: Annotated[str | None, typer.Option(help="Of local heads; 64,256,1024 and a quarter of --length.")] = None,
     sink: Annotated[int, typer.Option(help="First tokens that local heads keep.")] = 4,
     storages: Annotated[str, typer.Option(help="That heads which keep everything may take: int8,int4.")] = "",
@@ -43,6 +45,8 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
 ) -> None:
     """Find the heads of MODEL that need everything, and write a plan: for a budget, or the smallest that holds."""
     with told():
+        from torch import OutOfMemoryError
+
         from redknot_hf.plan.card import card as plan_card
         from redknot_hf.profiling import profile_heads
         from redknot_hf.profiling.figure import check_plotting, heat_map
@@ -64,11 +68,14 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
         for other in check_length or ():
             held_out += asked.prompts(other, max(2, prompts // 4, len(asked.kinds)), seed + 1)
         loaded = source.model()
-        with progress() as report:
-            found = profile_heads(
-                loaded, measured, **bounds, windows=widths, sink=sink, storages=_names(storages), method=method,
-                held_out=held_out or None, seconds=seconds, steps=steps, checkpoint=checkpoint, report=report,
-            )  # fmt: skip
+        try:
+            with progress() as report:
+                found = profile_heads(
+                    loaded, measured, **bounds, windows=widths, sink=sink, storages=_names(storages), method=method,
+                    held_out=held_out or None, seconds=seconds, steps=steps, checkpoint=checkpoint, report=report,
+                )  # fmt: skip
+        except OutOfMemoryError as e:
+            fail(e)
         plan = found.plan()
         plan.save(out)
         if card:

@@ -59,6 +59,13 @@ class Divergence:
         """
         return [self._compare(plan, i) for i in range(len(self.prompts))]
 
+    def right(self) -> Float[np.ndarray, " prompts"]:
+        """Share of each prompt's scored tokens that the unrestricted model predicts right."""
+        return np.array([
+            float((said.argmax(-1).cpu() == prompt.ids[scored_targets(prompt)].cpu()).float().mean())
+            for said, prompt in zip(self.dense, self.prompts, strict=True)
+        ])  # fmt: skip
+
     def settle(self, plan: HeadPlan, chosen: Sequence[int] | None = None) -> None:
         """Keeps the streams between the layers under a plan, so that plans like it need only the layers that differ.
 

@@ -62,13 +62,14 @@ def measure_fisher(
 def fisher(found: Found, kinds: Sequence[str]) -> Float[np.ndarray, "heads choices"]:
     """The error over some prompts, which count alike, but for kinds that the model itself cannot do at all."""
     errors, right = found
-    able = _able(right, kinds)
-    return errors[able if able.any() else ~able].mean(0)
+    return errors[able(right, kinds)].mean(0)
 
 
-def _able(right: Float[np.ndarray, " prompts"], kinds: Sequence[str]) -> Bool[np.ndarray, " prompts"]:
+def able(right: Float[np.ndarray, " prompts"], kinds: Sequence[str]) -> Bool[np.ndarray, " prompts"]:
+    """Which prompts are of kinds that the model can do, by the share of each that it predicts right; else all."""
     names = np.array(kinds)
-    return np.array([kind == _FREE_TEXT or right[names == kind].mean() >= _ABLE for kind in kinds])
+    found = np.array([kind == _FREE_TEXT or right[names == kind].mean() >= _ABLE for kind in kinds])
+    return found if found.any() else ~found
 
 
 def _finite(said: Float[Tensor, "targets vocabulary"], model: PreTrainedModel) -> Float[Tensor, "targets vocabulary"]:

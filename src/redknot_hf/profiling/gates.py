@@ -30,7 +30,7 @@ from redknot_hf.plan.plan import HeadSpec
 from redknot_hf.plan.rules import head_rules
 
 from .divergence import Divergence
-from .prompt import Prompt, fingerprint
+from .prompt import Prompt, fingerprint, halves
 
 RATE = 0.1  # of Adam, falling to a tenth
 PRICE = 0.1  # of the mean gate, in nats
@@ -133,22 +133,22 @@ def train_gates(
     until = None if seconds is None else time.perf_counter() + seconds
     key = [model.config.name_or_path, fingerprint(prompts), spec.window, spec.sink]
     divergence = Divergence(model, prompts)
-    halves = [Gates(divergence, spec, list(range(i, len(prompts), 2))) for i in range(2)]
+    both = [Gates(divergence, spec, half) for half in halves([prompt.kind for prompt in prompts])]
     if path is not None and Path(path).exists():
         saved = torch.load(path, weights_only=True)
         if saved["key"] != key:
             raise ValueError(f"{path}: holds gates of {saved['key']}, not of {key}; give another file")
-        for gates, state in zip(halves, saved["halves"], strict=True):
+        for gates, state in zip(both, saved["halves"], strict=True):
             gates.resume(state)
     saved_at = time.perf_counter()
     # In turns, so that time that runs out runs out for both.
-    for _ in _in_turns(*(gates.train(steps, tick, until) for gates in halves)):
+    for _ in _in_turns(*(gates.train(steps, tick, until) for gates in both)):
         if path is not None and time.perf_counter() - saved_at > _SAVE_SECONDS:
-            torch.save({"key": key, "halves": [gates.state() for gates in halves]}, path)
+            torch.save({"key": key, "halves": [gates.state() for gates in both]}, path)
             saved_at = time.perf_counter()
     if path is not None:
-        torch.save({"key": key, "halves": [gates.state() for gates in halves]}, path)
-    return [gates.logits.detach().sigmoid().double().cpu().numpy() for gates in halves]
+        torch.save({"key": key, "halves": [gates.state() for gates in both]}, path)
+    return [gates.logits.detach().sigmoid().double().cpu().numpy() for gates in both]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from redknot_hf.plan.plan import HeadPlan, HeadSpec
 from .divergence import Divergence
 from .drift import drift, measure_drift
 from .holders import Holders
-from .prompt import Prompt
+from .prompt import Prompt, halves
 from .search import Path, find_path, measure_path, refine
 
 _POINTS = 16  # of the joint path at which the error is measured; half as many for the narrower windows
@@ -63,8 +63,7 @@ class LossSearch:
             seconds: Time for the search, `refined` included: it may take longer by the joint path.
         """
         self.until = None if seconds is None else time.perf_counter() + seconds
-        number = len(self.divergence.prompts)
-        halves = [list(range(i, number, 2)) for i in range(2)]
+        each_half = halves([prompt.kind for prompt in self.divergence.prompts])
         prior = np.argsort(self.drifts[:, -1], kind="stable").tolist()
         each = None if seconds is None else 0.35 * seconds  # the rest is for the joint path and for `refined`
         spec = HeadSpec(self.windows[-1], self.sink)
@@ -72,7 +71,7 @@ class LossSearch:
             find_path(
                 self._measure(-1, half), prior, each, lambda h, c=half: self.divergence.settle(self.plan(h, spec), c)
             )
-            for half in halves
+            for half in each_half
         ]
         self.divergence.settled = None
         self.finished = all(path.finished for path in paths)

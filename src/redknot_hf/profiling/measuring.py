@@ -24,10 +24,12 @@ from .head_profile import HeadProfile
 from .holders import Holders
 from .loss import LossSearch
 from .mass import measure_mass
-from .prompt import Prompt, fingerprint
+from .prompt import Prompt, fingerprint, halves
 from .swaps import SwapSearch
 
 FEWEST = 2  # prompts that a profile is of, at least, however little time there is
+# What confirming a prompt takes, by what measuring one does: two forward passes to one, or to one and eight backward.
+_CONFIRMING = {"drift": 1.0, "fisher": 0.25}
 # Name of a stage, steps done, and steps in all where that is known.
 Report = Callable[[str, int, int | None], object]
 
@@ -62,7 +64,8 @@ def measured(profile: HeadProfile, job: Job) -> HeadProfile:
         tick = lambda: job.report("mass", next(steps), len(job.prompts))  # noqa: E731
         mass = measure_mass(job.model, job.prompts, windows, sink, tick)
         mass = np.stack([holders.fold(each, np.maximum) for each in mass])
-        return replace(profile, errors=mass.mean(0), halves=(mass[::2].mean(0), mass[1::2].mean(0)))
+        first, second = halves([prompt.kind for prompt in job.prompts])
+        return replace(profile, errors=mass.mean(0), halves=(mass[first].mean(0), mass[second].mean(0)))
     if profile.method == "gates":
         tick = lambda: job.report("gates", next(steps), 2 * job.steps)  # noqa: E731
         left = job.clock.left() if math.isfinite(job.clock.seconds) else None
@@ -76,31 +79,39 @@ def measured(profile: HeadProfile, job: Job) -> HeadProfile:
         return _by_path(profile, job)
     if profile.method == "drift":
         return _by_drift(profile, job)
-    found = _by_fisher(profile, job)
-    return _by_swaps(found, job) if profile.method == "loss" else found
+    if profile.method == "fisher":
+        return _by_fisher(profile, job)
+    half = job.clock.seconds / 2 if math.isfinite(job.clock.seconds) else 0.0
+    return _by_swaps(_by_fisher(profile, job, kept=half), job)
 
 
-def _ticks(stage: str, job: Job) -> Callable[[], bool]:
-    """Counts prompts, of which as many are measured as there is time for; what confirming takes is kept back."""
-    steps = count(1)
+def _ticks(stage: str, job: Job, kept: float = 0.0) -> Callable[[], bool]:
+    """Counts prompts, of which as many are measured as there is time for.
+
+    What confirming takes is kept back, and `kept` seconds more. How long a prompt takes is told by all but the first,
+    in which kernels are compiled.
+    """
+    ends: list[float] = []
 
     def tick() -> bool:
-        done = next(steps)
-        job.report(stage, done, len(job.prompts))
-        each = job.clock.taken / done
-        return done >= FEWEST and job.clock.left(_reserve(job, done)) < each
+        ends.append(job.clock.taken)
+        job.report(stage, len(ends), len(job.prompts))
+        if len(ends) < FEWEST:
+            return False
+        each = (ends[-1] - ends[0]) / (len(ends) - 1)
+        return job.clock.left(kept + each * _CONFIRMING[stage] * len(job.confirming)) < each
 
     return tick
 
 
-def _by_fisher(profile: HeadProfile, job: Job) -> HeadProfile:
-    """Measures as many prompts as there is time for."""
-    errors, right = measure_fisher(job.model, job.prompts, profile.choices, _ticks("fisher", job))
+def _by_fisher(profile: HeadProfile, job: Job, kept: float = 0.0) -> HeadProfile:
+    """Measures as many prompts as there is time for, when so many seconds are kept."""
+    errors, right = measure_fisher(job.model, job.prompts, profile.choices, _ticks("fisher", job, kept))
     kinds = [prompt.kind for prompt in job.prompts[: len(errors)]]
-    every, *halves = (slice(None), slice(0, None, 2), slice(1, None, 2))
     holders = Holders.of(job.model.config)
     whole, first, second = (
-        holders.fold(fisher((errors[some], right[some]), kinds[some])) for some in (every, *halves)
+        holders.fold(fisher((errors[some], right[some]), [kinds[i] for i in some]))
+        for some in (list(range(len(kinds))), *halves(kinds))
     )
     used = provenance_of(job.model, job.prompts[: len(errors)])
     return replace(profile, errors=whole, halves=(first, second), provenance=used)
@@ -110,20 +121,23 @@ def _by_drift(profile: HeadProfile, job: Job) -> HeadProfile:
     """Measures as many prompts as there is time for."""
     sums = measure_drift(job.model, job.prompts, profile.choices, _ticks("drift", job))
     holders = Holders.of(job.model.config)
-    whole, *halves = (holders.fold(drift(part) ** 2) ** 0.5 for part in (sums, sums[::2], sums[1::2]))
-    used = provenance_of(job.model, job.prompts[: len(sums)])
-    return replace(profile, errors=whole, halves=(halves[0], halves[1]), provenance=used)
+    used = job.prompts[: len(sums)]
+    parts = (sums, *(sums[half] for half in halves([prompt.kind for prompt in used])))
+    whole, first, second = (holders.fold(drift(part) ** 2) ** 0.5 for part in parts)
+    return replace(profile, errors=whole, halves=(first, second), provenance=provenance_of(job.model, used))
 
 
 def _by_swaps(profile: HeadProfile, job: Job) -> HeadProfile:
     """Fisher's plan for the target, its choices swapped; the errors stay Fisher's."""
     errors = np.concatenate([profile.errors, np.zeros((len(profile.errors), 1))], 1)
+    begun = job.clock.taken
     search = SwapSearch(
         job.model, job.prompts, profile.choices, profile.costs(), errors,
         lambda passes: job.report("loss", passes, None),
     )  # fmt: skip
-    found = search.run(profile.picks(), profile.bytes_allowed(), job.clock, _reserve(job, len(job.prompts)))
-    swaps = {"passes": search.proposing.measured + search.deciding.measured, "finished": search.finished}
+    dense = (job.clock.taken - begun) / len(job.prompts)  # a forward pass; confirming takes two
+    found = search.run(profile.picks(), profile.bytes_allowed(), job.clock, 2 * dense * len(job.confirming))
+    swaps = {"passes": search.divergence.measured, "finished": search.finished}
     swaps |= {"kl_by_swaps": [round(kl, 5) for kl in search.kl]}
     return replace(profile, searched=tuple(map(int, found)), provenance={**profile.provenance, **swaps})
 
@@ -136,9 +150,7 @@ def _by_path(profile: HeadProfile, job: Job) -> HeadProfile:
         job.model, job.prompts, profile.windows, max(spec.sink for spec in profile.choices),
         lambda passes: job.report("loss", passes, None),
     )  # fmt: skip
-    errors, halves = search.run(
-        job.clock.left(_reserve(job, len(job.prompts))) if math.isfinite(job.clock.seconds) else None
-    )
+    errors, halves = search.run(job.clock.left(_reserve(job)) if math.isfinite(job.clock.seconds) else None)
     profile = replace(profile, errors=errors, halves=halves)
     if profile.target:
         profile = replace(profile, errors=search.refined(profile.errors, profile.plan()))
@@ -146,9 +158,9 @@ def _by_path(profile: HeadProfile, job: Job) -> HeadProfile:
     return replace(profile, provenance={**profile.provenance, **found})
 
 
-def _reserve(job: Job, done: int) -> float:
-    """Seconds that confirming may take: as many a prompt as measuring takes, which does more to each."""
-    return job.clock.taken / done * len(job.confirming)
+def _reserve(job: Job) -> float:
+    """Seconds that confirming may take: as many a prompt as all that was done to each so far, which was more."""
+    return job.clock.taken / len(job.prompts) * len(job.confirming)
 
 
 def provenance_of(model: PreTrainedModel, prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     Raises:
         ValueError: The model cannot be profiled, a prompt is no longer than the widest window, a budget is impossible,
             no budget holds, or the model computes NaN.
+        torch.OutOfMemoryError: The device is too small for the method's gradients.
     """
     check_model(model)
     if method not in METHODS:
@@ -111,8 +112,20 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
     profile = _blank(job, method, _choices(windows, sink, storages, method), target)
     if target:
         profile.plan()  # an impossible budget is told before the work
-    profile = _confirmed(measured(profile, job), job, search=max_kl is not None and not target)
+    profile = _confirmed(_measured(profile, job), job, search=max_kl is not None and not target)
     return replace(profile, provenance={**profile.provenance, "seconds": round(job.clock.taken, 1)})
+
+
+def _measured(profile: HeadProfile, job: Job) -> HeadProfile:
+    try:
+        return measured(profile, job)
+    except torch.OutOfMemoryError as e:
+        if profile.method not in _BY_GRADIENTS:
+            raise
+        raise torch.OutOfMemoryError(
+            f"method={profile.method!r} keeps what gradients need and ran out of memory on prompts of "
+            f"{profile.length} tokens: give shorter prompts, or profile by drift, a forward pass a prompt"
+        ) from e
 
 
 def _blank(job: Job, method: str, choices: tuple[HeadSpec, ...], target: Mapping[str, Number]) -> HeadProfile:

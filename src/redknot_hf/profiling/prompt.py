@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,18 @@ def held_apart(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     enough = len(prompts) >= 4
     held = {i for of in kinds.values() if enough and len(of) > 1 for i in of[3::4] or of[-1:]}
     return [p for i, p in enumerate(prompts) if i not in held], [p for i, p in enumerate(prompts) if i in held]
+
+
+def halves(kinds: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Places of two halves of some prompts, of their kinds: each kind is dealt to both in turns.
+
+    Halves of every second prompt would not be alike: calibration makes prompts of an even number of kinds, in turns.
+    """
+    firsts, seen, found = list(dict.fromkeys(kinds)), Counter[str](), ([], [])
+    for place, kind in enumerate(kinds):
+        found[(firsts.index(kind) + seen[kind]) % 2].append(place)
+        seen[kind] += 1
+    return found
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:

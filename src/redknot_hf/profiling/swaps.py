@@ -13,9 +13,10 @@ from redknot_hf.plan.plan import HeadPlan, HeadSpec
 from .allocation import allocate
 from .clock import Clock
 from .divergence import Divergence
+from .fisher import able
 from .holders import Holders
 from .mixture import Mixture, mixed_in
-from .prompt import Prompt
+from .prompt import Prompt, halves
 
 _SHARE = 0.15  # of the heads may change in the first round
 _ROUNDS = 24
@@ -29,17 +30,21 @@ class SwapSearch:
 
     A round asks one backward pass a prompt how the KL would move if a little of every other choice were mixed into
     every head. The changes that promise most for the bytes are made together, as many as the last rounds bore out, and
-    stay if the KL on the other prompts falls.
+    stay if the KL on the other prompts falls. Kinds of prompts that the model itself cannot do have no part in it, as
+    in Fisher's errors: it is sure of none of their tokens, so their KL would be most of all.
 
     Args:
         model: The model.
-        prompts: Two or more; every second one proposes, the others decide.
+        prompts: Two or more; half of every kind proposes, the other half decides.
         choices: What a head may keep; everything is one choice more.
         costs: Bytes of every choice, everything included, of the heads that hold keys.
         errors: Of every choice, likewise; those of a plan add up.
         tick: Called with the forward passes done so far.
 
     Attributes:
+        divergence: Of all prompts.
+        proposing: Which of them propose.
+        deciding: Which of them decide.
         kl: Of the deciding prompts, after each change that was kept.
         finished: Whether the search had the time that it needed.
     """
@@ -55,7 +60,10 @@ class SwapSearch:
     ) -> None:
         self.model, self.costs, self.errors, self.tick = model, costs, errors, tick
         self.choices, self.holders = (*choices, HeadSpec()), Holders.of(model.config)
-        self.proposing, self.deciding = Divergence(model, prompts[::2]), Divergence(model, prompts[1::2])
+        self.divergence, kinds = Divergence(model, prompts), [prompt.kind for prompt in prompts]
+        kept = np.flatnonzero(able(self.divergence.right(), kinds))
+        kept = kept if len(kept) > 1 else np.arange(len(prompts))
+        self.proposing, self.deciding = (kept[half].tolist() for half in halves([kinds[i] for i in kept]))
         self.kl: list[float] = []
         self.finished = False
 
@@ -88,8 +96,8 @@ class SwapSearch:
         return best
 
     def _measure(self, picks: Picks) -> float:
-        found = float(self.deciding(self._plan(picks)).mean())
-        self.tick(self.proposing.measured + self.deciding.measured)
+        found = float(self.divergence(self._plan(picks), self.deciding).mean())
+        self.tick(self.divergence.measured)
         return found
 
     def _plan(self, picks: Picks) -> HeadPlan:
@@ -119,10 +127,10 @@ class SwapSearch:
     def _slopes(self, picks: Picks) -> Table:
         """How the mean KL of the proposing prompts moves with the share of each choice that is mixed into a head."""
         total = np.zeros((len(picks), len(self.choices)))
-        for i in range(len(self.proposing.prompts)):
+        for i in self.proposing:
             mixture = Mixture(self.model, self._plan(picks), self.choices)
             with mixed_in(self.model, mixture):
-                self.proposing.loss(i).backward()
+                self.divergence.loss(i).backward()
             total += self.holders.fold(mixture.slopes())
-            self.tick(self.proposing.measured + self.deciding.measured)
-        return total / len(self.proposing.prompts)
+            self.tick(self.divergence.measured)
+        return total / len(self.proposing)
