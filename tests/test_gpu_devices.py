@@ -6,7 +6,7 @@ import torch
 from families import VOCABULARY, make_model
 from served import SIZES, all_free
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, prompt
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, captured_decoding, prompt
 from redknot_hf.cache.cache import row_layers
 from redknot_hf.serving import Engine, Sampling
 
@@ -84,3 +84,22 @@ def test_sequences_of_two_devices_go_to_the_host_and_back(second):
     assert engine.drain()
     assert [low.result(), high.result()] == expected
     assert engine.scheduler.preemptions["swap"] == 1
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs two accelerators")
+@pytest.mark.parametrize("how", ["engine", "captured_decoding"])
+def test_a_model_that_is_not_on_the_current_device(how):
+    asked, found = texts(150, 90, 40), []
+    for device in range(2):
+        model = make_model("llama").cuda(device)
+        plan = plan_of(model)
+        if how == "engine":
+            with Engine(model, plan, **SIZES | {"memory": 1 << 23}) as engine:
+                found.append([request.ids for request in engine.generate(asked, Sampling(30))])
+                assert engine.reader.seats.replays
+            continue
+        cache, ids = RedKnotCache(model.config, plan, page_size=16, max_cache_len=256), torch.tensor(asked[:1])
+        out = model.generate(ids.cuda(device), past_key_values=cache, custom_generate=captured_decoding,
+                             max_new_tokens=30, do_sample=False)  # fmt: skip
+        found.append(out.tolist())
+    assert found[0] == found[1]

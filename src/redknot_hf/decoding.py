@@ -60,7 +60,8 @@ def captured_decoding(
     chooser.count += 1
     step = _Step(model, cache, chooser, mask)
     # As in generate's own loop: experts then do not ask the host how many tokens each one got.
-    with model._optimize_model_for_decode():  # pyright: ignore[reportCallIssue]
+    # A graph is captured on the current device, which may be another.
+    with torch.cuda.device_of(input_ids), model._optimize_model_for_decode():  # pyright: ignore[reportCallIssue]
         while chooser.count < longest and not chooser.all_ended():
             for _ in range(min(LOOK, longest - chooser.count)):
                 step()

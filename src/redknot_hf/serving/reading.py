@@ -73,6 +73,10 @@ class Reader:
 
     def run(self, work: Work) -> None:
         """Does what was planned; a request in which something goes wrong ends alone."""
+        with torch.cuda.device_of(self.seats.last):  # graphs and events are the current device's, which others chose
+            self._run(work)
+
+    def _run(self, work: Work) -> None:
         if work.decode:
             self._decode(work.decode)
         short = [x for x in work.chunks if self._is_short(*x)]
