@@ -34,7 +34,8 @@ def test_ends_of_prompts_are_read_together(model):
     text = prompts_of(9, 2, longest=90)[0][-1] * 3
     asked = [text[:3], text[5:21], text[3:23], text[9:18]]
     for captures in (False, True):  # on a device without graphs replays are steps
-        engine = Engine(model, plan, **SIZES | {"max_batch": 4, "chunk": 64})
+        with torch.inference_mode():  # what was made there can be written outside of it
+            engine = Engine(model, plan, **SIZES | {"max_batch": 4, "chunk": 64})
         seats, rows = engine.reader.seats, []
         seats.captures, run = captures, seats._forward_of
         seats._forward_of = lambda asked, run=run, rows=rows: (rows.append(tuple(asked.shape)), run(asked))[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -124,6 +125,8 @@ def _run(engine: Engine, settings: Settings, listening: Any, drain: float) -> No
     longest, pages = app.state.service.longest, engine.memory.used()["total"]
 
     def ready() -> None:
+        gc.collect()
+        gc.freeze()  # what is there stays: to look through all of it again and again would hold steps up
         tell(f"{settings.name}: {where} is a page to look at, {where}/v1 the API")
         tell(f"{pages / 2**20:,.0f} MiB of pages: {engine.max_batch} requests at once, of up to {longest:,} tokens")
 
@@ -136,5 +139,6 @@ def _run(engine: Engine, settings: Settings, listening: Any, drain: float) -> No
     server = Server(app, engine, drain, ready, lost, log_level="warning")
     with engine, suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
+    gc.unfreeze()
     if lost() and engine.error is not None:
         fail(engine.error)

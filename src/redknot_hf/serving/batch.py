@@ -55,7 +55,8 @@ class Seats:
         self.device = input_device(self.model)
         self._layers = memory.places()
         self.tables = Tables(self._layers, seats, -(-longest // memory.page_size))
-        self.numbers = Numbers.of(seats, self.device)
+        with torch.inference_mode(False):
+            self.numbers = Numbers.of(seats, self.device)
         self._who: list[_Seated | None] = [None] * seats
         capture = capture and self.device.type == "cuda" and [*self._layers] == [self.device]
         capture = capture and first.kernels.captured is not None
@@ -212,7 +213,8 @@ class Seats:
             known = F.pad(lengths, (0, 1)).to(device).repeat(len(layers), 1)
             counts += known
             if (device, len(at)) not in self._cold_counts:
-                self._cold_counts[device, len(at)] = ColdCounts(layers, len(at), device)
+                with torch.inference_mode(False):
+                    self._cold_counts[device, len(at)] = ColdCounts(layers, len(at), device)
             grown = self._cold_counts[device, len(at)]
             grown.set(cold.to(device))
             frozen |= grown.of
