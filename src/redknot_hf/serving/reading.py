@@ -73,7 +73,7 @@ class Reader:
 
     def run(self, work: Work) -> None:
         """Does what was planned; a request in which something goes wrong ends alone."""
-        with torch.cuda.device_of(self.seats.numbers.last):  # graphs and events are the current device's, which others chose
+        with torch.cuda.device_of(self.seats.numbers.last):  # where graphs and events are, and may not be otherwise
             self._run(work)
 
     def _run(self, work: Work) -> None:
