@@ -35,7 +35,7 @@ def test_what_readme_says_starts_it_and_it_ends_when_it_is_told():
     command = [sys.executable, "-c", "from redknot_cli import app; app()", *START, "--port", "0", "--store", "memory"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(
-        [*command, "--dtype", "float32"], env=environment, cwd=ROOT, text=True,
+        [*command, "--dtype", "float32", "--compiled"], env=environment, cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:

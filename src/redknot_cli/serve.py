@@ -44,6 +44,9 @@ def serve(  # noqa: PLR0913 - every one is an option of the command
     chunk: Annotated[int, typer.Option(help="Tokens of prompts read in a step, at most.")] = 2048,
     preempt: Annotated[str, typer.Option(help="Whoever gives way: swap, recompute, or none does.")] = "swap",
     parked: Annotated[float, typer.Option(help="Share of the pages for prefixes kept for later.")] = 0.5,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Compile steps of decoding on a GPU: shorter ones, a longer start.")
+    ] = False,
     queue: Annotated[int, typer.Option(help="Requests that wait, at most; others are told to come again.")] = 256,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which an answer is given up.")] = None,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request, at most.")] = 8 << 20,
@@ -62,7 +65,7 @@ def serve(  # noqa: PLR0913 - every one is an option of the command
         check_parts()
         from redknot_hf.plan.plan import HeadPlan
         from redknot_hf.reuse.store import SegmentStore
-        from redknot_hf.serving import Engine
+        from redknot_hf.serving import Engine, Sampling
         from redknot_hf.serving.server import Settings
         from redknot_hf.serving.server.running import bound
         from redknot_hf.serving.server.settings import check_door
@@ -85,8 +88,10 @@ def serve(  # noqa: PLR0913 - every one is an option of the command
         engine = Engine(
             loaded, held, tokenizer=source.tokenizer() if leads else None, store=segments, memory=memory,
             max_batch=max_batch, max_len=max_len, chunk=chunk, preempt=None if preempt == "none" else preempt,
-            parked=parked, queue=queue,
+            parked=parked, queue=queue, compiled=compiled,
         )  # fmt: skip
+        if compiled and ranks.count() == 1:  # before anybody waits for it
+            engine.generate([[0]], Sampling(max_new_tokens=2, ignore_eos=True))
         if leads:
             # torchrun kills what has not ended half a minute after it was told to.
             _run(engine, settings, listening, drain if drain is not None else 30 if ranks.count() == 1 else 20)
