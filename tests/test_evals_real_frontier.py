@@ -92,7 +92,7 @@ def test_all_global_is_dense_and_figures_are_paired(measured, tmp_path):
     generator = torch.Generator().manual_seed(1)
     plans = [
         compared.Contender("drift", 0.3, 0.3, drift.plan(budget=0.3)),
-        compared.Contender("all", 1.0, 1.0, HeadPlan.uniform(model.config, HeadSpec())),
+        compared.Contender("all", 0.3, 1.0, HeadPlan.uniform(model.config, HeadSpec())),
     ]
     lines = [json.dumps({"length": 300, "texts": "", "hardware": {"device": "none"}})]
     for index in range(6):
@@ -100,7 +100,8 @@ def test_all_global_is_dense_and_figures_are_paired(measured, tmp_path):
         item.answers = {task: [[100 + 20 * i, 101 + 20 * i], [110 + 20 * i]] for i, task in enumerate(TASKS)}
         lines += [json.dumps(row) for row in asked(model, index, item, plans)]
     (tmp_path / "items.jsonl").write_text("\n".join(lines) + "\n")
-    found = {line["method"]: line for line in summarize(tmp_path / "items.jsonl")}
+    found = {line["method"]: line for line in summarize(tmp_path / "items.jsonl", against="all")}
+    assert [name for name, line in found.items() if "beyond" in line] == ["drift"]
     assert {line["items"] for line in found.values()} == {6}
     for task in TASKS:
         assert found["all"]["tasks"][task]["kl"][0] == pytest.approx(0, abs=1e-5)
@@ -108,6 +109,7 @@ def test_all_global_is_dense_and_figures_are_paired(measured, tmp_path):
         assert found["all"]["tasks"][task]["apart"] == [0, 0, 0]
         value, low, high = found["drift"]["tasks"][task]["kl"]
         assert 0 < low < value < high
+        assert found["drift"]["beyond"][task]["kl"] == pytest.approx([value, low, high], abs=1e-5), "of dense itself"
         assert found["drift"]["tasks"][task]["answers"] == 12
     assert "| 0.30 | drift |" in table(list(found.values()))
     arguments = ["summarize", str(tmp_path / "items.jsonl"), "--out", str(tmp_path / "out.jsonl")]

@@ -31,10 +31,13 @@ def test_answers_are_those_of_the_real_model():
     dense = right("dense", 1.0)
     assert f"{dense:.0f} % of four kinds" in README
     for name, method, budget in (
-        ("RedKnot, plan for 28 %", "drift", 0.28),
-        ("RedKnot, plan for 20 %", "drift", 0.2),
+        ("RedKnot, plan for 28 %", "fisher", 0.28),
+        ("RedKnot, plan for 20 %", "fisher", 0.2),
+        ("RedKnot, plan for 10 %", "fisher", 0.1),
         ("every head in int8", "int8 everywhere", 0.53),
         ("every head in int4", "int4 everywhere", 0.28),
+        ("`QuantizedCache`, quanto, 4 bits", "transformers quanto 4 bits", 0.28),
+        ("kvpress, AdaKV over SnapKV", "kvpress AdaKV SnapKV", 0.2),
         ("windows by attention mass", "mass", 0.2),
         ("a sliding window with sink", "streaming", 0.2),
     ):

@@ -94,12 +94,13 @@ def summarize_items(
     items: Annotated[list[Path], typer.Argument(help="the items.jsonl that `frontier` has written")],
     out: Annotated[Path, typer.Option(help="file for a JSON line a method and budget")],
     figure: Annotated[Path | None, typer.Option(help="picture to draw")] = None,
+    against: Annotated[str, typer.Option(help="method that others are held against at equal budgets")] = "fisher",
 ) -> None:
     """Make figures with paired intervals of what `frontier` has written, and print the table."""
     from evals.real.summary import draw, summarize, table, write
 
     try:
-        lines = summarize(*items)
+        lines = summarize(*items, against=against)
     except (OSError, ValueError) as e:
         raise SystemExit(f"error: {e}") from e
     write(lines, out)

@@ -15,11 +15,13 @@ Line = dict[str, Any]
 _SHOWN = ("drift", "fisher", "loss", "windows only", "storages only", "mass", "streaming", "random")
 
 
-def summarize(*sources: Path) -> list[Line]:
+def summarize(*sources: Path, against: str = "fisher") -> list[Line]:
     """A line for every method and budget of the items files of one length, by rising budget; each item counts once.
 
     Of every task: `answers`, `right` (share, in points), `apart` (points to dense on the same answers: value, low,
-    high), `kl` (nats a token: value, low, high), `top1` (share of tokens as dense, in points).
+    high), `kl` (nats a token: value, low, high), `top1` (share of tokens as dense, in points). Where a method that is
+    named has a plan for the same budget, `beyond` says what a line has more than that, item by item: `apart` in points
+    and `kl` in nats.
 
     Raises:
         ValueError: The files are of several lengths, or of texts of several versions of Python; or one does not say.
@@ -40,6 +42,7 @@ def summarize(*sources: Path) -> list[Line]:
             found = sorted({other[what] for other in heads})
             raise ValueError(f"the items are of several {what}, {found}: summarize each apart")
     dense = {row["item"]: row["tasks"] for row in rows if row["method"] == "dense"}
+    named = {(row["budget"], row["item"]): row["tasks"] for row in rows if row["method"] == against}
 
     def name(row: Line) -> tuple[float, str]:
         return row["budget"], row["method"]
@@ -52,6 +55,9 @@ def summarize(*sources: Path) -> list[Line]:
             {"benchmark": "real_frontier", "length": head["length"], "method": method, "budget": budget,
              "kept": same[0]["kept"], "items": len(same), "tasks": tasks, "hardware": head["hardware"]}
         )  # fmt: skip
+        other = {row["item"]: named[budget, row["item"]] for row in same if (budget, row["item"]) in named}
+        if method != against and len(other) == len(same):
+            found[-1]["beyond"] = {"method": against, **{task: _beyond(task, same, other) for task in tasks}}
     return found
 
 
@@ -65,6 +71,16 @@ def _figures(task: str, rows: Sequence[Line], dense: dict[int, Any]) -> Line:
         "kl": estimate(clusters, (kl, tokens), lambda total, n: total / n).to_json(),
         "top1": round(100 * sum(same) / sum(tokens), 2),
     }  # fmt: skip
+
+
+def _beyond(task: str, rows: Sequence[Line], others: dict[int, Any]) -> Line:
+    clusters = [row["item"] for row in rows]
+    mine, theirs = [row["tasks"][task] for row in rows], [others[item][task] for item in clusters]
+    answers, right, tokens, _, kl, _ = zip(*mine, strict=True)
+    _, their_right, _, _, their_kl, _ = zip(*theirs, strict=True)
+    apart = estimate(clusters, (right, their_right, answers), lambda mine, other, n: 100 * (mine - other) / n)
+    divergence = estimate(clusters, (kl, their_kl, tokens), lambda mine, other, n: (mine - other) / n)
+    return {"apart": apart.to_json(), "kl": divergence.to_json()}
 
 
 def write(lines: Iterable[Line], path: Path) -> None:
@@ -93,9 +109,11 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure((4 * len(TASKS), 7), layout="constrained")
+    colours = dict(zip(_series(lines), map(tuple, colormaps["tab20"](range(20))), strict=False))
     panels = figure.subplots(2, len(TASKS), sharex=True)
     for column, task in enumerate(TASKS):
         for what, rows in _series([line for line in lines if task in line["tasks"]]).items():
@@ -104,6 +122,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
                 "marker": "o",
                 "markersize": 3,
                 "label": what,
+                "color": colours[what],
                 "linewidth": 2 if what in ("drift", "fisher", "loss") else 1,
             }
             panels[0][column].plot(kept, [line["tasks"][task]["right"] for line in rows], **style)
@@ -112,7 +131,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         panels[0][column].axhline(dense, color="black", linewidth=0.8, linestyle="--")
         panels[0][column].set(title=task, ylabel="right, %" if not column else "")
         panels[1][column].set(yscale="log", xlabel="bytes kept", ylabel="KL, nats a token" if not column else "")
-    panels[0][0].legend(fontsize="small")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
 

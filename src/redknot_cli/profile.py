@@ -20,9 +20,7 @@ def profile(  # noqa: PLR0913 - every one is an option of the command
     max_kl: Annotated[
         float, typer.Option(help="KL, nats a token, that a plan which holds may be off; without a bound, the smallest")
     ] = options.MAX_KL,
-    method: Annotated[
-        str, typer.Option(help="drift; fisher, best under a quarter of the bytes; loss, mass, gates.")
-    ] = "drift",
+    method: Annotated[str, typer.Option(help="drift; fisher, to try for few bytes; loss, mass, gates.")] = "drift",
     windows: Annotated[str | None, typer.Option(help="Of local heads; 64,256,1024 and a quarter of --length.")] = None,
     sink: Annotated[int, typer.Option(help="First tokens that local heads keep.")] = 4,
     storages: Annotated[str, typer.Option(help="That heads which keep everything may take: int8,int4.")] = "",

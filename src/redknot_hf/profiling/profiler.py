@@ -65,11 +65,11 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
         sink: First tokens that local heads keep.
         storages: Of fewer bits, that a head which keeps everything may take: of `"int8"` and `"int4"`.
         method: `"drift"`: error of the head's output, one forward pass a prompt. `"fisher"`: what that does to the
-            predictions, by eight backward passes a prompt. `"loss"`: KL divergence of the predictions; for a budget of
-            bytes the plan of fisher, whose choices are swapped while the KL falls, else a search that restricts heads
-            together, in hundreds of forward passes. `"mass"`: attention outside of the
-            window, the paper's criterion. `"gates"`: gates between full and windowed output, trained by distillation;
-            one window.
+            predictions, by eight backward passes a prompt; to try below a quarter of the bytes. `"loss"`: KL
+            divergence of the predictions; for a budget of bytes the plan of fisher, whose choices are swapped while
+            the KL falls, else a search that restricts heads together, in hundreds of forward passes. `"mass"`:
+            attention outside of the window, the paper's criterion. `"gates"`: gates between full and windowed output,
+            trained by distillation; one window.
         held_out: Prompts like `inputs`, of any lengths, on which the plan for the target is confirmed. By default a
             quarter of the inputs of every kind is held out, where there are four or more; they have no part in the
             profile.
