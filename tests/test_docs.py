@@ -1,6 +1,8 @@
 """The code blocks of README and docs run, on a small model and in the order in which they stand on their page."""
 
 import re
+import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,6 @@ from families import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import redknot_cli
 import redknot_hf
 import redknot_hf.profiling
 from redknot_hf import HeadPlan, HeadSpec
@@ -63,18 +64,27 @@ def test_python_of_the_pages_runs(page, given, monkeypatch):
         exec(compile(code, str(page), "exec"), given)
 
 
-@pytest.mark.parametrize("line", [
-    line for page, code in blocks("") for line in code.splitlines() if line.startswith(("redknot ", "python -m evals"))
-])  # fmt: skip
-def test_options_of_the_pages_are_there(line):
-    words = line.split("#")[0].split()
-    program = redknot_cli.app
-    command = words[1:2]
-    if words[0] == "python":
-        from evals.__main__ import app as program
+def commands():
+    """Lines of shell blocks, fenced and indented, that begin with one of our commands, in this order."""
+    lines = [line for page, code in blocks("") for line in code.splitlines()]
+    told = [*PAGES, ROOT / "evals" / "README.md", ROOT / "CONTRIBUTING.md"]
+    lines += [line.strip() for page in told for line in page.read_text().splitlines() if line.startswith("    ")]
+    return [line for line in dict.fromkeys(lines) if line.startswith(tuple(PROGRAMS))]
 
-        command = words[3:4]
-    told = CliRunner().invoke(program, [*command, "--help"], env={"COLUMNS": "300"})
+
+PROGRAMS = {
+    "redknot ": "redknot_cli",
+    "python -m evals ": "evals.__main__",
+    "python -m evals.real ": "evals.real.__main__",
+}
+
+
+@pytest.mark.parametrize("line", commands())
+def test_options_of_the_pages_are_there(line):
+    name = next(name for name in PROGRAMS if line.startswith(name))
+    words = shlex.split(line.removeprefix(name), comments=True)
+    asked = words[:2] if words[0] in ("plan", "bench") else words[:1]
+    told = CliRunner().invoke(import_module(PROGRAMS[name]).app, [*asked, "--help"], env={"COLUMNS": "300"})
     assert told.exit_code == 0, told.output
     for option in (word for word in words if word.startswith("--")):
         assert option in told.output
