@@ -1,30 +1,42 @@
 """What every test runs under."""
 
 import importlib.util
+import math
 import os
 
 import pytest
-import quick_shapes
-import torch
-from quick_interpreter import quicken
 
-quick_shapes.quicken()
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before the modules are imported
-    if importlib.util.find_spec("triton"):
-        quicken()
 
-# Tests are many and small: one thread each is faster than two that wait for each other.
-torch.set_num_threads(1)
+def pytest_configure(config):
+    """Prepares a process that runs tests; one that only hands them to others is waited for, and needs no torch."""
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        prepare()
 
-# `with device:` knows `torch.empty` by what it is when first used, and must not take the poisoned one for it.
-with torch.device("cpu"):
-    torch.empty(0)
+
+def prepare():
+    import quick_shapes
+    import torch
+    from quick_interpreter import quicken
+
+    quick_shapes.quicken()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before modules are imported
+        if importlib.util.find_spec("triton"):
+            quicken()
+
+    # Tests are many and small: one thread each is faster than two that wait for each other.
+    torch.set_num_threads(1)
+
+    # `with device:` knows `torch.empty` by what it is when first used, and must not take the poisoned one for it.
+    with torch.device("cpu"):
+        torch.empty(0)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Memory that is allocated without being written holds NaN, so that reading it shows."""
+    import torch
+
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
 
@@ -32,7 +44,7 @@ def poisoned_memory(monkeypatch):
 def _poisoned(make):
     def poison(*args, **kwargs):
         tensor = make(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+        return tensor.fill_(math.nan) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
 
     return poison
 

@@ -22,7 +22,7 @@ from redknot_hf.profiling import fisher, profile_heads, python_texts
 
 @pytest.fixture(scope="module")
 def some(byte_tokenizer):
-    return list(items(byte_tokenizer, docstrings()[:60_000], 9000, 2))
+    return list(items(byte_tokenizer, python_texts()[0][:60_000], 9000, 2))
 
 
 def test_items_are_as_long_as_asked_and_ask_what_they_say(some, byte_tokenizer):
@@ -31,12 +31,13 @@ def test_items_are_as_long_as_asked_and_ask_what_they_say(some, byte_tokenizer):
         assert {task: len(answers) for task, answers in item.answers.items()} == {
             "numbers": 10, "words": 14, "codes": 10, "copied": 88, "text": 256,
         }  # fmt: skip
+        whole = byte_tokenizer.decode(item.ids)
         for task, before in (("numbers", ":"), ("words", '"'), ("codes", " =")):
             for answer in item.answers[task]:
                 said = byte_tokenizer.decode([item.ids[place] for place in answer])
-                asked_for = byte_tokenizer.decode(item.ids[: answer[0]]).splitlines()[-1]
+                asked_for = byte_tokenizer.decode(item.ids[answer[0] - 80 : answer[0]]).splitlines()[-1]
                 assert asked_for.endswith(before)
-                assert asked_for + said in byte_tokenizer.decode(item.ids[: answer[0] - len(asked_for)])
+                assert whole.count(f"\n{asked_for}{said}") == 2, "where it is said, and where it is asked for"
         copied = [place for (place,) in item.answers["copied"]]
         passage = byte_tokenizer.decode([item.ids[place] for place in copied])
         assert passage in byte_tokenizer.decode(item.ids[: copied[0]])
@@ -44,10 +45,10 @@ def test_items_are_as_long_as_asked_and_ask_what_they_say(some, byte_tokenizer):
 
 
 def test_the_same_arguments_ask_the_same(some, byte_tokenizer):
-    again = list(items(byte_tokenizer, docstrings()[:60_000], 9000, 1))
+    again = list(items(byte_tokenizer, python_texts()[0][:60_000], 9000, 1))
     assert again[0] == some[0]
     with pytest.raises(ValueError, match="length is 900: an item of this tokenizer needs"):
-        next(items(byte_tokenizer, docstrings()[:60_000], 900, 1))
+        next(items(byte_tokenizer, python_texts()[0][:60_000], 900, 1))
     with pytest.raises(ValueError, match="the text has 100 tokens"):
         next(items(byte_tokenizer, "x" * 100, 9000, 1))
 
