@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "evals" / "results"
@@ -43,6 +45,33 @@ def test_answers_are_those_of_the_real_model():
     ):
         kept = found[method, budget]["kept"]
         assert row(name) == [round(1 / kept, 1), None, None, round(100 * right(method, budget) / dense)], name
+
+
+NAMES = {
+    "dense": "dense", "by fisher": "fisher", "by drift": "drift", "by drift at 2K": "drift at 2K",
+    "plan by fisher": "fisher", "plan by drift": "drift", "windows only, by drift": "windows only",
+    "int8 everywhere": "int8 everywhere", "int4 everywhere": "int4 everywhere", "streaming": "streaming",
+    "windows, by attention mass": "mass", "windows by attention mass": "mass",
+    "drift's choices, dealt at random": "random 0", "kvpress, AdaKV over SnapKV": "kvpress AdaKV SnapKV",
+    "kvpress, AdaKV over expected attention": "kvpress AdaKV ExpectedAttention",
+    "QuantizedCache, quanto, 4 bits": "transformers quanto 4 bits",
+    "QuantizedCache, hqq, 4 bits": "transformers hqq 4 bits",
+    "QuantizedCache, quanto, 2 bits": "transformers quanto 2 bits",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "rows"), [("plans", 33), ("measured", 11)])
+def test_tables_of_the_real_model_are_the_results(page, rows):
+    lines = map(json.loads, (RESULTS / "real" / "frontier.jsonl").read_text().splitlines())
+    found = {(line["method"], round(100 * line["kept"])): line["tasks"] for line in lines}
+    text = (ROOT / "docs" / f"{page}.md").read_text().replace("`", "")
+    told = re.findall(rf"^\| (\d+) % \| ({'|'.join(NAMES)}) \| (.*) \|$", text, re.M)
+    assert len(told) == rows
+    for kept, name, cells in told:
+        tasks = found[NAMES[name], int(kept)]
+        for cell, task in zip(filter(None, cells.split(" | ")), (*KINDS, "text"), strict=False):
+            right, kl = tasks[task]["right"], tasks[task]["kl"][0]
+            assert cell.strip("| ") in ("", f"{right:.1f}", f"{right:.1f} ({kl:.3f})"), (kept, name, task)
 
 
 def test_times_are_those_of_the_8b_shape():
