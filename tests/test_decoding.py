@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import VOCABULARY, make_model
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, captured_decoding
+from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, captured_decoding, decoding
 
 pytestmark = pytest.mark.core
 
@@ -92,3 +92,15 @@ def test_what_it_cannot_do_is_refused_before_work(model, slots, options, message
             **options,
         )  # fmt: skip
     assert cache.get_seq_length() == 0
+
+
+def test_each_device_has_one_stream_to_capture_on(monkeypatch):
+    """What torch takes by itself belongs to the device on which the first graph was captured."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
+    first, second = (torch.device("cuda", i) for i in range(2))
+    decoding.capture_stream.cache_clear()
+    streams = [decoding.capture_stream(device) for device in (first, second, first, second)]
+    decoding.capture_stream.cache_clear()
+    assert made == [first, second]
+    assert streams[0] is streams[2] is not streams[1] is streams[3]

@@ -1,12 +1,15 @@
 """The benchmark of ranks: what one device does, which several are held against."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from evals.benchmarks import ranks
 from evals.benchmarks.commands import ranks as command
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_steps_of_one_device_are_timed_in_which_all_decode(tmp_path):
@@ -26,3 +29,14 @@ def test_steps_of_one_device_are_timed_in_which_all_decode(tmp_path):
     assert "the first request had its 1 tokens before the last one was read" in str(done.exception)
     assert not ranks.against_one(out, two | {"length": 200})
     assert not ranks.against_one(tmp_path / "none", two)
+
+
+def test_the_page_has_what_was_measured():
+    rows = {
+        row["ranks"]: row for row in map(json.loads, (ROOT / "evals/results/ranks.jsonl").read_text().splitlines())
+    }
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    for name, row in (("one GPU", rows[1]), ("two GPUs", rows[2])):
+        cells = f"{row['pages_bytes'] / 1e9:.1f} GB", f"{row['step_ms']:.1f} ms", f"{row['tokens_per_s']:,.0f}"
+        assert f"| {' | '.join((name, *cells))} |" in page
+    assert f"That is {rows[2]['tokens_per_s'] / rows[1]['tokens_per_s']:.2f} times one GPU" in page

@@ -74,8 +74,8 @@ def test_an_engine_that_has_ended_gives_its_memory_back():
         assert not kept_after_its_end(engine)
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
-    assert pages > 1 << 27
-    assert held[1] - held[0] < 1 << 20
+    assert pages > 1 << 20
+    assert held[1] - held[0] < pages // 4
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["model", "stored"])

@@ -8,6 +8,7 @@ of a token, and the host looks only once in a while.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -72,6 +73,15 @@ def captured_decoding(
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences, **{OF_GENERATE: cache})  # pyright: ignore
     return sequences
+
+
+@lru_cache
+def capture_stream(device: torch.device) -> Any:
+    """The stream on which steps of a device are captured: torch's own is of the device that it was first used on.
+
+    It is always the same one, since libraries take memory for each stream that they meet.
+    """
+    return torch.cuda.Stream(device)
 
 
 class _Chooser:
@@ -172,7 +182,7 @@ class _Step:
     def _capture(self) -> None:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=capture_stream(self.positions.device)):
             self._body()
         self.graph = graph
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redknot_hf.decoding import capture_stream
+
 from .memory import SeatMemory
 from .stepping import Batch, BatchLayer, ColdCounts
 from .tables import Views
@@ -60,7 +62,7 @@ class Graph(Generic[Found]):
         if device.type == "cuda":
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, stream=capture_stream(device)):
                 self.found = run()
 
     def replay(self) -> None:
