@@ -85,9 +85,9 @@ def _scaled(b_x, b_scale):
 
 
 @triton.jit
-def _dot(b_a, b_b, b_sum, PTX: tl.constexpr):
-    """Adds the products of the rows of both in every warp."""
-    return tl.dot(b_a, tl.permute(b_b, 0, 2, 1), b_sum, input_precision="tf32x3" if PTX else "ieee")
+def _dot(b_a, b_b, b_sum):
+    """Adds the products of the rows of both in every warp; Triton 3.6 makes some wrong of float32 in three tf32."""
+    return tl.dot(b_a, tl.permute(b_b, 0, 2, 1), b_sum, input_precision="ieee")
 
 
 @triton.jit
@@ -157,10 +157,10 @@ def attend_cold(
         if BITS == 4:
             b_scale1 = scales_of(read_scales(p_scales, o_w * 0, 1, KEYS, BLOCK_K, WORDS), WIDE)
             b_zero1 = scales_of(read_scales(p_scales, o_w * 0, 3, KEYS, BLOCK_K, WORDS), WIDE)
-            b_bias = _dot(b_q1, b_zero1, b_none, PTX) * 16
-            b_s = _dot(_scaled(b_q1, b_scale1), numbers(b_keys, BITS, 1, PTX, WIDE), b_s, PTX)
-        b_s = _dot(_scaled(b_q0, b_scale), numbers(b_keys, BITS, 0, PTX, WIDE), b_s, PTX)
-        b_bias = tl.max(_dot(b_q0, b_zero, b_bias, PTX), 2) * factor  # of 8 alike ones
+            b_bias = _dot(b_q1, b_zero1, b_none) * 16
+            b_s = _dot(_scaled(b_q1, b_scale1), numbers(b_keys, BITS, 1, PTX, WIDE), b_s)
+        b_s = _dot(_scaled(b_q0, b_scale), numbers(b_keys, BITS, 0, PTX, WIDE), b_s)
+        b_bias = tl.max(_dot(b_q0, b_zero, b_bias), 2) * factor  # of 8 alike ones
         held = (start + o_w * BLOCK_C < stop)[:, None]
         if SOFTCAP:
             b_s = 2 * tl.sigmoid(2 * (b_s * (factor / UNIT) + b_bias[:, :, None]) / softcap) - 1
@@ -174,12 +174,12 @@ def attend_cold(
         b_max = b_new
         # Beside the zeros of values stand ones, so that the product is sums of zeros and of weights.
         b_zeros = scales_of(tl.where((o_r == 0)[None, :, None, None, None, None], b_zeros, _ONES), WIDE)
-        b_sums = _dot(b_p, b_zeros, b_sums * b_old[:, :, None], PTX)
+        b_sums = _dot(b_p, b_zeros, b_sums * b_old[:, :, None])
         b_p, b_less = _scaled(b_p, b_share), (b_old * (b_top / b_above)[:, None])[:, None, :]
         b_top = b_above
-        b_out0 = _dot(numbers(b_values, BITS, 0, PTX, WIDE), b_p, b_out0 * b_less, PTX)
+        b_out0 = _dot(numbers(b_values, BITS, 0, PTX, WIDE), b_p, b_out0 * b_less)
         if BITS == 4:
-            b_out1 = _dot(numbers(b_values, BITS, 1, PTX, WIDE), b_p, b_out1 * b_less, PTX)
+            b_out1 = _dot(numbers(b_values, BITS, 1, PTX, WIDE), b_p, b_out1 * b_less)
     most = tl.max(b_max, 0)
     b_weight = tl.exp2(b_max - most[None])
     b_sums = tl.sum(b_sums * b_weight[:, :, None], 0)
