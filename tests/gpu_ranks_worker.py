@@ -19,7 +19,7 @@ from redknot_hf.reuse.transfer import receive, send
 
 MEMORY = 350_000  # bytes of pages of a rank: too few for all requests
 SENT = ("llama", "gemma4")
-SECONDS = 100
+SECONDS = 200
 
 
 def sent(rank: int, device: torch.device) -> dict:
