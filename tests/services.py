@@ -1,10 +1,12 @@
-"""Servers that tests start on the loopback and end by their own process: Redis, and S3 as moto speaks it."""
+"""What tests start on the loopback and end by its own process: Redis, S3 as moto speaks it, two ranks of a worker."""
 
+import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,22 @@ def s3_server(monkeypatch):
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
         server.stop()
+
+
+def run_ranks(worker: Path, folder: Path) -> None:
+    """Runs `worker.py FOLDER` as two ranks over gloo: what torchrun does, without a process of its own.
+
+    It would end both as soon as one has failed; here each is waited for.
+    """
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with ExitStack() as ends:
+        said = [ends.enter_context((folder / f"said.{rank}").open("w+")) for rank in range(2)]
+        started = []
+        for rank, file in enumerate(said):
+            own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(subprocess.Popen([sys.executable, str(worker), str(folder)], env=own, stderr=file))
+            ends.callback(started[-1].wait)
+            ends.callback(started[-1].kill)
+        for process, file in zip(started, said, strict=True):
+            assert process.wait(240) == 0, (file.seek(0), file.read())

@@ -1,13 +1,8 @@
 """Tensor parallelism: each of two processes holds half of the KV heads, and the rules of just those."""
 
 import json
-import os
 import pickle
 import random
-import socket
-import subprocess
-import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +14,7 @@ from oracle import random_plan
 from parallel_worker import MEMORY, run, served
 from safetensors.torch import load_file, save_file
 from served import SIZES
+from services import run_ranks
 from texts import prompts
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
@@ -63,25 +59,7 @@ def folder(model, prompt, tmp_path_factory):
     save_file(prompt, folder / "prompt.safetensors")
     for name, make in PLANS.items():
         make(model.config).save(folder / f"{name}.plan")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    said = [(folder / f"said.{rank}").open("w+") for rank in range(2)]
-    started = [
-        subprocess.Popen(  # what torchrun does, but it would end both as soon as one has failed
-            [sys.executable, str(WORKER), str(folder)], env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}, stderr=file
-        )
-        for i, file in enumerate(said)
-    ]
-    with ExitStack() as ends:
-        for process, file in zip(started, said, strict=True):
-            ends.enter_context(file)
-            ends.callback(process.wait)
-            ends.callback(process.kill)
-        for process, file in zip(started, said, strict=True):
-            assert process.wait(240) == 0, (file.seek(0), file.read())
+    run_ranks(WORKER, folder)
     return folder
 
 

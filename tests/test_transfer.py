@@ -1,15 +1,12 @@
 """Caches that travel between two processes, over gloo and through a store: exact, and no more than is kept."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from oracle import random_plan
-from services import free_port
+from services import run_ranks
 from texts import prompts
 from transfer_worker import FAMILIES, LONG, NEW, conversation, long_model, long_plan, model_of
 
@@ -23,13 +20,7 @@ WORKER = Path(__file__).with_name("transfer_worker.py")
 def folder(tmp_path_factory):
     """Where two processes have left what they found."""
     folder = tmp_path_factory.mktemp("transfer")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, *launch, f"--master-port={free_port()}", str(WORKER), str(folder)],
-        env=env, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_ranks(WORKER, folder)
     return folder
 
 

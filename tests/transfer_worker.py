@@ -1,4 +1,4 @@
-"""Two processes, one after the other at a conversation: `torchrun transfer_worker.py FOLDER`."""
+"""Two processes, one after the other at a conversation: `transfer_worker.py FOLDER`."""
 
 import json
 import sys
