@@ -20,13 +20,26 @@ def model():
 
 def test_pages_on_the_host_lie_in_blocks(monkeypatch):
     monkeypatch.setattr(host, "_BLOCK", 1000)
-    blocks = host._Blocks(10_000, pinned=False)
+    blocks = host._Filled(host.HostBlocks(pinned=False), 10_000)
     tensors = [torch.randn(7, 4, 8), torch.ones(40, 3, dtype=torch.uint8), torch.randn(2, 400), torch.ones(0, 5)]
     found = [blocks.copied(x) for x in tensors]
     assert [len(x) for x in found] == [1, 2, 2, 0]
     assert all(torch.equal(torch.cat(pieces), x) for pieces, x in zip(found[:3], tensors, strict=False))
     places = [(x.data_ptr(), x.data_ptr() + x.nbytes) for pieces in found for x in pieces]
     assert all(end <= start for (_, end), (start, _) in pairwise(sorted(places)))
+
+
+def test_pinned_blocks_come_again(monkeypatch):
+    monkeypatch.setattr(host, "_BLOCK", 1000)
+    free, (block, longer) = host.HostBlocks(pinned=False), (torch.empty(n, dtype=torch.uint8) for n in (1000, 2000))
+    free.give([block])
+    assert free.take(300).shape == (300,)
+    free.pinned = True  # as where there is a device
+    free.give([longer, block])
+    assert free.take(300) is block
+    free.give([block])
+    free.clear()
+    assert not free._free
 
 
 def test_ends_of_prompts_are_read_together(model):

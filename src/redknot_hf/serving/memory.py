@@ -26,7 +26,7 @@ from redknot_hf.cache.span import Span
 from redknot_hf.cache.storage import Storage
 from redknot_hf.plan.plan import HeadPlan
 
-from .host import Away, pin
+from .host import Away, HostBlocks
 from .pages import column_bytes, missing, needed, page_bytes, reserve, ring_bytes, ring_pages
 from .prefixes import Prefixes
 from .ranks import Ranks
@@ -95,8 +95,7 @@ class SeatMemory:
         kept = self.ranks.most(int(self.sizes.nbytes * parked))
         self.prefixes = Prefixes(kept, page_size, lambda cache, cut: self.ranks.all(_reaches(cache, cut)))
         self.longest = self.ranks.least(longest_of(self._ever_fits, longest))
-        if self.device.type == "cuda":
-            pin(min(host, self.needs(self.longest)))
+        self.blocks = HostBlocks(self.device.type == "cuda", min(host, self.needs(self.longest)))
 
     # What the scheduler asks
 
@@ -158,6 +157,7 @@ class SeatMemory:
         """Gives all pages to the device, whoever still holds a sequence: there is no further step."""
         while self.evict():
             pass
+        self.blocks.clear()
         for storage in self.layers.values():
             storage.let_go()
 
@@ -167,7 +167,7 @@ class SeatMemory:
         room = self.host - self.host_used
         if not self.ranks.all(self.needs(sequence.done) <= room):
             return False
-        away = Away.of(self._storages(sequence.held))
+        away = Away.of(self._storages(sequence.held), self.blocks)
         self._drop(sequence.held)
         sequence.held = away
         self.host_used += away.nbytes
@@ -175,10 +175,10 @@ class SeatMemory:
 
     def swap_in(self, sequence: Sequence) -> None:
         """Brings it back."""
-        self._left_host(sequence)
         held, cache = sequence.held, self.root.fork()
         if isinstance(held, Away):
             held.back(self._storages(cache))
+            self._left_host(sequence)
         else:
             early = self.device.type != "cpu"  # the host would read at once what a device still writes
             cache.extend([Span(held.tokens, held.layers, held.data.to(self.device, non_blocking=early))])
@@ -242,6 +242,7 @@ class SeatMemory:
     def _left_host(self, sequence: Sequence) -> None:
         if isinstance(sequence.held, Away):
             self.host_used -= sequence.held.nbytes
+            self.blocks.give(sequence.held.blocks)
 
     def _drop(self, cache: RedKnotCache) -> None:
         self.freed += 1
