@@ -67,7 +67,7 @@ def cold_sizes(stored, tile, dim, page, device, itemsize, rows):
 
 
 @triton.jit
-def _pages(p_table, start, last, o_w, PAGE: tl.constexpr, BLOCK_C: tl.constexpr):
+def pages_at(p_table, start, last, o_w, PAGE: tl.constexpr, BLOCK_C: tl.constexpr):
     """The page of every warp where a turn begins at a slot, and which part of it; none is behind the last page."""
     COUNT: tl.constexpr = max(1, o_w.shape[0] * BLOCK_C // PAGE)
     b_page = tl.load(p_table + tl.minimum(start // PAGE, last)) + o_w * 0
@@ -112,12 +112,15 @@ def _queries(
 
 @triton.jit
 def attend_cold(
-    p_q, stride_qd, codes, scales, signs, p_table, first, stop, p_out, p_lse, asked, scale, softcap,
+    p_q, stride_qd, codes, scales, signs, p_table, b_page, b_part, first, stop, p_out, p_lse, asked, scale, softcap,
     BITS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, WARPS: tl.constexpr, SOFTCAP: tl.constexpr,
     PTX: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Attends queries, at 8 or 16 pointers, over the slots `first` to `stop` of cold pages, and writes the part."""
+    """Attends queries, at 8 or 16 pointers, over the slots `first` to `stop` of cold pages, and writes the part.
+
+    `b_page` and `b_part` are those of the first turn, which are on their way while queries are made ready.
+    """
     HALVES: tl.constexpr = 8 // BITS
     KEYS: tl.constexpr = DIM // HALVES
     VALUES: tl.constexpr = VALUE_DIM // HALVES
@@ -140,7 +143,6 @@ def attend_cold(
     b_top = tl.full([WARPS], 1.0, tl.float32)
     factor = scale * (1 / _QUERY) if SOFTCAP else scale * (LOG2E / _QUERY)
     last = (stop - 1) // PAGE
-    b_page, b_part = _pages(p_table, first, last, o_w, PAGE, BLOCK_C)
     for start in tl.range(first, stop, WARPS * BLOCK_C, num_stages=1):
         p_codes, p_scales = codes + of_warps(b_page * CODES), scales + of_warps(b_page * SCALES)
         b_keys = read_keys(p_codes, b_part, KEYS, BLOCK_K, BLOCK_C)
@@ -151,7 +153,7 @@ def attend_cold(
         b_share = scales_of(read_scales(p_tokens, b_first, 0, PAGE, BLOCK_C, TOKENS), WIDE)
         b_zeros = read_scales(p_tokens, b_first, 1, PAGE, BLOCK_C, TOKENS)
         b_above = tl.load(scales + b_page * SCALES + 2 * (DIM + PAGE)).to(tl.float32)
-        b_page, b_part = _pages(p_table, start + WARPS * BLOCK_C, last, o_w, PAGE, BLOCK_C)
+        b_page, b_part = pages_at(p_table, start + WARPS * BLOCK_C, last, o_w, PAGE, BLOCK_C)
         b_bias = b_none
         b_s = tl.zeros([WARPS, ROWS, BLOCK_C], tl.float32)
         if BITS == 4:

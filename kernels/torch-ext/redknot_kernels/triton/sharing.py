@@ -9,7 +9,7 @@ def shares_of(
     counts, cold_counts, bounds, batch, heads, slots, MIN_SPLIT: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, PAGE: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """Slots of a split, and for every row the program behind its last; each row has at least one.
+    """Slots of a split, those of every row, and the program behind its last; each row has at least one.
 
     With cold pages each row counts as two: first its cold pages, which may have no program, then the others. Their
     splits are whole turns of so many slots; 0 where no row has cold pages.
@@ -33,4 +33,4 @@ def shares_of(
     if TURN > 0:
         splits = tl.where(is_cold, tl.cdiv(used, tl.cdiv(split, TURN) * TURN), splits)
     splits = tl.where(row, tl.maximum(splits, least), 0)
-    return split, tl.cumsum(splits, 0)
+    return split, used, tl.cumsum(splits, 0)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .cold import attend_cold
+from .cold import attend_cold, pages_at
 from .pages import await_previous
 from .sharing import shares_of
 from .tiles import LOG2E, LOWEST, load_rows
@@ -53,7 +53,9 @@ def split_kernel(
     i_tile, i_program = tl.program_id(0), tl.program_id(1)
     PARTS: tl.constexpr = 2 if COLD else 1
     TURN: tl.constexpr = WARPS * BLOCK_C if COLD else 0
-    split, stops = shares_of(counts, cold_counts, bounds, batch, heads, slots, MIN_SPLIT, BLOCK_R, BLOCK_N, PAGE, TURN)
+    split, row_slots, stops = shares_of(
+        counts, cold_counts, bounds, batch, heads, slots, MIN_SPLIT, BLOCK_R, BLOCK_N, PAGE, TURN
+    )
     if i_program >= tl.max(stops, 0):
         return
     i_share = tl.sum((stops <= i_program).to(tl.int32), 0)
@@ -79,8 +81,9 @@ def split_kernel(
         if i_share % PARTS == 0:  # cold pages
             split = tl.cdiv(split, TURN) * TURN
             first = (i_program - first_program) * split
-            stop = tl.minimum(first + split, cold_count * PAGE)
+            stop = tl.minimum(first + split, tl.sum(tl.where(tl.arange(0, BLOCK_R) == i_share, row_slots, 0), 0))
             p_cold = cold_table + i_batch * stride_cb + i_head * stride_ch
+            b_page, b_part = pages_at(p_cold, first, (stop - 1) // PAGE, tl.arange(0, WARPS), PAGE, BLOCK_C)
             o_few = i_tile * FEW + tl.arange(0, FEW)
             p_few = q + i_batch * stride_qb + (i_head * GROUP + o_few % GROUP) * stride_qh + o_few // GROUP * stride_qt
             few_asked, few = o_few < GROUP * tokens, i_program.to(tl.int64) * GROUP * tokens + o_few
@@ -88,16 +91,16 @@ def split_kernel(
             if INT8:  # noqa: SIM102 - a constant, and the other is not
                 if bits == 8:
                     attend_cold(
-                        p_few, stride_qd, codes8, scales8, signs, p_cold, first, stop, p_out, p_lse, few_asked,
-                        scale, softcap, 8, DIM, VALUE_DIM, PAGE, TURNED, BLOCK_C, BLOCK_D, BLOCK_V, WARPS, SOFTCAP,
-                        PTX, WIDE,
+                        p_few, stride_qd, codes8, scales8, signs, p_cold, b_page, b_part, first, stop, p_out, p_lse,
+                        few_asked, scale, softcap, 8, DIM, VALUE_DIM, PAGE, TURNED, BLOCK_C, BLOCK_D, BLOCK_V, WARPS,
+                        SOFTCAP, PTX, WIDE,
                     )  # fmt: skip
             if INT4:  # noqa: SIM102
                 if bits == 4:
                     attend_cold(
-                        p_few, stride_qd, codes4, scales4, signs, p_cold, first, stop, p_out, p_lse, few_asked,
-                        scale, softcap, 4, DIM, VALUE_DIM, PAGE, TURNED, BLOCK_C, BLOCK_D, BLOCK_V, WARPS, SOFTCAP,
-                        PTX, WIDE,
+                        p_few, stride_qd, codes4, scales4, signs, p_cold, b_page, b_part, first, stop, p_out, p_lse,
+                        few_asked, scale, softcap, 4, DIM, VALUE_DIM, PAGE, TURNED, BLOCK_C, BLOCK_D, BLOCK_V, WARPS,
+                        SOFTCAP, PTX, WIDE,
                     )  # fmt: skip
             return
         cold_end = tl.where(bits > 0, (cold_count + 1) * PAGE, 0)
