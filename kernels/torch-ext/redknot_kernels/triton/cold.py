@@ -101,6 +101,14 @@ def _queries(
     if BITS == 8:
         b_0 = tl.load(p_q[:, None] + o_k * stride_d, mask=asked[:, None] & (o_k < DIM), other=0.0).to(tl.float32)
         b_1 = b_0
+    elif TURNED == DIM and 2 * BLOCK_K == DIM:  # both halves of the dim turn alike: their sum, and their difference
+        o_h = tl.arange(0, BLOCK_K)
+        b_low = tl.load(p_q[:, None] + o_h * stride_d, mask=asked[:, None], other=0.0)
+        b_high = tl.load(p_q[:, None] + (BLOCK_K + o_h) * stride_d, mask=asked[:, None], other=0.0)
+        b_q = tl.reshape(tl.permute(tl.join(b_low, b_high), 0, 2, 1), 2 * p_q.shape[0], BLOCK_K)
+        b_q = turned(b_q if PTX else b_q.to(tl.float32), signs, o_k, 0, BLOCK_K, 0, BLOCK_K, DIM, TURNED)
+        b_low, b_high = tl.split(tl.permute(tl.reshape(b_q, p_q.shape[0], 2, BLOCK_K), 0, 2, 1))
+        b_0, b_1 = b_low + b_high, (b_low - b_high) * (1 / 16)
     else:
         b_q = tl.load(p_q[:, None] + o_d * stride_d, mask=asked[:, None] & (o_d < DIM), other=0.0)
         b_q = b_q if PTX else b_q.to(tl.float32)
