@@ -17,9 +17,9 @@ from ..plain.pages import Pages
 from ..plain.quantise import ColdPages
 from .cold import MOST_ROWS, Stored, cold_sizes, cold_strides, cold_tensors, stored_rows
 from .configurations import chip_name, configuration, processors
-from .merging import merge_kernel
+from .merging import merge_and_cool_kernel, merge_kernel
 from .pages import INTERPRETING, early_launch, on_its_device
-from .quantise import launch_cool
+from .quantise import sizes_of
 from .splitting import split_kernel
 
 # The fewest slots of a split, and about the most: long ones leave the chip idle where programs end unevenly.
@@ -31,6 +31,8 @@ _QUERIES = 64
 _NEW = 64, 16 << 10
 # The most splits a program merges at once, and with them as many value channels: a merge is a matter of latency.
 _MERGED = 256, 16
+# Warps of a program that merges where pages grow cold: a page takes more registers than a merge.
+_COOLING = 4
 
 
 def step(query, pages, k_new, v_new, table, counts, real, rules, *, scale, softcap=None, s_aux=None, cold=None):
@@ -106,7 +108,7 @@ def _steps(query, pages, new, *options):
 
 @on_its_device
 def _launch(query, pages, new, table, counts, bounds, most_kept, reach, scale, softcap, s_aux, stored):
-    """Runs both kernels, and for stored rows the one that lets pages grow cold.
+    """Runs both kernels.
 
     Args:
         new: Keys, values and flags of new tokens, unless the pages hold them already.
@@ -126,7 +128,7 @@ def _launch(query, pages, new, table, counts, bounds, most_kept, reach, scale, s
     out = query.new_empty(batch, tokens, query_heads, value_dim)
     part_out = torch.empty(programs, group * tokens, value_dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(programs, group * tokens, dtype=torch.float32, device=device)
-    shares = torch.empty(2, batch * heads, dtype=torch.int32, device=device)
+    shares = torch.empty(2 if stored is None else 3, batch * heads, dtype=torch.int32, device=device)
     k_new, v_new, real = new or (query, query, None)
     flags = counts if real is None else real.contiguous()
     sizes = {"GROUP": group, "VALUE_DIM": value_dim, "FUSED": new is not None}
@@ -148,13 +150,20 @@ def _launch(query, pages, new, table, counts, bounds, most_kept, reach, scale, s
     expected = -(-programs // (batch * max(1, most_kept // longest)))
     block_s = min(power(-(-longest // _MIN_SPLIT)), power(expected), _MERGED[0])
     block_v = min(max(16, power(value_dim)), _MERGED[0] * _MERGED[1] // block_s)
-    merge_kernel[(tokens * group * triton.cdiv(value_dim, block_v), heads, batch)](
-        part_out, part_lse, shares, counts, flags, out if s_aux is None else s_aux, out, tokens,
-        **sizes, BLOCK_B=power(batch + 1), BLOCK_S=block_s, BLOCK_V=block_v, HAS_SINK=s_aux is not None,
-        num_warps=2 if tokens == 1 else 4, **early,
+    programs = tokens * group * triton.cdiv(value_dim, block_v)
+    merged = part_out, part_lse, shares, counts, flags, out if s_aux is None else s_aux, out, tokens
+    sizes |= {"BLOCK_B": power(batch + 1), "BLOCK_S": block_s, "BLOCK_V": block_v, "HAS_SINK": s_aux is not None}
+    if stored is None or new is None:
+        merge_kernel[(programs, heads, batch)](*merged, **sizes, num_warps=2 if tokens == 1 else 4, **early)
+        return out
+    of_pages = sizes_of(pages)
+    sizes |= {"DIM": dim, "PAGE": page, "TURNED": of_pages["TURNED"], "COOL_D": of_pages["BLOCK_D"]}
+    merge_and_cool_kernel[(programs + 1, heads, batch)](
+        *merged, *pages, table, bounds, *cold_tensors(stored, pages, counts), *pages.keys.stride()[:2],
+        *pages.values.stride()[:2], *table.stride()[:2], *cold_strides(stored), stored.hot,
+        **sizes, COOL_V=of_pages["BLOCK_V"], INT8=cold["INT8"], INT4=cold["INT4"], UPCAST=INTERPRETING,
+        num_warps=_COOLING, **early,
     )  # fmt: skip
-    if stored is not None and new is not None:
-        launch_cool(pages, stored.cold, table, counts, bounds, stored.hot, stored.storage)
     return out
 
 

@@ -192,6 +192,43 @@ def _quantise(b_k, signs, p_v, p_v_new, stride_vs, stride_nvt, stride_nvd, posit
     _quantise_values(b_v, b_w, p_codes, p_scales + 2 * DIM, used, used_w, o_n, o_c, BITS, COUNT, PAGE)
 
 
+@triton.jit
+def cool_row(
+    k_pages, v_pages, p_nk, p_nv, p_table, codes8, scales8, codes4, scales4, signs, p_cold, stride_kp, stride_ks,
+    stride_vp, stride_vs, stride_nkt, stride_nkd, stride_nvt, stride_nvd, bits, done, target, ring, length, tokens,
+    i_part, parts, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_NEW: tl.constexpr, INT8: tl.constexpr, INT4: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Quantises a row's pages from `done` to `target`, or one in so many of them."""
+    first_new = length - tokens
+    o_n, o_d = tl.arange(0, PAGE), tl.arange(0, BLOCK_D)
+    for i in range(done + i_part, target, parts):
+        position = (i + 1) * PAGE + o_n
+        column = 1 + i % (ring // PAGE)
+        is_here = first_new > (i + 1) * PAGE if HAS_NEW else i >= 0
+        page = tl.load(p_table + column, mask=is_here, other=0).to(tl.int64)
+        p_k, p_v = k_pages + page * stride_kp, v_pages + page * stride_vp
+        b_k = _fresh_or_kept(p_k, p_nk, stride_ks, stride_nkt, stride_nkd, position, first_new, o_n, o_d,
+                             o_d < DIM, HAS_NEW)  # fmt: skip
+        b_k = b_k.to(tl.float32) if UPCAST else b_k
+        to = tl.load(p_cold + i).to(tl.int64)
+        if INT8:  # noqa: SIM102 - a constant, and the other is not
+            if bits == 8:
+                _quantise(b_k, signs, p_v, p_nv, stride_vs, stride_nvt, stride_nvd, position, first_new, o_n,
+                          codes8, scales8, to, 8, DIM, VALUE_DIM, PAGE, TURNED, BLOCK_D, BLOCK_V, HAS_NEW)  # fmt: skip
+        if INT4:  # noqa: SIM102
+            if bits == 4:
+                _quantise(b_k, signs, p_v, p_nv, stride_vs, stride_nvt, stride_nvd, position, first_new, o_n,
+                          codes4, scales4, to, 4, DIM, VALUE_DIM, PAGE, TURNED, BLOCK_D, BLOCK_V, HAS_NEW)  # fmt: skip
+
+
+@triton.jit
+def cold_target(bits, length, hot, PAGE: tl.constexpr):
+    """How many pages of a row of this length are cold."""
+    return tl.where(bits > 0, tl.maximum(length - hot, 0) // PAGE - 1, 0)
+
+
 @triton.jit(do_not_specialize=["stride_tb", "stride_th", "stride_cb", "stride_ch", "tokens"])
 def _cool_kernel(
     k_pages, v_pages, k_new, v_new, table, lengths, bounds, codes8, scales8, codes4, scales4, signs, cold_table,
@@ -203,33 +240,16 @@ def _cool_kernel(
 ):  # fmt: skip
     await_previous(EARLY)
     i_part, i_head, i_batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    bits = tl.load(bounds + 3 * heads + i_head)
+    bits, ring = tl.load(bounds + 3 * heads + i_head), tl.load(bounds + 2 * heads + i_head)
     length = tl.load(lengths + i_batch).to(tl.int32)
-    done = tl.load(cold_counts + i_batch * heads + i_head)
-    target = tl.maximum(length - hot, 0) // PAGE - 1
-    target = tl.where(bits > 0, target, 0)
-    first_new = length - tokens
-    pages_in_ring = tl.load(bounds + 2 * heads + i_head) // PAGE
-    o_n, o_d = tl.arange(0, PAGE), tl.arange(0, BLOCK_D)
-    p_nk = k_new + i_batch * stride_nkb + i_head * stride_nkh
-    p_nv = v_new + i_batch * stride_nvb + i_head * stride_nvh
-    for i in range(done + i_part, target, tl.num_programs(0)):
-        position = (i + 1) * PAGE + o_n
-        column = 1 + i % pages_in_ring
-        is_here = first_new > (i + 1) * PAGE if HAS_NEW else i >= 0
-        page = tl.load(table + i_batch * stride_tb + i_head * stride_th + column, mask=is_here, other=0).to(tl.int64)
-        p_k, p_v = k_pages + page * stride_kp, v_pages + page * stride_vp
-        b_k = _fresh_or_kept(p_k, p_nk, stride_ks, stride_nkt, stride_nkd, position, first_new, o_n, o_d,
-                             o_d < DIM, HAS_NEW)  # fmt: skip
-        b_k = b_k.to(tl.float32) if UPCAST else b_k
-        to = tl.load(cold_table + i_batch * stride_cb + i_head * stride_ch + i).to(tl.int64)
-        if INT8:  # noqa: SIM102 - a constant, and the other is not
-            if bits == 8:
-                _quantise(b_k, signs, p_v, p_nv, stride_vs, stride_nvt, stride_nvd, position, first_new, o_n,
-                          codes8, scales8, to, 8, DIM, VALUE_DIM, PAGE, TURNED, BLOCK_D, BLOCK_V, HAS_NEW)  # fmt: skip
-        if INT4:  # noqa: SIM102
-            if bits == 4:
-                _quantise(b_k, signs, p_v, p_nv, stride_vs, stride_nvt, stride_nvd, position, first_new, o_n,
-                          codes4, scales4, to, 4, DIM, VALUE_DIM, PAGE, TURNED, BLOCK_D, BLOCK_V, HAS_NEW)  # fmt: skip
+    done, target = tl.load(cold_counts + i_batch * heads + i_head), cold_target(bits, length, hot, PAGE)
+    cool_row(
+        k_pages, v_pages, k_new + i_batch * stride_nkb + i_head * stride_nkh,
+        v_new + i_batch * stride_nvb + i_head * stride_nvh, table + i_batch * stride_tb + i_head * stride_th,
+        codes8, scales8, codes4, scales4, signs, cold_table + i_batch * stride_cb + i_head * stride_ch, stride_kp,
+        stride_ks, stride_vp, stride_vs, stride_nkt, stride_nkd, stride_nvt, stride_nvd, bits, done, target, ring,
+        length, tokens, i_part, tl.num_programs(0), DIM, VALUE_DIM, PAGE, TURNED, BLOCK_D, BLOCK_V, HAS_NEW, INT8,
+        INT4, UPCAST,
+    )  # fmt: skip
     if (tl.num_programs(0) == 1) & (target > done):
         tl.store(cold_counts + i_batch * heads + i_head, target)

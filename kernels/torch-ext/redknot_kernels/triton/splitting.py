@@ -123,6 +123,8 @@ def split_kernel(
         tl.store(shares + i_row, first_of_row)
         own = tl.sum(tl.where(tl.arange(0, BLOCK_R) == i_share, stops, 0), 0) - first_of_row
         tl.store(shares + batch * heads + i_row, own)
+        if COLD:
+            tl.store(shares + 2 * batch * heads + i_row, end)
         if FUSED:
             key = length + tl.cumsum(real.to(tl.int32), 0) - 1
             slot = tl.where(key < sink, key, sink + (key - sink) % ring)
