@@ -87,6 +87,16 @@ def test_padding_and_rows_of_any_length(name):
     assert len(set(lengths)) == 3
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_grows_cold_with_the_token_that_fills_the_tail(name, batch):
+    rows = StoredRows(name, [INT8, (9, 2, 0), INT4], (32, 32), 16, 100, batch=batch, hot=20)
+    for tokens, cold in ((66, 1), (1, 1), (1, 2), (1, 2)):
+        out, wanted = rows.step(tokens, group=2, scale=0.1)
+        torch.testing.assert_close(out.double(), wanted(), atol=2e-5, rtol=1e-4)
+        assert rows.cold.counts.tolist() == [[cold, 0, cold]] * batch
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_cold_stays_so_after_a_cut_within_the_hot_tail(name):
     rows = StoredRows(name, [INT8, INT4], (32, 32), 16, 200, batch=1)

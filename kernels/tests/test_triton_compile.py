@@ -149,6 +149,21 @@ def cool(chip, dims, page, new):
     return launch(chip, kernel, arguments, num_warps=8)
 
 
+def merge_and_cool(chip, dims, page, storage, splits):
+    from redknot_kernels.triton import merging
+
+    kernel, power = merging.merge_and_cool_kernel, lambda n: 1 << (n - 1).bit_length()
+    arguments = dict.fromkeys(kernel.arg_names, "i32") | {"part_out": "*fp32", "part_lse": "*fp32"}
+    arguments |= dict.fromkeys(("s_aux", "out", "k_pages", "v_pages", "signs"), "*bf16")
+    arguments |= dict.fromkeys(("shares", "counts", "flags", "table", "bounds", "cold_table", "cold_counts"), "*i32")
+    arguments |= dict.fromkeys(("codes8", "codes4"), "*u8") | dict.fromkeys(("scales8", "scales4"), "*fp16")
+    arguments |= {"GROUP": 4, "tokens": 1, "VALUE_DIM": dims[1], "FUSED": True, "HAS_FLAGS": False, "BLOCK_T": 16}
+    arguments |= {"BLOCK_B": 2, "BLOCK_S": splits, "BLOCK_V": min(128, 4096 // splits), "HAS_SINK": False}
+    arguments |= {"DIM": dims[0], "PAGE": page, "TURNED": dims[0] & -dims[0], "COOL_D": max(16, power(dims[0]))}
+    arguments |= {"COOL_V": max(16, power(dims[1])), "INT8": 8 in storage, "INT4": 4 in storage, "UPCAST": False}
+    return launch(chip, kernel, arguments | {"EARLY": chip in ("sm90", "sm100")}, num_warps=4)
+
+
 def append(chip, dims, page):
     from redknot_kernels.triton import pages as triton_pages
 
@@ -195,7 +210,7 @@ CASES = {
     "decode_int8": partial(decode, dtype="bf16", dims=(128, 128), group=4, page=64, storage=(8,)),
     "decode_int4": partial(decode, dtype="bf16", dims=(128, 128), group=4, page=64, storage=(4,)),
     "decode_both": partial(decode, dtype="fp16", dims=(96, 80), group=5, page=16, softcap=True, storage=(8, 4)),
-    "cool": partial(cool, dims=(128, 128), page=64, new=False),
+    "merge_and_cool": partial(merge_and_cool, dims=(128, 128), page=64, storage=(4,), splits=64),
     "cool_new": partial(cool, dims=(80, 96), page=16, new=True),
     "merge_few": partial(merge, splits=8, sink=True),
     "merge_many": partial(merge, splits=256),

@@ -19,7 +19,7 @@ from .cold import MOST_ROWS, Stored, cold_sizes, cold_strides, cold_tensors, sto
 from .configurations import chip_name, configuration, processors
 from .merging import merge_and_cool_kernel, merge_kernel
 from .pages import INTERPRETING, early_launch, on_its_device
-from .quantise import sizes_of
+from .quantise import launch_cool, sizes_of
 from .splitting import split_kernel
 
 # The fewest slots of a split, and about the most: long ones leave the chip idle where programs end unevenly.
@@ -108,7 +108,7 @@ def _steps(query, pages, new, *options):
 
 @on_its_device
 def _launch(query, pages, new, table, counts, bounds, most_kept, reach, scale, softcap, s_aux, stored):
-    """Runs both kernels.
+    """Runs both kernels, and for stored rows the one that lets pages grow cold; one token has it done by the second.
 
     Args:
         new: Keys, values and flags of new tokens, unless the pages hold them already.
@@ -150,21 +150,33 @@ def _launch(query, pages, new, table, counts, bounds, most_kept, reach, scale, s
     expected = -(-programs // (batch * max(1, most_kept // longest)))
     block_s = min(power(-(-longest // _MIN_SPLIT)), power(expected), _MERGED[0])
     block_v = min(max(16, power(value_dim)), _MERGED[0] * _MERGED[1] // block_s)
-    programs = tokens * group * triton.cdiv(value_dim, block_v)
-    merged = part_out, part_lse, shares, counts, flags, out if s_aux is None else s_aux, out, tokens
     sizes |= {"BLOCK_B": power(batch + 1), "BLOCK_S": block_s, "BLOCK_V": block_v, "HAS_SINK": s_aux is not None}
-    if stored is None or new is None:
-        merge_kernel[(programs, heads, batch)](*merged, **sizes, num_warps=2 if tokens == 1 else 4, **early)
+    merged = part_out, part_lse, shares, counts, flags, out if s_aux is None else s_aux, out, tokens
+    grid = tokens * group * triton.cdiv(value_dim, block_v), heads, batch
+    cools = stored is not None and new is not None
+    if cools and batch * tokens == 1:
+        _merge_and_cool(grid, merged, pages, table, counts, bounds, stored, **sizes, **early)
         return out
-    of_pages = sizes_of(pages)
-    sizes |= {"DIM": dim, "PAGE": page, "TURNED": of_pages["TURNED"], "COOL_D": of_pages["BLOCK_D"]}
-    merge_and_cool_kernel[(programs + 1, heads, batch)](
-        *merged, *pages, table, bounds, *cold_tensors(stored, pages, counts), *pages.keys.stride()[:2],
-        *pages.values.stride()[:2], *table.stride()[:2], *cold_strides(stored), stored.hot,
-        **sizes, COOL_V=of_pages["BLOCK_V"], INT8=cold["INT8"], INT4=cold["INT4"], UPCAST=INTERPRETING,
-        num_warps=_COOLING, **early,
-    )  # fmt: skip
+    merge_kernel[grid](*merged, **sizes, num_warps=2 if tokens == 1 else 4, **early)
+    if cools:
+        launch_cool(pages, stored.cold, table, counts, bounds, stored.hot, stored.storage)
     return out
+
+
+def _merge_and_cool(grid, merged, pages, table, counts, bounds, stored, **sizes):
+    """Launches the second kernel with one more program a row, which lets its pages grow cold.
+
+    It saves a launch, but takes more registers and shared memory than merging alone: more programs than run at once
+    took longer so.
+    """
+    of = sizes_of(pages)
+    cooled = {"DIM": of["DIM"], "PAGE": of["PAGE"], "TURNED": of["TURNED"], "COOL_D": of["BLOCK_D"]}
+    merge_and_cool_kernel[(grid[0] + 1, *grid[1:])](
+        *merged, *pages, table, bounds, *cold_tensors(stored, pages, counts), *pages.keys.stride()[:2],
+        *pages.values.stride()[:2], *table.stride()[:2], *cold_strides(stored), stored.hot, **sizes, **cooled,
+        COOL_V=of["BLOCK_V"], INT8=8 in stored.storage, INT4=4 in stored.storage, UPCAST=INTERPRETING,
+        num_warps=_COOLING,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
