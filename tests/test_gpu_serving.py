@@ -79,6 +79,19 @@ def test_an_engine_that_has_ended_gives_its_memory_back():
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["model", "stored"])
+@pytest.mark.parametrize("family", ["llama", "gemma4"])
+def test_ends_of_prompts_are_read_by_graphs(family, stored):
+    model = make_model(family).cuda()
+    plan, (text, *_) = plan_of(model, stored), texts(1, seed=6)
+    asked = [text[i : i + n] for i, n in enumerate((3, 16, 1, 9, 12, 16, 5, 8, 2))]
+    engine = Engine(model, plan, **LONG | {"max_batch": len(asked), "parked": 0})
+    answers = engine.generate(asked, Sampling(20))
+    assert [x.ids for x in answers] == [alone(model, plan, x, 20) for x in asked]
+    assert {*engine.reader.seats.readings} == {1, 8}
+    assert all_free(engine)
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["model", "stored"])
 def test_seats_that_come_and_go_between_replays(stored):
     model = make_model("llama").cuda()
     plan, asked = plan_of(model, stored), texts(8, seed=1)

@@ -51,7 +51,7 @@ def test_ends_of_prompts_are_read_together(model):
             engine = Engine(model, plan, **SIZES | {"max_batch": 4, "chunk": 64})
         seats, rows = engine.reader.seats, []
         seats.captures, run = captures, seats._forward_of
-        seats._forward_of = lambda asked, run=run, rows=rows: (rows.append(tuple(asked.shape)), run(asked))[1]
+        seats._forward_of = lambda asked, run=run, rows=rows: (run(asked), rows.append(tuple(asked.shape)))[0]
         answers = engine.generate(asked, [Sampling(max_new_tokens=n) for n in (9, 3, 6, 7)])
         assert [x.error for x in answers] == [None] * 4
         expected = [alone(model, plan, x, n) for x, n in zip(asked, (9, 3, 6, 7), strict=True)]

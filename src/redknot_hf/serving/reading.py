@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
+from warnings import warn
 
 import torch
 from jaxtyping import Int
@@ -137,9 +138,11 @@ class Reader:
                 self._begin_answers(sequences, said)
         except Exception as e:
             self._raise_among_others(e)
-            for sequence, count in parts:
-                if sequence.unread:
-                    self._read_alone(sequence, count)
+            left = [(sequence, count) for sequence, count in parts if sequence.unread]
+            for sequence, count in left:
+                self._read_alone(sequence, count)
+            if not any(sequence.request.state is State.FAILED for sequence, _ in left):
+                warn(f"ends of {len(left)} prompts were read one by one, since together: {e}", stacklevel=2)
 
     def _begin_answers(self, sequences: list[Served], said: Said) -> None:
         try:

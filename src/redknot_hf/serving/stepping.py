@@ -1,4 +1,4 @@
-"""What a model takes for its cache in a step of decoding: layers of seats, which hand keys on to the rows of these."""
+"""What a model takes for its cache in a step of all seats: layers of these, which hand keys on to their rows."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Batch(Cache):
         cold: Mapping[int, Int[Tensor, "seats heads cold_columns"]],
         counts: Iterable[Int[Tensor, " seats_and_one"]],
         frozen: Mapping[int, Int[Tensor, "seats heads"]],
-        real: Bool[Tensor, "seats 1"] | None,
+        real: Bool[Tensor, "seats tokens"] | None,
     ) -> None:
         count = dict(zip(hot, counts, strict=True))
         layers = [
@@ -66,7 +66,7 @@ class Batch(Cache):
 
 
 class BatchLayer(CacheLayerMixin):
-    """A layer of seats. Every one of them has a single new token, so there is nothing to say about masks."""
+    """A layer of seats. Which of their new tokens are real it knows, so there is nothing to say about masks."""
 
     is_sliding = False
 
@@ -75,7 +75,7 @@ class BatchLayer(CacheLayerMixin):
         storage: Storage,
         table: Int[Tensor, "seats heads columns"],
         counts: Int[Tensor, " seats_and_one"],
-        real: Bool[Tensor, "seats 1"] | None,
+        real: Bool[Tensor, "seats tokens"] | None,
         cold: Int[Tensor, "seats heads cold_columns"] | None,
         frozen: Int[Tensor, "seats heads"] | None,
     ) -> None:
@@ -133,7 +133,7 @@ class BatchLayer(CacheLayerMixin):
         return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The new token alone."""
+        """The new tokens alone."""
         return query_length, 0
 
     def get_max_length(self) -> int:
