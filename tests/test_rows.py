@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from layers import grow, make_rows
 
+from redknot_hf.cache.kinds import kinds, most_pages, places_of
 from redknot_hf.cache.table import ABSENT
 
 
@@ -111,3 +112,15 @@ def test_random_histories_never_share_a_written_page():
                     assert page != ABSENT
                     assert (rows.table == page).sum() == 1
             rows.advance(lengths - rows.lengths)
+
+
+def test_heads_of_equal_rules_get_their_pages_in_a_run():
+    rules = make_rows()[0].rules
+    found = kinds(rules)
+    assert sorted(h for heads in found for h in heads) == [*range(rules.heads)]
+    assert [*found[0]] == [*rules.global_heads]
+    assert most_pages(rules).tolist() == [*rules.max_pages]
+    places = places_of(np.ones((2, rules.heads, 3), bool), rules) // 3 % rules.heads
+    in_turn = [next(i for i, heads in enumerate(found) if h in heads) for h in places]
+    assert in_turn == sorted(in_turn)
+    assert len(places) == 6 * rules.heads

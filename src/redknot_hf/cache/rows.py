@@ -8,13 +8,13 @@ written (copy-on-write).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from operator import le
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from .kinds import kinds, most_pages, places_of
 from .table import ABSENT, Ids, PageTable
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Rows:
     def pages_needed(self, lengths: Int[np.ndarray, " batch"]) -> Int[np.ndarray, "batch heads"]:
         """Pages of each row when the sequences have these lengths."""
         pages = -(-lengths // self.rules.page_size)
-        return np.minimum(pages[:, None], _most_pages(self.rules))
+        return np.minimum(pages[:, None], most_pages(self.rules))
 
     def has_room(self, lengths: Int[np.ndarray, " batch"]) -> bool:
         """Whether every row has the pages to hold sequences of these lengths, and may write to them."""
@@ -111,7 +111,7 @@ class Rows:
         held, columns = self.table, max(int(needed.max(initial=0)), self.table.shape[2])
         lacks = np.arange(columns) < needed[:, :, None]
         lacks[:, :, : held.shape[2]] &= held == ABSENT
-        return Lacking(columns, _places(lacks, self.rules), self._whole(lengths))
+        return Lacking(columns, places_of(lacks, self.rules), self._whole(lengths))
 
     def take(self, lacking: Lacking, allocate: Allocate) -> None:
         """Gives rows what they lack, or what others of equal rules and lengths do, which hold as many pages."""
@@ -165,7 +165,7 @@ class Rows:
         growing = (lengths > self.lengths)[:, None, None]
         touched = growing & ~self._columns_below(first) & (self.table != ABSENT)
         touched[touched] = refs[self.table[touched]] > 1
-        where = _places(touched, self.rules)
+        where = places_of(touched, self.rules)
         pages = self.table.flat[where]
         unique, index, count = np.unique(pages, return_index=True, return_counts=True)
         stay = index[count == refs[unique]]  # nobody else holds the page: its first holder keeps it
@@ -280,7 +280,7 @@ class Rows:
 
     def kinds(self) -> list[list[int]]:
         """The heads that grow for ever, and the others by equal rules."""
-        return _kinds(self.rules)
+        return [list(heads) for heads in kinds(self.rules)]
 
     def _is_global(self) -> Bool[np.ndarray, " heads"]:
         mask = np.zeros(self.rules.heads, bool)
@@ -289,29 +289,3 @@ class Rows:
 
     def _columns_below(self, limit: Int[np.ndarray, "batch heads"]) -> Bool[np.ndarray, "batch heads columns"]:
         return np.arange(self.table.shape[2]) < limit[:, :, None]
-
-
-@lru_cache(maxsize=1024)
-def _most_pages(rules: HeadRules) -> Int[np.ndarray, " heads"]:
-    return np.array(rules.max_pages)
-
-
-@lru_cache(maxsize=1024)
-def _kinds(rules: HeadRules) -> list[list[int]]:
-    groups = (*rules.stored_groups, *rules.local_groups)
-    parts = (rules.global_heads, *(heads for _, heads in groups))
-    return [list(heads) for heads in parts if heads]
-
-
-@lru_cache(maxsize=1024)
-def _kind_of(rules: HeadRules) -> Int[np.ndarray, " heads"]:
-    """The kind of each head."""
-    kinds = _kinds(rules)
-    return np.array([next(i for i, heads in enumerate(kinds) if h in heads) for h in range(rules.heads)])
-
-
-def _places(chosen: Bool[np.ndarray, "batch heads columns"], rules: HeadRules) -> Ids:
-    """Flat places of what is chosen: each kind in the order of its rows, which keeps runs of pages together."""
-    places = np.flatnonzero(chosen)
-    kinds = _kind_of(rules)[places // chosen.shape[2] % chosen.shape[1]]
-    return places[kinds.argsort(kind="stable")]
