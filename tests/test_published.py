@@ -113,7 +113,9 @@ def test_a_card_says_what_confirms_a_plan():
     said = card(profile.plan(budget=0.2), "org/plans")
     assert said.startswith("---\nlibrary_name: redknot-hf\n")
     assert "On prompts that were held out it holds at 7168 tokens." in said
-    assert "| 7168 | all, 14 | 0.0172 | 59.4 | 59.0 | **holds** |" in said
+    (held,) = profile.plan(budget=0.2).provenance["held_out"]
+    right, dense = (f"{100 * held[name]:.1f}" for name in ("accuracy", "dense_accuracy"))
+    assert f"| 7168 | all, {held['prompts']} | {held['kl']:.4f} | {right} | {dense} | **holds** |" in said
     assert "left out: the model itself cannot" in said
     assert 'HeadPlan.from_pretrained("org/plans", model)' in said
     assert "| budget | 0.2 |" in said
