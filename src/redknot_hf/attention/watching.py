@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -153,6 +153,19 @@ def read_whole(model: PreTrainedModel, ids: Int[Tensor, "1 tokens"]) -> None:
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that hold the attention layers, in order: from stream to stream."""
     return [model.get_submodule(name.rpartition(".")[0]) for name, _ in attention_layers(model)]
+
+
+@contextmanager
+def forwards_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Lets modules be given another `forward` for the duration; one that a hook had set, to move them, comes back."""
+    own = [vars(module).get("forward") for module in modules]
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from redknot_hf.attention.devices import input_device
-from redknot_hf.attention.watching import blocks, restricted, watching
+from redknot_hf.attention.watching import blocks, forwards_restored, restricted, watching
 from redknot_hf.plan.plan import HeadPlan, HeadSpec
 
 from .prompt import Prompt, evenly
@@ -106,16 +106,10 @@ class Divergence:
         settled, kept = self.settled or (plan, [[]] * len(self.prompts))
         same = next((i for i, (a, b) in enumerate(zip(plan, settled, strict=True)) if a != b), len(plan))
         skipped = blocks(self.model)[:same] if kept[prompt] else []
-        before = [vars(block).get("forward") for block in skipped]  # a hook's, say
-        for block in skipped:
-            block.forward = lambda *args, found=kept[prompt][same - 1], **kwargs: found
-        try:
+        with forwards_restored(skipped):
+            for block in skipped:
+                block.forward = lambda *args, found=kept[prompt][same - 1], **kwargs: found
             yield
-        finally:
-            for block, forward in zip(skipped, before, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
 
     @torch.no_grad()
     def _predict(self, plan: HeadPlan, prompt: Prompt) -> Float[Tensor, "targets vocabulary"]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from redknot_hf.attention.dense import dense_attention
 from redknot_hf.attention.devices import input_device
-from redknot_hf.attention.watching import Attended, Call, blocks, watching
+from redknot_hf.attention.watching import Attended, Call, blocks, forwards_restored, watching
 from redknot_hf.plan.formats import AnyPath
 from redknot_hf.plan.per_layer import kv_heads
 from redknot_hf.plan.plan import HeadSpec
@@ -158,19 +158,12 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     The weights ask for no gradient meanwhile.
     """
     layers = blocks(model)
-    own = [vars(block).get("forward") for block in layers]  # of hooks, which move what a layer takes to its device
-    for block in layers:
-        block.forward = lambda *args, _forward=block.forward, **kwargs: checkpoint(
-            _forward, *args, use_reentrant=False, **kwargs
-        )
-    try:
-        with frozen(model):
-            yield
-    finally:
-        for block, forward in zip(layers, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+    with forwards_restored(layers), frozen(model):
+        for block in layers:
+            block.forward = lambda *args, _forward=block.forward, **kwargs: checkpoint(
+                _forward, *args, use_reentrant=False, **kwargs
+            )
+        yield
 
 
 @contextmanager

@@ -113,9 +113,7 @@ class Reader:
             self.decoded += len(sequences)
             kept, chosen = self._choose(sequences, said)
         except Exception as e:  # of whom it came is not known
-            self._raise_among_others(e)
-            for sequence in sequences:
-                self.finish(sequence, State.FAILED, "error", e)
+            self._fail_all(sequences, e)
             return
         if kept and chosen is not said.likeliest:  # which the seats have taken already
             self.seats.choose(kept, chosen)
@@ -144,13 +142,16 @@ class Reader:
             if not any(sequence.request.state is State.FAILED for sequence, _ in left):
                 warn(f"ends of {len(left)} prompts were read one by one, since together: {e}", stacklevel=2)
 
+    def _fail_all(self, sequences: list[Served], error: Exception) -> None:
+        self._raise_among_others(error)
+        for sequence in sequences:
+            self.finish(sequence, State.FAILED, "error", error)
+
     def _begin_answers(self, sequences: list[Served], said: Said) -> None:
         try:
             kept, chosen = self._choose(sequences, said)
         except Exception as e:  # of whom it came is not known
-            self._raise_among_others(e)
-            for sequence in sequences:
-                self.finish(sequence, State.FAILED, "error", e)
+            self._fail_all(sequences, e)
             return
         for sequence in kept:
             sequence.request.state = State.DECODING
