@@ -8,6 +8,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
+from evals.benchmarks.kernels import kernels_ms
 from evals.benchmarks.random_llama import random_llama
 from redknot_hf import HeadSpec
 from redknot_hf.parallel import over_ranks
 from redknot_hf.serving import Engine, Sampling
 
 LOCAL = HeadSpec(window=256, sink=4)
+TIMED = 6  # steps, after which one is profiled
 BAR = 1.6  # times the tokens a second of one device
 
 
@@ -55,22 +58,30 @@ def decoded(engine: Engine, requests: int, length: int, new: int) -> dict[str, A
     draw = torch.Generator().manual_seed(0)
     texts = torch.randint(engine.words, (requests, length), generator=draw).tolist()
     asked = [engine.submit(ids, Sampling(new, ignore_eos=True)) for ids in texts]
-    steps, start = [], time.perf_counter()
+    device, steps, kernels, start = engine.reader.seats.device, [], {}, time.perf_counter()
     while not engine.idle:
         read, decoded = engine.reader.read, engine.reader.decoded
+        if len(steps) >= TIMED and not kernels:
+            kernels = kernels_ms(partial(step, engine, device), device)
+            continue
         before = time.perf_counter()
-        engine.step()
-        if engine.reader.seats.device.type == "cuda":
-            torch.cuda.synchronize()
+        step(engine, device)
         if engine.reader.read == read and engine.reader.decoded - decoded == requests:
             steps.append(time.perf_counter() - before)
     if failed := next((request.error for request in asked if request.error), None):
         raise RuntimeError(f"a request failed: {failed}") from failed
     if not steps:
         raise RuntimeError(f"the first request had its {new} tokens before the last one was read: give a larger --new")
-    step = statistics.median(steps)
-    return {"step_ms": 1e3 * step, "steps": len(steps), "tokens_per_s": requests / step,
-            "s": time.perf_counter() - start}  # fmt: skip
+    median = statistics.median(steps)
+    return {"step_ms": 1e3 * median, "steps": len(steps), "tokens_per_s": requests / median,
+            "s": time.perf_counter() - start, "kernels_ms": kernels}  # fmt: skip
+
+
+def step(engine: Engine, device: torch.device) -> None:
+    """One step of the engine, to its end."""
+    engine.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def against_one(out: Path | None, row: dict[str, Any]) -> dict[str, Any]:

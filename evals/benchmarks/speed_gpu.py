@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, StaticCache
 
+from evals.benchmarks.kernels import kernels_ms
 from evals.benchmarks.measured_model import ROOM, MeasuredModel
 from redknot_hf import cache_argument
 
@@ -75,12 +75,7 @@ class Contest(MeasuredModel):
         """Milliseconds that a captured token behind a prompt spends in each kernel, the longest first; `""` in all."""
         cache.reset()
         _, ids = self.captured(cache, ids, 8)
-        on = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
-        with profile(activities=[on]) as profiled:
-            self.captured(cache, ids, tokens)
-        found = {event.key: event.device_time_total / 1e3 / tokens for event in profiled.key_averages()}
-        longest = sorted(found, key=lambda name: -found[name])[:12]
-        return {"": sum(found.values()), **{name[:80]: found[name] for name in longest}}
+        return kernels_ms(lambda: self.captured(cache, ids, tokens), self.device, tokens)
 
     def batch_row(self, method: str, batch: int, length: int) -> list[dict]:
         """Measures decoding of a batch, captured."""

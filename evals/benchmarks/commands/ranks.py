@@ -6,7 +6,8 @@
 The second line is the one device that the first is held against. All requests are handed in at once, and timed are the
 steps in which all of them decode and none is read. Of the KV heads 1/8 are global, in an order in which ranks hold as
 many bytes (`plan.balanced`). `pages_bytes` are those of one rank, and the bar is what two devices are to reach of one,
-whose row is read from `--out`. The last line is JSON; `--out` appends it to a file.
+whose row is read from `--out`. `kernels_ms` says what the first rank spends of such a step in which kernels (`""`: in
+all; they may overlap), in one that is not timed. The last line is JSON; `--out` appends it to a file.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main(
     new: Annotated[int, typer.Option(help="tokens of an answer, more than there are chunks to read")] = 192,
     memory: Annotated[str, typer.Option(help="pages of each rank")] = "40GiB",
     capture: Annotated[bool, typer.Option(help="steps as CUDA graphs")] = True,
+    compiled: Annotated[bool, typer.Option(help="captured steps are compiled before")] = False,
     device: Device = None,
     out: Out = None,
 ) -> None:
@@ -50,14 +52,19 @@ def main(
         reorder_heads(model, placement)
         plan = placement.plan
     engine = Engine(
-        model, plan, memory=memory, max_batch=requests, max_len=length + new, chunk=8192, parked=0, capture=capture
-    )
+        model, plan, memory=memory, max_batch=requests, max_len=length + new, chunk=8192, parked=0, capture=capture,
+        compiled=compiled,
+    )  # fmt: skip
     if not engine.ranks.leads:
         engine.follow()
         distributed.destroy_process_group()
         return
     row = {"benchmark": "ranks", "shape": shape, "ranks": ranks, "requests": requests, "length": length, "new": new}
-    row |= {"captured": engine.reader.seats.captures, "pages_bytes": engine.memory.used()["total"]}
+    row |= {
+        "captured": engine.reader.seats.captures,
+        "compiled": compiled,
+        "pages_bytes": engine.memory.used()["total"],
+    }
     row |= decoded(engine, requests, length, new)
     engine.shutdown()
     if ranks > 1:
