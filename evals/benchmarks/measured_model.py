@@ -1,143 +1,25 @@
-"""A model with random weights, the caches that are compared on it, and its seconds and bytes."""
-
-import gc
-import statistics
-import time
-from typing import Any
+"""A model with random weights, and the caches that are compared on it."""
 
 import torch
-from transformers import DynamicCache, StaticCache
-from transformers.generation.streamers import BaseStreamer
 
 from evals.benchmarks.random_llama import random_llama
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument, captured_decoding
+from evals.timed_model import TimedModel
+from redknot_hf import HeadPlan, HeadSpec
 
 LOCAL = HeadSpec(window=256, sink=4)
 STORAGES = "int8", "int4"
-# Tokens behind the longest prompt that a reserved cache of ours has room for: it is gone on with often.
-ROOM = 512
 
 
-class Clock(BaseStreamer):
-    """Notes when `generate` hands tokens on; the first time is that of the prompt itself."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left over."""
-
-
-class MeasuredModel:
-    """One model, and the methods that read and decode with it."""
+class MeasuredModel(TimedModel):
+    """A Llama of a shape, with plans that keep everything and that keep an eighth of its heads global."""
 
     def __init__(self, shape: str, longest: int, device: torch.device) -> None:
-        self.model = random_llama(shape, longest + 4096, device)
-        config = self.model.config
-        self.model.generation_config.eos_token_id = None
-        self.model.generation_config.pad_token_id = 0
-        self.device, self.longest = device, longest
-        heads = self.model.config.num_key_value_heads
-        layers = range(self.model.config.num_hidden_layers)
-        self.plans = {
+        model = random_llama(shape, longest + 4096, device)
+        config = model.config
+        heads, layers = config.num_key_value_heads, range(config.num_hidden_layers)
+        plans = {
             "all global": HeadPlan.uniform(config, HeadSpec()),
             "1/8 global": HeadPlan.with_global(config, [(i, i % heads) for i in layers], local=LOCAL),
         }
-        self.plans |= {f"1/8 global {storage}": self.plans["1/8 global"].stored(storage) for storage in STORAGES}
-
-    def cache(self, method: str, slots: int | None = None) -> Any:
-        """A fresh cache, the attention it needs set: `dynamic`, `static`, or a plan, growing or reserved."""
-        kind, _, how = method.partition(", ")
-        self.model.set_attn_implementation("sdpa" if kind in ("dynamic", "static") else "redknot")
-        config, slots = self.model.config, slots or self.longest + ROOM
-        if kind == "dynamic":
-            return DynamicCache(config=config)
-        if kind == "static":
-            return StaticCache(config=config, max_cache_len=slots)
-        return RedKnotCache(config, self.plans[kind], max_cache_len=slots if how else None)
-
-    def run(self, cache: Any, ids: torch.Tensor, new: int, **options: Any) -> dict[str, float]:
-        """Seconds to the first token and of each later one, and the most bytes held meanwhile."""
-        clock = Clock()
-        self.reset_peak()
-        start = time.perf_counter()
-        if len(ids) > 1:  # a streamer takes one sequence
-            options = {**options, "stopping_criteria": [lambda ids, scores: clock.put(None) or _none_is_done(ids)]}
-        else:
-            options = {**options, "streamer": clock}
-        self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-            **cache_argument(self.model, cache), **options,
-        )  # fmt: skip
-        self.wait()
-        first, *times = clock.times[1:] if len(ids) == 1 else clock.times
-        steps = [b - a for a, b in zip([first, *times], times, strict=False)]
-        return {"first_s": first - start, "token_s": statistics.median(steps[len(steps) // 4 :]), "peak": self.peak()}
-
-    def captured(self, cache: Any, ids: torch.Tensor, new: int) -> tuple[float, torch.Tensor]:
-        """Seconds that new tokens take by `captured_decoding`, and all tokens."""
-        self.wait()
-        start = time.perf_counter()
-        ids = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-            custom_generate=captured_decoding, **cache_argument(self.model, cache),
-        )  # fmt: skip
-        self.wait()
-        return time.perf_counter() - start, ids
-
-    def captured_token(self, cache: Any, ids: torch.Tensor, turns: int = 5, more: int = 64) -> float:
-        """Seconds of a token that goes on: what many take longer than few, since both are captured first.
-
-        The median of several turns: capturing takes longer at one time than at another.
-        """
-        seconds = []
-        for _ in range(turns):
-            short, ids = self.captured(cache, ids, 8)
-            long, ids = self.captured(cache, ids, 8 + more)
-            seconds.append((long - short) / more)
-        return statistics.median(seconds)
-
-    def ids(self, batch: int, length: int) -> torch.Tensor:
-        """Random tokens."""
-        return torch.randint(self.model.config.vocab_size, (batch, length), device=self.device)
-
-    def reserve(self, cache: Any, ids: torch.Tensor) -> int:
-        """Lets a reserved cache take its memory, and says how much is held then in all."""
-        with torch.no_grad():
-            self.model(ids[:, :128], logits_to_keep=1, **cache_argument(self.model, cache))
-        cache.reset()
-        return self.held()
-
-    def forget(self, cache: Any) -> None:
-        """Frees what a method has left behind, compiled code too."""
-        for layer in cache.layers:
-            vars(layer).clear()
-        torch._dynamo.reset()
-        self.collect()
-
-    def collect(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def held(self) -> int:
-        self.wait()
-        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-
-    def reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-
-def _none_is_done(ids: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        plans |= {f"1/8 global {storage}": plans["1/8 global"].stored(storage) for storage in STORAGES}
+        super().__init__(model, plans, longest)

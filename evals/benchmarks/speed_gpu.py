@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from evals.benchmarks.kernels import kernels_ms
-from evals.benchmarks.measured_model import ROOM, MeasuredModel
+from evals.benchmarks.measured_model import MeasuredModel
+from evals.timed_model import ROOM
 from redknot_hf import cache_argument
 
 CHUNK = 8192  # tokens that are read at once where a batch is filled

@@ -70,6 +70,31 @@ def profile(
         raise SystemExit(f"error: {e}") from e
 
 
+@app.command()
+def speed(
+    out: Annotated[Path, typer.Option(help="file for a JSON line a row, written anew")],
+    profiles: Annotated[Path, typer.Option(help="folder that has fisher.json and mass.json, which `profile` makes")],
+    model: Folder = real_model.FOLDER,
+    length: Annotated[int, typer.Option(help="tokens of a prompt")] = 7168,
+    batch: Annotated[list[int], typer.Option(min=1, help="sequences that are decoded together")] = [1, 32],  # noqa: B006
+    seconds: Annotated[float, typer.Option(help="after which no further row is begun")] = float("inf"),
+    peers: Annotated[bool, typer.Option("--peers", help="kvpress and quanto too, which must be installed")] = False,
+    device: Device = None,
+) -> None:
+    """Measure the bytes and times of README's rows beside dense: some minutes on a GPU, what matters most first."""
+    from evals.real.speed import Speed, measure, plans
+
+    loaded, _ = _loaded(model, device)
+    try:
+        found = plans(loaded.config, length, profiles)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"error: {e}") from e
+    out.unlink(missing_ok=True)
+    rows = measure(Speed(loaded, found, length, batch, peers, seconds, out))
+    if failed := [row["method"] for row in rows if "error" in row]:
+        raise SystemExit(f"error: not measured, for the reason in their lines of {out}: {', '.join(failed)}")
+
+
 def _loaded(model: Path, device: str | None) -> tuple[Any, Any]:
     import torch
 

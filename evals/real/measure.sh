@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything of the real model on one GPU, in processes side by side: `bash evals/real/measure.sh MODEL_FOLDER OUT`.
-# Some five minutes on an H200. Wants kvpress, optimum-quanto and hqq: `pip install 'redknot-hf[quantised]'`, and
-# `pip install --no-deps kvpress cachetools fire termcolor datasets`.
+# Some five minutes on an H200, and those of `speed`. Wants kvpress, optimum-quanto and hqq:
+# `pip install 'redknot-hf[quantised]'`, and `pip install --no-deps kvpress cachetools fire termcolor datasets`.
 set -eu
 MODEL=$1 OUT=$2
 RUN="python3 -m evals.real"
@@ -15,6 +15,7 @@ for length in 2048 4096; do
     $RUN profile drift fisher --length $length --model "$MODEL" --out "$OUT/$length" &
 done
 wait
+$RUN speed --peers --model "$MODEL" --profiles "$OUT/7168" --out "$OUT/speed.jsonl"  # alone, for its times
 for part in 0 1 2 3 4; do
     $RUN frontier --peers --model "$MODEL" --profiles "$OUT/7168" --first $((8 * part)) --count 8 --out "$OUT/7168-$part" &
 done

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import QuantizedCache
+from transformers import DynamicCache, QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evals.real.items import Item
@@ -116,6 +116,39 @@ def peers() -> list[Peer]:
     """All of them, at all shares."""
     presses = [Press(scorer, share) for share in SHARES for scorer in ("SnapKV", "ExpectedAttention")]
     return [*presses, *(Quantised(backend, bits) for backend in ("quanto", "hqq") for bits in (2, 4))]
+
+
+@contextmanager
+def pressing(model: Any, press: Press, cache: DynamicCache) -> Iterator[None]:
+    """kvpress at work in the model itself, for the duration: its hooks choose once a first step has been read.
+
+    What they do not choose stays in the cache, and kvpress' own attention hides it from later steps. The hooks are
+    told where a step stands and which cache it fills, as transformers did when they were written.
+
+    Raises:
+        ImportError: kvpress is not installed.
+    """
+    made = _press(press.scorer, 1 - press.budget)
+    from kvpress.attention_patch import attention_patch  # pyright: ignore[reportMissingImports]
+
+    name = model.config._attn_implementation
+    attention = ALL_ATTENTION_FUNCTIONS[name]
+    made.post_init_from_model(model)
+
+    def compress(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        length, new = cache.get_seq_length(module.layer_idx), kwargs["hidden_states"].shape[1]
+        kwargs = {**kwargs, "past_key_values": cache, "cache_position": range(length - new, length)}
+        return made.forward_hook(module, args, kwargs, output)
+
+    with ExitStack() as stack:
+        ALL_ATTENTION_FUNCTIONS[name] = attention_patch(attention)
+        stack.callback(ALL_ATTENTION_FUNCTIONS.__setitem__, name, attention)
+        for _, module in attention_layers(model):
+            module.rotary_emb = model.model.rotary_emb
+            stack.callback(delattr, module, "rotary_emb")
+            stack.callback(vars(module).pop, "masked_key_indices", None)
+            stack.callback(module.register_forward_hook(compress, with_kwargs=True).remove)
+        yield
 
 
 def _press(scorer: str, ratio: float) -> Any:
