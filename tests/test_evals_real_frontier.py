@@ -143,6 +143,11 @@ def test_a_frontier_runs_from_profiles_to_lines(byte_tokenizer, tmp_path, monkey
     }  # fmt: skip
     assert (tmp_path / "drift.json").exists()
     assert said[-1].startswith("9 plans")
+    (tmp_path / "twice").mkdir()
+    twice = Job(LlamaForCausalLM(config).eval(), byte_tokenizer, 600, 1, (), 0, tmp_path / "twice")
+    (profile,) = (x for name, x in frontier.make_profiles(twice, ["drift 2"], said.append).items() if name[-1] == "2")
+    assert [profile.provenance["calibration"]["prompts"], profile.provenance["held_out"][0]["prompts"]] == [4, 2]
+    assert (tmp_path / "twice" / "drift_2.json").exists()
     with pytest.raises(ValueError, match="profile 'loss': name drift, fisher"):
         frontier.make_profiles(Job(None, byte_tokenizer, 1200, 1, (), 0, tmp_path), ["drift", "loss"], said.append)
     monkeypatch.setattr(frontier, "items", lambda *arguments: iter([one, one]))

@@ -53,7 +53,12 @@ def frontier(  # noqa: PLR0913 - options of a command
 
 @app.command()
 def profile(
-    names: Annotated[list[str], typer.Argument(help="drift, fisher, mass, 'drift at 2K', or 'loss B' for a budget B")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="drift, fisher, mass, 'drift at 2K', 'fisher N' with N prompts of every kind, 'loss B' for a budget B"
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="folder for the profiles, for `frontier --profiles`")],
     model: Folder = real_model.FOLDER,
     length: Annotated[int, typer.Option(help="tokens of a prompt")] = 7168,

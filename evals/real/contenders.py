@@ -56,7 +56,8 @@ def contenders(config: Any, length: int, profiles: dict[str, HeadProfile]) -> It
     for budget in BUDGETS:
         for name, profile in profiles.items():
             single = profile.searched is not None or profile.length != length
-            wanted = profile.target == {"budget": budget} if single else name in _OURS or budget in _COMPARED
+            ours = name.partition(" ")[0] in _OURS
+            wanted = profile.target == {"budget": budget} if single else ours or budget in _COMPARED
             if wanted and profile.curve(length)[0][0] <= budget:
                 yield make(name, budget, profile.plan(budget=budget, length=length))
         if budget in _COMPARED:

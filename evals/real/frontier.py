@@ -37,8 +37,8 @@ from redknot_hf.profiling import (
 
 STORAGES = ("int8", "int4")
 _SECONDS = 300  # of a search by loss, fisher included: it ends by itself before
-_NAMES = re.compile(r"drift( at 2K)?|fisher|mass|loss 0?\.\d+|loss 1(\.0)?")
-_ROUNDS = 4  # prompts of every kind that are measured, and as many again to confirm on
+_NAMES = re.compile(r"drift at 2K|mass|(drift|fisher)( [1-9]\d*)?|loss 0?\.\d+|loss 1(\.0)?")
+_ROUNDS = 4  # prompts of every kind that are measured, and to confirm on
 
 
 @dataclass(frozen=True)
@@ -112,19 +112,23 @@ def make_profiles(job: Job, wanted: list[str], say: Callable[[str], object]) -> 
     """
     for name in wanted:
         if not _NAMES.fullmatch(name):
-            raise ValueError(f"profile {name!r}: name drift, fisher, mass, 'drift at 2K', or 'loss 0.1' for a budget")
+            raise ValueError(
+                f"profile {name!r}: name drift, fisher, mass, 'drift at 2K', 'fisher 12' for so many prompts of every "
+                f"kind in place of {_ROUNDS}, or 'loss 0.1' for a budget"
+            )
     texts = python_texts()
     kinds = calibration_kinds(texts)
 
     @cache
-    def prompts(length: int, seed: int) -> list[Prompt]:
-        count = _ROUNDS * len(kinds)
+    def prompts(length: int, seed: int, rounds: int = _ROUNDS) -> list[Prompt]:
+        count = rounds * len(kinds)
         return calibration_prompts(job.tokenizer, length=length, count=count, kinds=kinds, texts=texts, seed=seed)
 
     found: dict[str, HeadProfile] = {}
     for name in wanted:
         method, _, rest = name.partition(" ")
-        inputs, held_out = prompts(2048 if rest == "at 2K" else job.length, 1), prompts(job.length, 2)
+        rounds = int(rest) if rest.isdigit() else _ROUNDS
+        inputs, held_out = prompts(2048 if rest == "at 2K" else job.length, 1, rounds), prompts(job.length, 2)
         options: dict[str, Any] = {} if method == "mass" else {"storages": STORAGES}
         if method == "loss":
             options |= {"seconds": _SECONDS}

@@ -1,7 +1,8 @@
 """Tuned tiles: the files are whole, and the most specific entry wins."""
 
 import pytest
-from redknot_kernels.triton import configurations
+import torch
+from redknot_kernels.triton import cold, configurations
 
 
 @pytest.mark.parametrize(("kernel", "names"), [("prefill", {"rows", "keys"}), ("decode", {"programs", "keys"})])
@@ -25,3 +26,9 @@ def test_the_most_specific_configuration_wins(monkeypatch):
         (("sm90", "paged", 2, 64, 4), "sm90 16bit d64"),
     ):
         assert configurations.configuration("prefill", *arguments) == name
+
+
+def test_rows_without_storage_are_one_kernel_for_any_number_of_queries():
+    tile = configurations.configuration("decode", "sm90", "rows", 4, 16, 4)
+    sizes = [cold.cold_sizes(None, tile, 16, 16, torch.device("cuda"), 4, 4 * tokens) for tokens in (1, 2, 3, 8)]
+    assert sizes == sizes[:1] * 4

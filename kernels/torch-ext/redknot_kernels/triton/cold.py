@@ -60,9 +60,10 @@ def cold_sizes(stored, tile, dim, page, device, itemsize, rows):
     The tokens that a warp takes lie within a page.
     """
     storage, wide = () if stored is None else stored.storage, itemsize > 2
+    few = 8 if stored is not None and rows <= 8 else MOST_ROWS  # one for all, where no row is read so
     sizes = {"COLD": stored is not None, "INT8": 8 in storage, "INT4": 4 in storage, "TURNED": turned_block(dim)}
     ptx = device.type == "cuda" and not torch.version.hip
-    sizes |= {"BLOCK_C": min(tile.get("cold", _TOKENS[wide]), page), "FEW": 8 if rows <= 8 else MOST_ROWS}
+    sizes |= {"BLOCK_C": min(tile.get("cold", _TOKENS[wide]), page), "FEW": few}
     return sizes | {"WARPS": tile["options"]["num_warps"], "PTX": ptx, "WIDE": wide}
 
 
