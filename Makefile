@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 KVPRESS := .venv-kvpress/bin
-# Most of what is installed is never imported; Python compiles what is.
+# Most of what is installed is never imported; Python compiles what is, once, where it may keep it.
 INSTALL := install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: compiled docs demo test test-oldest test-previous test-newest lint speed evals real clean
 
