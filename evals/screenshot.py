@@ -77,8 +77,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for the pictures; by default the page's")
     parser.add_argument("--browser", help="a Chromium; by default one on the path")
     args = parser.parse_args(argv)
-    for picture in screenshots(args.page, args.out or args.page.parent, args.browser):
-        print(picture)
+    try:
+        pictures = screenshots(args.page, args.out or args.page.parent, args.browser)
+    except FileNotFoundError as e:
+        raise SystemExit(f"error: {e}") from e
+    print(*pictures, sep="\n")
 
 
 if __name__ == "__main__":

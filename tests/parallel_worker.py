@@ -1,14 +1,19 @@
 """One rank of a tensor-parallel run: `parallel_worker.py FOLDER`, the folder with model, plans and prompt."""
 
 import json
+import os
+import runpy
 import sys
 import time
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from pages import typed
 from safetensors.torch import load_file, save_file
 from served import SIZES, free_at_the_end, prompts_of
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 
 from redknot_hf import HeadPlan, RedKnotCache
@@ -17,6 +22,8 @@ from redknot_hf.serving import Engine, Sampling
 
 # Bytes of pages of a rank that serves, by the name of its plan: too few for all requests.
 MEMORY = {"first rank global": 500_000, "balanced": 350_000}
+# Of the benchmark that a page starts under torchrun.
+TOY = [*("--shape", "toy", "--device", "cpu", "--requests", "3", "--length", "100", "--new", "8", "--memory", "8MiB")]
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
 
 
@@ -111,10 +118,26 @@ def broken(model, plan: HeadPlan, hangs: bool) -> str:
     return "nothing"
 
 
+def launched(words: list[str]) -> None:
+    """Runs what torchrun is told to start, in this process, as each of those that torchrun starts."""
+    asked = get_args_parser().parse_args(words[1:])
+    assert asked.nproc_per_node == os.environ["WORLD_SIZE"]
+    sys.argv = [asked.training_script, *asked.training_script_args]
+    start = runpy.run_module if asked.module else runpy.run_path
+    with suppress(SystemExit):
+        start(asked.training_script, run_name="__main__")
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    os.chdir(folder)
+    launched([*typed("torchrun --nproc-per-node 2 -m evals bench ranks"), *TOY])
+    # That group has ended with it; the next one is found by a file, since the first one's port may not be free yet.
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    with Path(f"answer.{rank}").open("w") as file, redirect_stdout(file):
+        launched(typed("torchrun --nproc-per-node 2 answer.py"))
     model = AutoModelForCausalLM.from_pretrained(folder, **over_ranks(), attn_implementation="redknot")
-    rank = torch.distributed.get_rank()
     prompt = load_file(folder / "prompt.safetensors")
 
     def leave(name: str, plan: HeadPlan) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx2 as httpx
 import psutil
 import pytest
+from pages import typed
 from services import free_port, redis_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -91,7 +92,7 @@ def running(folder):
     """Two replicas that answer, one that reads and a door, over one Redis; none of their processes is left."""
     ray = pytest.importorskip("ray", reason="ray is missing: pip install redknot-hf[ray]")
     serve = pytest.importorskip("ray.serve", reason="ray has no serve: pip install redknot-hf[ray]")
-    from redknot_hf.serving.ray import app
+    from ray.serve.scripts import convert_args_to_dict, import_attr
 
     port = free_port()
     with redis_server(folder) as redis, pytest.MonkeyPatch.context() as patch:
@@ -105,9 +106,11 @@ def running(folder):
         try:
             ray.init(address="local", num_cpus=1, _temp_dir=home, **quiet)
             serve.start(http_options={"host": "127.0.0.1", "port": port})
-            told = {"model": str(TINY), "plan": str(TINY / "plan.json"), "dtype": "float32", "name": "tiny", **SIZES}
-            told |= {"store": redis.url, "replicas": 2, "prefill": 1, "prefill_from": LONG, "most": 3, "look": 0.5}
-            serve.run(app({**told, "cpus": 0.1}), name="redknot")
+            _, _, application, *arguments = typed("serve run")
+            said = convert_args_to_dict(arguments)
+            said |= {"model": str(TINY), "plan": str(TINY / "plan.json"), "store": redis.url}
+            sizes = {"dtype": "float32", "name": "tiny", **SIZES, "prefill_from": LONG, "most": 3, "look": 0.5}
+            serve.run(import_attr(application)({**said, **sizes, "cpus": 0.1}), name="redknot")
             yield Replicas(f"http://127.0.0.1:{port}", redis, Path(home))
         finally:
             if ray.is_initialized():

@@ -3,11 +3,13 @@
 import re
 import shlex
 from importlib import import_module
-from pathlib import Path
+from importlib.metadata import metadata
 
 import pytest
 import torch
 from families import make_model
+from pages import BLOCK, ROOT, blocks, recipe
+from pages import PAGES as ALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -15,15 +17,9 @@ import redknot_hf
 import redknot_hf.profiling
 from redknot_hf import HeadPlan, HeadSpec
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+PAGES = [page for page in ALL if page == ROOT / "README.md" or page.parent == ROOT / "docs"]
 # What the pages take as given: figures are cut to what a small model reads in seconds.
 SMALLER = {"length=4096": "length=400", "(128, 256, 512, 1024)": "(16, 64)", "33_000": "2_000", "count=8": "count=6"}
-
-
-def blocks(language):
-    return [(page, code) for page in PAGES for kind, code in BLOCK.findall(page.read_text()) if kind == language]
 
 
 @pytest.fixture
@@ -58,33 +54,43 @@ def test_python_of_the_pages_runs(page, given, monkeypatch):
     if page.name in ("text.md", "README.md"):
         given["texts"] = ["The house is green.", "Ann lives there, with a cat."]
         given["context"] = " ".join(given["texts"])
-    for code in (code for where, code in blocks("python") if where == page):
+    for code in blocks(page, "python"):
         for long, short in SMALLER.items():
             code = code.replace(long, short)
         exec(compile(code, str(page), "exec"), given)
 
 
-def commands():
-    """Lines of shell blocks, fenced and indented, that begin with one of our commands, in this order."""
-    lines = [line for page, code in blocks("") for line in code.splitlines()]
-    told = [*PAGES, ROOT / "evals" / "README.md", ROOT / "CONTRIBUTING.md"]
-    lines += [line.strip() for page in told for line in page.read_text().splitlines() if line.startswith("    ")]
-    return [line for line in dict.fromkeys(lines) if line.startswith(tuple(PROGRAMS))]
-
-
 PROGRAMS = {
-    "redknot ": "redknot_cli",
-    "python -m evals ": "evals.__main__",
-    "python -m evals.real ": "evals.real.__main__",
+    "redknot": "redknot_cli",
+    "python -m evals": "evals.__main__",
+    "python -m evals.real": "evals.real.__main__",
 }
+GROUPS = ("plan", "bench", "eval")  # commands that have commands
 
 
-@pytest.mark.parametrize("line", commands())
-def test_options_of_the_pages_are_there(line):
-    name = next(name for name in PROGRAMS if line.startswith(name))
-    words = shlex.split(line.removeprefix(name), comments=True)
-    asked = words[:2] if words[0] in ("plan", "bench") else words[:1]
-    told = CliRunner().invoke(import_module(PROGRAMS[name]).app, [*asked, "--help"], env={"COLUMNS": "300"})
-    assert told.exit_code == 0, told.output
-    for option in (word for word in words if word.startswith("--")):
-        assert option in told.output
+def named(beginning):
+    """What sentences name in a span of code that begins so; `test_shell.py` runs the lines of shell blocks."""
+    spans = [span for page in ALL for span in re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text()))]
+    return sorted({" ".join(span.split()) for span in spans if span.startswith(f"{beginning} ")})
+
+
+@pytest.mark.parametrize("line", [line for name in PROGRAMS for line in named(name)])
+def test_commands_that_sentences_name_have_their_options(line):
+    name = next(name for name in PROGRAMS if line.startswith(f"{name} "))
+    first, *words = shlex.split(line.removeprefix(name))
+    groups = words.pop(0).split("|") if first in GROUPS and words and words[0][0] != "-" else [None]
+    for asked in ([first, group] if group else [first] for group in groups):
+        told = CliRunner().invoke(import_module(PROGRAMS[name]).app, [*asked, "--help"], env={"COLUMNS": "300"})
+        assert told.exit_code == 0, told.output
+        for option in (word for word in words if word.startswith("--")):
+            assert option == "--help" or option in told.output
+
+
+def test_extras_and_targets_that_pages_name_are_there():
+    provided = metadata("redknot-hf").get_all("Provides-Extra")
+    listed = [names for page in ALL for names in re.findall(r"redknot-hf\[([\w,-]+)\]", page.read_text())]
+    assert {name for names in listed for name in names.split(",")} <= set(provided)
+    targets = {span.split()[1] for span in named("make")}
+    assert {"speed", "real"} <= targets
+    for target in targets:
+        recipe(target)

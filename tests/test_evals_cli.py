@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from pages import typed
 from typer.testing import CliRunner
 
 from evals.__main__ import app
@@ -16,13 +17,12 @@ SMALL = ["--length", "280", "--count", "6"]
 
 
 @pytest.fixture
-def plans(tmp_path):
-    """The bundled plan, and one with the wrong heads."""
-    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+def plans(tmp_path, monkeypatch):
+    """The bundled plan, a.json, and one with the wrong heads, b.json, in the folder where commands run."""
+    monkeypatch.chdir(tmp_path)
     plan = HeadPlan.load(BUNDLED / "plan.json")
-    plan.save(good)
-    misplaced(plan).save(bad)
-    return good, bad
+    plan.save("a.json")
+    misplaced(plan).save("b.json")
 
 
 def invoke(*words):
@@ -30,16 +30,17 @@ def invoke(*words):
 
 
 def test_frontier_compares_plans(plans, tmp_path):
-    out = tmp_path / "out"
-    done = invoke("frontier", "tiny/code", *SMALL, "--plans", plans[0], "--plans", plans[1], "--out", out)
+    words = typed("python -m evals frontier")[3:]
+    done = invoke(*words, *SMALL)
+    out = tmp_path / words[-1]
     assert done.exit_code == 0, done.output
     records = Records.load([out / "frontier.jsonl"])
     scores = {
         run.name: sum(a["score"] for (key, _), a in records.answers.items() if key == run.key)
         for run in records.runs.values()
     }
-    assert list(scores) == ["dense", "redknot, good", "redknot, bad", "streaming"]
-    assert scores["redknot, good"] > scores["redknot, bad"]
+    assert list(scores) == ["dense", "redknot, a", "redknot, b", "streaming"]
+    assert scores["redknot, a"] > scores["redknot, b"]
     assert {path.name for path in out.glob("*.png")} == {
         "differences.png", "frontier.png", "times.png", "heads_0.png", "heads_1.png"
     }  # fmt: skip
@@ -47,7 +48,7 @@ def test_frontier_compares_plans(plans, tmp_path):
 
 
 def test_gate_sets_the_exit_status(plans):
-    done = invoke("gate", "--plan", plans[1], "--task", "tiny/code", *SMALL)
+    done = invoke("gate", "--plan", "b.json", "--task", "tiny/code", *SMALL)
     assert done.exit_code == 1
     assert done.stdout.startswith("FAILS: redknot on tiny/code at 280 tokens")
 

@@ -2,10 +2,13 @@
 
 import json
 import warnings
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from pages import typed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.methods.redknot import misplaced
@@ -77,3 +80,19 @@ def test_scores_are_those_of_dense_and_fall_with_the_wrong_plan(tokenizer, task)
     assert ours.plan == plan
     assert scores(ours, task) == pytest.approx(dense, abs=0.17)
     assert scores(RedKnotLM(model, plan=misplaced(plan), **options), task)[1] < dense[1] - 0.4
+
+
+def test_what_the_page_says_prints_a_score(task, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "say.yaml"
+    file.write_text(json.dumps(task[1]))  # JSON is YAML
+    given = f"pretrained={FOLDER},plan={FOLDER / 'plan.json'}"
+    words = typed("python -m evals.lm_eval_model", {"pretrained=M,plan=P": given, "T": file})
+    monkeypatch.setattr("sys.argv", [*words[2:], "--device", "cpu", "--limit", "2"])
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False)
+    )  # thousands of files
+    monkeypatch.setattr(
+        "lm_eval.utils._LOGGING_CONFIGURED", True
+    )  # which would write to this test's terminal for good
+    import_module(words[2]).cli_evaluate()
+    assert "|say" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from pages import typed
 from services import free_port
 
 from evals.__main__ import main
@@ -157,7 +158,8 @@ def test_the_command_writes_a_line_and_ends_with_what_failed(fake, tmp_path, cap
     fake.asked.clear()
     out, file = tmp_path / "serve.jsonl", tmp_path / "lengths.jsonl"
     file.write_text('{"prompt": 5, "new": 3}\n{"prompt": 9, "new": 2}\n')
-    words = ["serve", fake.url, "--requests", "4", "--rate", "100", "--lengths", str(file), "--out", str(out)]
+    said = {"http://127.0.0.1:8000/v1": fake.url, "200": "4", "4": "100", "X": str(out)}
+    words = [*typed("python -m evals serve", said)[3:], "--lengths", str(file)]
     shared = ["--prefix-share", "1", "--prefixes", "1", "--prefix-tokens", "6"]
     documents = ["--segment-share", "1", "--segments", "3", "--segments-each", "2", "--segment-tokens", "8"]
     with pytest.raises(SystemExit) as ended:

@@ -1,14 +1,13 @@
 """Methods: what each holds, and what none may pretend."""
 
 import importlib.util
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from evaluated import LENGTH, asked
 from families import make_model
+from pages import ROOT, blocks
 from transformers import DynamicCache
 
 from evals.measuring import Asked, measure
@@ -203,8 +202,7 @@ def test_several_plans_go_by_their_names(model, plan, tmp_path):
 
 
 def test_a_method_of_ones_own_is_that_of_the_page(model, tmp_path, monkeypatch):
-    page = (Path(__file__).parents[1] / "evals" / "README.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    (code,) = blocks(ROOT / "evals" / "README.md", "python")
     (tmp_path / "mine.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     setting = Setting(model.config, 256)

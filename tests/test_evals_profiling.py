@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pages import typed
 
 from evals.benchmarks import profiling, profiling_figures
 from evals.benchmarks.commands import budgets, profile_cost
@@ -122,8 +123,8 @@ def test_budgets_of_bytes_are_judged_as_a_cache_would_give_them(tmp_path, monkey
     monkeypatch.setattr(contenders, "BUDGETS", (0.7,))
     monkeypatch.setattr(contenders, "_COMPARED", ())
     out = tmp_path / "budgets.jsonl"
-    arguments = ["--model", "bundled", "--length", "448", "--calibration", "2", "--answers", "2", "--out", str(out)]
-    budgets.app(arguments, standalone_mode=False)
+    size = ["--model", "bundled", "--length", "448", "--calibration", "2", "--answers", "2"]
+    budgets.app([*typed("python -m evals bench budgets", {"X": out})[5:], *size], standalone_mode=False)
     rows = {row["method"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert rows.keys() == {"drift", "fisher", "int4 everywhere", "int8 everywhere"}
     assert rows["drift"] | {"method": "fisher"} == rows["fisher"]

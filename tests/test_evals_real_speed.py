@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import make_model
+from pages import typed
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
@@ -93,8 +94,8 @@ def test_the_command_writes_its_file_anew_and_fails_where_a_row_does(small, tmp_
     monkeypatch.setattr("evals.real.__main__._loaded", lambda model, device: (small, None))
     monkeypatch.setattr(speed, "plans", lambda config, length, folder: {"whole": HeadPlan.uniform(config, HeadSpec())})
     monkeypatch.setattr(speed, "_captured", _no_memory)
-    arguments = ["speed", "--out", str(out), "--profiles", str(tmp_path), "--length", "40", "--batch", "1"]
-    result = CliRunner().invoke(app, arguments)
+    words = typed("python -m evals.real speed", {"P": tmp_path, "S": out})[3:]
+    result = CliRunner().invoke(app, [*words, "--length", "40", "--batch", "1"])
     assert "not measured, for the reason in their lines" in str(result.exception) + result.output
     assert [row["method"] for row in read(out)] == ["dense", "whole", "whole", "dense"]
 

@@ -1,5 +1,7 @@
 import json
 
+from pages import typed
+
 from evals.benchmarks.commands import reuse
 from evals.benchmarks.reuse_figures import WHOLE
 
@@ -10,7 +12,8 @@ def test_the_evaluation_tells_methods_apart(tmp_path, capsys):
     out, figure = tmp_path / "reuse.jsonl", tmp_path / "reuse.png"
     size = ["--contexts", "1", "--dependent", "1", "--documents", "4", "--tokens", "64", "--questions", "6"]
     chosen = [part for method in METHODS for part in ("--method", method)]
-    reuse.app([*size, "--device", "cpu", *chosen, "--out", str(out), "--figure", str(figure)], standalone_mode=False)
+    words = typed("python -m evals bench reuse --out", {"X": out, "Y": figure})[5:]
+    reuse.app([*words, *size, "--device", "cpu", *chosen], standalone_mode=False)
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["method"] for r in records] == ["dense", WHOLE, *METHODS] * 2
     assert figure.stat().st_size > 10_000

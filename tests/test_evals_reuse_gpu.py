@@ -1,5 +1,7 @@
 import json
 
+from pages import typed
+
 from evals.benchmarks.commands import reuse_gpu
 
 
@@ -7,8 +9,8 @@ def test_all_ways_to_the_first_token_are_timed(tmp_path):
     out = tmp_path / "reuse.jsonl"
     size = ["--shape", "toy", "--segments", "2", "--tokens", "300", "--suffix", "8"]
     size += ["--boundary", "0", "--boundary", "0.1"]
-    where = ["--device", "cpu", "--folder", str(tmp_path), "--out", str(out)]
-    reuse_gpu.app([*size, "--repeats", "1", *where], standalone_mode=False)
+    size += ["--repeats", "1", "--device", "cpu", "--folder", str(tmp_path)]
+    reuse_gpu.app([*typed("python -m evals bench reuse_gpu", {"X": out})[5:], *size], standalone_mode=False)
     records = {r["method"]: r for r in map(json.loads, out.read_text().splitlines())}
     assert len(records) == 3 + 3 * 3
     for name, record in records.items():

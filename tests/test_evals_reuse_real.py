@@ -2,6 +2,7 @@ import json
 
 import pytest
 from families import make_model
+from pages import typed
 
 from evals.benchmarks import reuse_real
 from evals.benchmarks.commands import reuse_real as command
@@ -28,10 +29,11 @@ def test_all_methods_answer_the_same_questions(tiny, monkeypatch):
     rows, out, picture = (tiny / name for name in ("rows.jsonl", "out.jsonl", "out.png"))
     size = ["--contexts", "1", "--documents", "3", "--tokens", "400", "--dtype", "float32", "--device", "cpu"]
     chosen = [part for method in METHODS for part in ("--method", method)]
+    words = typed("python -m evals bench reuse_real", {"X": rows})[5:]
     for first in ("0", "7"):
-        arguments = [*size, "--first", first, *chosen, "--model", str(tiny), "--out", str(rows)]
-        command.app(arguments, standalone_mode=False)
-    evals_real.app(["summarize-reuse", str(rows), "--out", str(out), "--figure", str(picture)], standalone_mode=False)
+        command.app([*words, *size, "--first", first, *chosen, "--model", str(tiny)], standalone_mode=False)
+    words = typed("python -m evals.real summarize-reuse", {"X": rows, "R": out, "F": picture})[3:]
+    evals_real.app(words, standalone_mode=False)
     assert picture.stat().st_size > 10_000
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert {(r["kind"], r["method"]) for r in records} == {

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluated import records
+from pages import typed
 from PIL import Image
 
 from evals.report import write_report
-from evals.screenshot import BROWSERS, SIZES, screenshots
+from evals.screenshot import BROWSERS, SIZES, main, screenshots
 from evals.summary import summarize
 
 OUT = Path(__file__).parents[1] / "runs" / "test_screenshots"
@@ -19,12 +20,16 @@ def test_without_a_browser_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="apt-get install chromium"):
         screenshots(tmp_path / "page.html", tmp_path)
+    with pytest.raises(SystemExit, match=r"^error: none of chromium.* is installed: apt-get install chromium$"):
+        main(typed("python -m evals.screenshot")[3:])
 
 
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium here")
-def test_the_page_is_light_and_dark_at_desk_and_phone():
+def test_the_page_is_light_and_dark_at_desk_and_phone(capsys):
     rows = summarize(records(dense=[1] * 60, redknot=[1] * 59 + [0]), kinds=True)
-    pictures = {path.stem: path for path in screenshots(write_report(rows, OUT), OUT)}
+    main(typed("python -m evals.screenshot", {"runs/x/report.html": write_report(rows, OUT)})[3:])
+    pictures = {path.stem: path for path in map(Path, capsys.readouterr().out.splitlines())}
+    assert {path.parent for path in pictures.values()} == {OUT}
     assert set(pictures) == {f"{theme}-{size}" for theme in ("light", "dark") for size in SIZES}
     for name, path in pictures.items():
         theme, size = name.split("-")

@@ -1,12 +1,14 @@
 import json
 
+from pages import typed
+
 from evals.benchmarks.commands import storages
 
 
 def test_errors_by_storage_on_gaussian_data_and_the_bundled_model(tmp_path):
     out = tmp_path / "storages.jsonl"
-    size = ["--device", "cpu", "--length", "480", "--real", str(tmp_path), "--out", str(out)]
-    storages.app(size, standalone_mode=False)
+    size = ["--device", "cpu", "--length", "480", "--real", str(tmp_path)]
+    storages.app([*typed("python -m evals bench storages", {"X": out})[5:], *size], standalone_mode=False)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["data"], row["storage"]) for row in rows] == [
         *[("Gaussian", "int8"), ("Gaussian", "int4")] * 2, ("bundled", "int8"), ("bundled", "int4"),

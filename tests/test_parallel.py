@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, make_model
 from oracle import random_plan
+from pages import ROOT, blocks
 from parallel_worker import MEMORY, run, served
 from safetensors.torch import load_file, save_file
 from served import SIZES
@@ -28,6 +29,11 @@ from redknot_hf.serving.scheduler import Sequence
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 LOCAL = HeadSpec(window=7, sink=2)
+# What the page of ranks takes as given, before its own lines.
+GIVEN = """
+from redknot_hf import HeadPlan, RedKnotCache
+name, plan, documents = ".", HeadPlan.load("first rank global.plan"), [[5, 6, 7, 8, 9]]
+"""
 PLANS = {
     "global": lambda config: HeadPlan.uniform(config, HeadSpec()),
     "first rank global": lambda config: HeadPlan.with_global(
@@ -59,8 +65,17 @@ def folder(model, prompt, tmp_path_factory):
     save_file(prompt, folder / "prompt.safetensors")
     for name, make in PLANS.items():
         make(model.config).save(folder / f"{name}.plan")
+    (folder / "answer.py").write_text("\n".join((GIVEN, *blocks(ROOT / "docs" / "scaling.md", "python")[:2])))
     run_ranks(WORKER, folder)
     return folder
+
+
+def test_programs_that_the_page_starts_under_torchrun_do_what_it_says(model, folder):
+    alone = Engine(model, PLANS["first rank global"](model.config), **SIZES)
+    (answer,) = alone.generate([[5, 6, 7, 8, 9]], Sampling(max_new_tokens=8))
+    assert [(folder / f"answer.{rank}").read_text() for rank in range(2)] == [f"{answer.ids}\n", ""]
+    (row,) = map(json.loads, (folder / "ranks.jsonl").read_text().splitlines())
+    assert (row["ranks"], row["requests"], row["steps"]) == (2, 3, 6)
 
 
 @pytest.mark.parametrize("name", PLANS)

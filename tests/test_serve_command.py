@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 from listening import generated
+from pages import typed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -22,8 +23,8 @@ from redknot_hf.serving import Engine
 TINY = Path(__file__).parents[1] / "evals" / "tiny"
 ROOT = TINY.parents[1]
 # What README tells a new user: how to start it, and what to ask.
-START = re.search(r"^redknot (serve evals/tiny .*?) &", (ROOT / "README.md").read_text(), re.M).group(1).split()
-ASK = json.loads(re.search(r"^curl .*? -d '(.*?)'$", (ROOT / "README.md").read_text(), re.M | re.S).group(1))
+_, *START, BEHIND = typed("redknot serve evals/tiny")
+CURL, _, ADDRESS, _, HEADER, _, ASK = typed("curl -N localhost:8000/v1/")
 
 
 def run(*arguments):
@@ -38,12 +39,15 @@ def test_what_readme_says_starts_it_and_it_ends_when_it_is_told():
         [*command, "--dtype", "float32", "--compiled"], env=environment, cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    assert (CURL, BEHIND) == ("curl", "&")
     try:
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, process.stderr.read()
         assert "32 requests at once" in process.stdout.readline()
-        with httpx.stream("POST", f"{found.group()}/v1/completions", json=ASK, timeout=20) as answer:
+        address = ADDRESS.replace("localhost:8000", found.group())
+        header = dict([HEADER.split(": ")])
+        with httpx.stream("POST", address, content=ASK, headers=header, timeout=20) as answer:
             events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
         kept = httpx.post(f"{found.group()}/v1/segments", json={"input": "the code of the wooden school"}, timeout=20)
         process.send_signal(signal.SIGTERM)
@@ -59,7 +63,7 @@ def test_what_readme_says_starts_it_and_it_ends_when_it_is_told():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32", attn_implementation="redknot")
     engine = Engine(model, HeadPlan.load(TINY / "plan.json"), memory=1 << 26, max_len=512, tokenizer=tokenizer)
-    assert text == generated(engine, tokenizer(ASK["prompt"])["input_ids"], 16)
+    assert text == generated(engine, tokenizer(json.loads(ASK)["prompt"])["input_ids"], 16)
 
 
 def test_what_is_off_is_said_before_a_model_is_loaded(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 from listening import make_served
+from pages import typed
 from typer.testing import CliRunner
 
 from redknot_cli import app, ranks
@@ -21,7 +22,7 @@ from redknot_hf.serving.server.running import Server, bound
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "evals" / "tiny"
-ASK = json.loads(re.search(r"^curl .*? -d '(.*?)'$", (ROOT / "README.md").read_text(), re.M | re.S).group(1))
+ASK = json.loads(typed("curl")[-1])
 
 
 def alive(group):
@@ -37,17 +38,12 @@ def test_ranks_answer_and_end_when_torchrun_is_told(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--no-python",
-        "--nproc-per-node=2",
-        "--master-port",
-        port,
-    ]
-    serve = [sys.executable, "-c", "from redknot_cli import app; app()", "serve", TINY, "--plan", TINY / "plan.json"]
-    options = ["--port", "0", "--max-len", "512", "--memory", "32MiB", "--balance", "--dtype", "float32"]
+    given = {"meta-llama/Llama-3.1-8B-Instruct": TINY, "plan.json": TINY / "plan.json"}
+    words = typed("torchrun --no-python", given)
+    served = words.index("redknot")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--master-port", port, *words[1:served]]
+    serve = [sys.executable, "-c", "from redknot_cli import app; app()", *words[served + 1 :]]
+    options = ["--port", "0", "--max-len", "512", "--memory", "32MiB", "--dtype", "float32"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with (tmp_path / "said").open("w+") as said:

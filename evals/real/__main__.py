@@ -48,7 +48,10 @@ def frontier(  # noqa: PLR0913 - options of a command
     from evals.real.frontier import Job, measure
 
     loaded, tokenizer = _loaded(model, device)
-    measure(Job(loaded, tokenizer, length, count, tuple(loss), seconds, out, first, profiles, peers))
+    try:
+        measure(Job(loaded, tokenizer, length, count, tuple(loss), seconds, out, first, profiles, peers))
+    except ImportError as e:
+        raise SystemExit(f"error: {e}") from e
 
 
 @app.command()

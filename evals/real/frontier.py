@@ -77,9 +77,9 @@ def measure(job: Job, say: Callable[[str], object] = print) -> None:
     """Writes the profiles, the plans' figures at the length, item by item, and what it was run on, into a folder."""
     start = time.perf_counter()
     job.out.mkdir(parents=True, exist_ok=True)
+    others = peers() if job.peers else []
     profiles = read_profiles(job.profiles) if job.profiles else make_profiles(job, names(job), say)
-    plans: list[Contender | Peer] = list(contenders(job.model.config, job.length, profiles))
-    plans += peers() if job.peers else []
+    plans: list[Contender | Peer] = [*contenders(job.model.config, job.length, profiles), *others]
     about = {**hardware(job.model.device), **versions(("torch", "transformers"))}
     head = {
         "length": job.length,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -113,7 +114,14 @@ Peer = Press | Quantised
 
 
 def peers() -> list[Peer]:
-    """All of them, at all shares."""
+    """All of them, at all shares.
+
+    Raises:
+        ImportError: A library is not installed, which would be found out in the middle of a run.
+    """
+    wanted = {"kvpress": "kvpress", "optimum": "optimum-quanto", "hqq": "hqq"}
+    if missing := [package for name, package in wanted.items() if find_spec(name) is None]:
+        raise ImportError(f"--peers needs {', '.join(missing)}: evals/real/measure.sh says what to install")
     presses = [Press(scorer, share) for share in SHARES for scorer in ("SnapKV", "ExpectedAttention")]
     return [*presses, *(Quantised(backend, bits) for backend in ("quanto", "hqq") for bits in (2, 4))]
 
