@@ -20,7 +20,7 @@ def kernels_ms(run: Callable[[], object], device: torch.device, times: int = 1) 
         Milliseconds in each kernel, the longest twelve first; `""` is all. Kernels may overlap.
     """
     on = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[on]) as profiled:
+    with profile(activities=[on], acc_events=True) as profiled:
         run()
     found = {event.key: event.device_time_total / 1e3 / times for event in profiled.key_averages()}
     longest = sorted(found, key=lambda name: -found[name])[:12]

@@ -103,7 +103,7 @@ def step_rows(kernels, timer: Timer, length: int, dtype: torch.dtype) -> list[di
 def kernels_of(run: Callable) -> list[dict]:
     """The kernels that one call launches on a GPU, with their time."""
     run()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         run()
         torch.cuda.synchronize()
     found = [e for e in profiled.key_averages() if e.device_time_total > 0]

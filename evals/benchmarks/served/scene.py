@@ -74,7 +74,7 @@ class Scene(MeasuredModel):
         """
         if self.device.type != "cuda":
             return {}
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             for _ in range(times):
                 run()
             self.wait()
