@@ -33,11 +33,11 @@ def test_steps_of_one_device_are_timed_in_which_all_decode(tmp_path):
 
 
 def test_the_page_has_what_was_measured():
-    rows = {
-        row["ranks"]: row for row in map(json.loads, (ROOT / "evals/results/ranks.jsonl").read_text().splitlines())
-    }
+    one, two, compiled = map(json.loads, (ROOT / "evals/results/ranks.jsonl").read_text().splitlines())
     page = (ROOT / "docs" / "scaling.md").read_text()
-    for name, row in (("one GPU", rows[1]), ("two GPUs", rows[2])):
+    assert [(row["ranks"], row["compiled"]) for row in (one, two, compiled)] == [(1, False), (2, False), (2, True)]
+    for name, row in (("one GPU", one), ("two GPUs", two), ("two GPUs, compiled", compiled)):
         cells = f"{row['pages_bytes'] / 1e9:.1f} GB", f"{row['step_ms']:.1f} ms", f"{row['tokens_per_s']:,.0f}"
         assert f"| {' | '.join((name, *cells))} |" in page
-    assert f"That is {rows[2]['tokens_per_s'] / rows[1]['tokens_per_s']:.2f} times one GPU" in page
+    times = [row["tokens_per_s"] / one["tokens_per_s"] for row in (two, compiled)]
+    assert "That is {:.2f} times one GPU, and {:.2f} with steps that are compiled".format(*times) in page
