@@ -74,6 +74,28 @@ def test_tables_of_the_real_model_are_the_results(page, rows):
             assert cell.strip("| ") in ("", f"{right:.1f}", f"{right:.1f} ({kl:.3f})"), (kept, name, task)
 
 
+OTHERS = {
+    "4096": (r"\| 4K \| (\d+) % \| ([^|]*) \| (.*) \|", 11),
+    "2048": (r"\| 2K \| (\d+) % \| ([^|]*) \| (.*) \|", 11),
+    "more": (r"\| (\d+) % \| (dense on these|fisher, \d+ prompts|loss, from fisher of 32) \| (.*) \|", 9),
+}
+MORE = {"dense on these": "dense", "fisher, 32 prompts": "fisher", "fisher, 80 prompts": "fisher 10"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_tables_of_other_lengths_and_prompts_are_the_results(name):
+    lines = map(json.loads, (RESULTS / "real" / f"frontier_{name}.jsonl").read_text().splitlines())
+    found = {(line["method"], round(100 * line["kept"])): line["tasks"] for line in lines}
+    pattern, rows = OTHERS[name]
+    told = re.findall(f"^{pattern}$", (ROOT / "docs" / "plans.md").read_text(), re.M)
+    assert len(told) == rows
+    for kept, plan, cells in told:
+        method = f"loss {int(kept) / 100:g}" if plan.startswith("loss") else (NAMES | MORE)[plan]
+        for cell, task in zip(cells.split(" | "), (*KINDS, "text"), strict=True):
+            right, kl = found[method, int(kept)][task]["right"], found[method, int(kept)][task]["kl"][0]
+            assert cell in (f"{right:.1f}", f"{right:.1f} ({kl:.3f})"), (kept, plan, task)
+
+
 def test_times_are_those_of_the_8b_shape():
     last = json.loads((RESULTS / "speed_gpu.jsonl").read_text().splitlines()[-1])
     found = {one["method"]: one for one in last["rows"] if one["batch"] == 1 and one["length"] == 131072}
