@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from evals.real.speed import better, read
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "evals" / "results"
@@ -32,19 +34,28 @@ def test_answers_are_those_of_the_real_model():
 
     dense = right("dense", 1.0)
     assert f"{dense:.0f} % of four kinds" in README
-    for name, method, budget in (
-        ("RedKnot, plan for 28 %", "fisher", 0.28),
-        ("RedKnot, plan for 20 %", "fisher", 0.2),
-        ("RedKnot, plan for 10 %", "fisher", 0.1),
-        ("every head in int8", "int8 everywhere", 0.53),
-        ("every head in int4", "int4 everywhere", 0.28),
-        ("`QuantizedCache`, quanto, 4 bits", "transformers quanto 4 bits", 0.28),
-        ("kvpress, AdaKV over SnapKV", "kvpress AdaKV SnapKV", 0.2),
-        ("windows by attention mass", "mass", 0.2),
-        ("a sliding window with sink", "streaming", 0.2),
+    times = read(RESULTS / "real" / "speed.jsonl")
+    for name, method, budget, timed in (
+        ("RedKnot, plan for 28 %", "fisher", 0.28, "fisher 0.28"),
+        ("RedKnot, plan for 20 %", "fisher", 0.2, "fisher 0.2"),
+        ("RedKnot, plan for 10 %", "fisher", 0.1, "fisher 0.1"),
+        ("every head in int8", "int8 everywhere", 0.53, "int8 everywhere"),
+        ("every head in int4", "int4 everywhere", 0.28, "int4 everywhere"),
+        ("`QuantizedCache`, quanto, 4 bits", "transformers quanto 4 bits", 0.28, "transformers quanto 4 bits"),
+        ("kvpress, AdaKV over SnapKV", "kvpress AdaKV SnapKV", 0.2, "kvpress AdaKV SnapKV"),
+        ("windows by attention mass", "mass", 0.2, "mass 0.2"),
+        ("a sliding window with sink", "streaming", 0.2, "streaming 0.2"),
     ):
         kept = found[method, budget]["kept"]
-        assert row(name) == [round(1 / kept, 1), None, None, round(100 * right(method, budget) / dense)], name
+        sooner, tokens = (round(factor, 1) for factor in better(times, timed))
+        assert row(name) == [round(1 / kept, 1), sooner, tokens, round(100 * right(method, budget) / dense)], name
+
+
+def test_times_on_the_real_model_are_beside_dense_of_the_length_that_is_told():
+    rows = read(RESULTS / "real" / "speed.jsonl")
+    assert {row["length"] for row in rows} == {7168}
+    (dense,) = (row for row in rows if (row["method"], row["how"], row["batch"]) == ("dense", "eager", 1))
+    assert f"{1e3 * dense['first_s']:.0f} ms to the first token and {1e3 * dense['token_s']:.1f} ms a token" in README
 
 
 NAMES = {
