@@ -7,12 +7,12 @@ MODEL=$1 OUT=$2
 RUN="python3 -m evals.real"
 mkdir -p "$OUT"
 $RUN profile drift --model "$MODEL" --out "$OUT/7168"  # alone, for its time
-$RUN profile fisher mass "drift at 2K" --model "$MODEL" --out "$OUT/7168" &
+$RUN profile fisher mass "drift at 2K" "fisher 10" --model "$MODEL" --out "$OUT/7168" &
 for budget in 0.1 0.15 0.2; do
     $RUN profile "loss $budget" --model "$MODEL" --out "$OUT/7168" &
 done
 for length in 2048 4096; do
-    $RUN profile drift fisher --length $length --model "$MODEL" --out "$OUT/$length" &
+    $RUN profile drift fisher mass --length $length --model "$MODEL" --out "$OUT/$length" &
 done
 wait
 $RUN speed --peers --model "$MODEL" --profiles "$OUT/7168" --out "$OUT/speed.jsonl"  # alone, for its times
