@@ -140,8 +140,8 @@ def frontier(rows: Sequence[Row], style: Style) -> Figure:
                 axes.plot([hollow, x], [y.value, y.value], color=colour, linewidth=0.8, linestyle=":")
                 axes.plot([hollow], [y.value], marker=marker, color=colour, markerfacecolor=style.paper, markersize=7)
             axes.plot([x], [y.value], marker=marker, color=colour, markersize=7)
+        axes.margins(x=0.08)  # before the limits, which take it in
         axes.set(title=title, xlabel="resident keys and values (MiB)", ylim=(-4, 104), xlim=(0, None))
-        axes.margins(x=0.08)
         axes.grid(axis="y", linewidth=0.6)
     figure.axes[0].set_ylabel("tokens as dense (%)")
     marks = [Line2D([], [], color=colours[n][0], marker=colours[n][1], linestyle="", label=n) for n in names]

@@ -116,9 +116,7 @@ def _heat_maps(profiles: Sequence[tuple[str, HeadProfile]]) -> dict[str, tuple[s
         text = f"What restricting each KV head costs, by {profile.method} ({name}); framed heads stay global."
 
         def draw(style: Style, profile: HeadProfile = profile) -> Any:
-            figure = heat_map(profile, profile.plan())
-            figure.set_figwidth(style.width)
-            return figure
+            return heat_map(profile, profile.plan(), style.width)
 
         found[f"profile_{i}" if len(profiles) > 1 else "profile"] = (text, draw)
     return found

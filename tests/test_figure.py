@@ -22,5 +22,9 @@ def test_a_panel_for_each_window_and_a_frame_for_each_global_head(errors):
         expected[0, :2], expected[1] = profile.table(window)
         np.testing.assert_array_equal(drawn, expected.T, "layers to the right, heads down")
         assert len(panel.lines) == plan.num_global == 2
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert not heat_map(profile).axes[0].lines
+    wide = heat_map(profile, plan, 9.0)
+    wide.draw_without_rendering()
+    assert wide.get_figwidth() == 9
+    assert all(axes.get_position().x0 < 0.1 for axes in wide.axes), "few layers, and their scale, stand at the left"

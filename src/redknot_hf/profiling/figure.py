@@ -22,12 +22,13 @@ def check_plotting() -> None:
         raise ImportError("a heat map needs matplotlib: pip install 'redknot-hf[plot]'")
 
 
-def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
+def heat_map(profile: HeadProfile, plan: HeadPlan | None = None, width: float | None = None) -> Figure:
     """Draws the errors, a panel for each choice: layers to the right, KV heads down, on a scale of powers of ten.
 
     Args:
         profile: What to draw.
         plan: Its global heads get a frame.
+        width: Of the figure, in inches; by default what the layers take.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -38,8 +39,8 @@ def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     layers, heads = len(profile.heads_by_layer), max(profile.heads_by_layer)
-    height = 0.9 + 0.22 * heads
-    figure = Figure((2.4 + 0.22 * layers, 0.6 + height * len(profile.choices)), layout="constrained")
+    across, height = 1.2 + 0.22 * layers, 0.9 + 0.22 * heads
+    figure = Figure((width or across, 1.4 + height * len(profile.choices)), layout="constrained")
     panels = np.atleast_1d(figure.subplots(len(profile.choices), 1, sharex=True))
     positive = profile.errors[profile.errors > 0]
     norm = LogNorm(np.quantile(positive, 0.02), positive.max()) if len(set(positive)) > 1 else None
@@ -48,7 +49,6 @@ def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
         columns = [np.pad(row, (0, heads - len(row)), constant_values=np.nan) for row in profile.table(choice)]
         image = panel.imshow(np.stack(columns, 1), norm=norm, cmap="magma_r", aspect="equal", interpolation="none")
         panel.set(title=name_of(choice), ylabel="KV head")
-        panel.set_anchor("W")
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
         for layer, specs in enumerate(plan or ()):
@@ -65,5 +65,8 @@ def heat_map(profile: HeadProfile, plan: HeadPlan | None = None) -> Figure:
         "gates": "gate",
     }
     if image is not None:
-        figure.colorbar(image, ax=list(panels), label=units.get(profile.method, profile.method))
+        figure.colorbar(
+            image, ax=list(panels), label=units.get(profile.method, profile.method), location="bottom",
+            shrink=min(1.0, across / figure.get_figwidth()), aspect=30, anchor=(0, 1), panchor="W",
+        )  # fmt: skip
     return figure
