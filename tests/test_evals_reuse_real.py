@@ -82,3 +82,6 @@ def test_only_contexts_that_all_methods_were_asked_about_count():
     assert naive["right_minus_dense"][2] <= 0
     assert naive["kl"] == [0.5, 0.5, 0.5]
     assert naive["recomputed"] == pytest.approx(0.5)
+    assert naive["date"] == ""
+    rows[-1]["date"] = "later"
+    assert [one["date"] for one in reuse_summary.records(rows)] == ["", ["", "later"]]

@@ -44,8 +44,15 @@ def records(rows: Sequence[Row]) -> list[Row]:
             for name in methods if order else ():
                 same = [mine[name][context] for context in order]
                 found.append({"kind": kind, "method": name, **_figures(same, [mine[DENSE][c] for c in order])})
-                found[-1] |= {"contexts": len(order), **{key: same[0][key] for key in _ABOUT}}
+                found[-1] |= {"contexts": len(order), **{key: _common(same, key) for key in _ABOUT}}
     return found
+
+
+def _common(rows: Sequence[Row], key: str) -> Any:
+    """What all rows say, or all that they say: runs on several machines, or days, add to each other."""
+    said = [row[key] for row in rows]
+    unlike = [value for i, value in enumerate(said) if value not in said[:i]]
+    return unlike[0] if len(unlike) == 1 else unlike
 
 
 def _setting(row: Row) -> tuple[int, int]:
