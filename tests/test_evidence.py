@@ -18,6 +18,10 @@ def test_a_plan_prints_what_confirms_it():
         "  two_hop  left out of the verdict: the model itself is right on 10.0%",
         "both halves of the prompts agree on 90% of the global heads",
     ]
+    (*_, last) = evidence({"held_out": [ROW], "overlap": 0.76})
+    assert last.endswith(
+        "agree on 76% of the global heads: more prompts would settle more (redknot profile --prompts)"
+    )
 
 
 def test_a_plan_that_nothing_confirms_says_so():
