@@ -6,31 +6,32 @@ KVPRESS := .venv-kvpress/bin
 INSTALL := install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: compiled docs demo test test-oldest test-previous test-newest lint speed evals real clean
+.PHONY: compiled docs demo test test-checked test-compiled test-oldest test-previous test-newest lint speed evals real clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/quickstart.py
 
 PYTEST := -m pytest --numprocesses auto --dist worksteal
-COMPILED := --override-ini addopts= tests/compiled_cases.py
+COMPILED := -m pytest --override-ini addopts= tests/compiled_cases.py
 
-# All tests, in environment $(1). Shapes are checked, but where a compiler must look through.
-define run_tests
-	$(1)/bin/python $(PYTEST)
-	$(1)/bin/python $(PYTEST) $(COMPILED)
-endef
+# All tests. Shapes are checked, but where a compiler must look through.
+test: test-checked test-compiled
 
-test: .venv/.ready
-	$(call run_tests,.venv)
+test-checked: .venv/.ready
+	$(BIN)/python $(PYTEST)
 
-# The reduced set on older versions of transformers, whose shapes are the newest's.
+test-compiled: .venv/.ready
+	$(BIN)/python $(COMPILED)
+
+# The reduced set on older versions of transformers, whose shapes are the newest's: every pair of what is crossed.
 test-oldest test-previous: test-%: .venv-%/.ready
-	.venv-$*/bin/python $(PYTEST) $(COMPILED) -m core $(shell grep --files-with-matches mark.core tests/test_*.py)
+	.venv-$*/bin/python $(COMPILED) -m core --pairs $(shell grep --files-with-matches mark.core tests/test_*.py)
 
 # All tests on the newest transformers 5 of the index, whatever constraints.txt says.
 test-newest: .venv/.ready
 	$(call layer,.venv-newest,--upgrade "transformers<6")
-	$(call run_tests,.venv-newest)
+	.venv-newest/bin/python $(PYTEST)
+	.venv-newest/bin/python $(COMPILED)
 
 lint: .venv/.ready
 	$(BIN)/ruff format --check .

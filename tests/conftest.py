@@ -5,6 +5,19 @@ import math
 import os
 
 import pytest
+from pairs import beyond_pairs
+
+
+def pytest_addoption(parser):
+    parser.addoption("--pairs", action="store_true", help="of crossed parameters every pair, not every combination")
+
+
+@pytest.hookimpl(trylast=True)  # of what other options leave
+def pytest_collection_modifyitems(config, items):
+    if config.option.pairs:
+        left = beyond_pairs(items)
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 def pytest_configure(config):

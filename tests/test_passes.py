@@ -27,7 +27,6 @@ BOUNDARIES = {
 }
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("length", sorted({1, 2} | BOUNDARIES))
 def test_prompts_that_end_at_a_boundary(model, length):
     plan = HeadPlan.with_global(model.config, [(i, i) for i in range(4)], HeadSpec(WINDOW, SINK))

@@ -181,7 +181,6 @@ class World:
         assert sorted(memory.free) == [page for page, times in enumerate(count) if not times]
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("preempt", ["swap", "recompute", None])
 @pytest.mark.parametrize("late", [False, True])
 def test_no_page_is_lost_and_all_are_served(preempt, late):
