@@ -124,8 +124,10 @@ def test_without_a_bound_the_smallest_budget_that_holds_is_the_target(model):
     assert row["kl"] <= 0.2
     tighter = profile_heads(model, text, windows=(4, 12), max_kl=0.02)
     assert profile.target["budget"] < tighter.target["budget"] <= 1
-    with pytest.raises(ValueError, match="max_kl is looked for on prompts held out"):
-        profile_heads(model, prompts(), windows=(4,), max_kl=0.1)
+    single = [Prompt(prompt.ids, kind=str(i)) for i, prompt in enumerate(prompts(count=5))]
+    for few, told in ((prompts(), r"2 inputs \(kinds: 1\) leave none: give 4"), (single, r"\(kinds: 5\) .*: give 6")):
+        with pytest.raises(ValueError, match=f"max_kl is looked for on prompts held out, and .*{told} or more"):
+            profile_heads(model, few, windows=(4,), max_kl=0.1)
     with pytest.raises(ValueError, match="max_kl=0: give nats"):
         profile_heads(model, prompts(count=4), windows=(4,), max_kl=0)
 

@@ -2,13 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+import yaml
+from pages import ROOT, blocks
 
 from evals.real.speed import better, read
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "evals" / "results"
 KINDS = ("numbers", "words", "codes", "copied")
@@ -23,6 +23,14 @@ def row(name):
 
 def test_it_fits_on_a_few_screens():
     assert len(README.splitlines()) <= 150
+
+
+def test_its_citation_is_that_of_the_file():
+    (entry,) = blocks(ROOT / "README.md", "bibtex")
+    said = dict(re.findall(r"^  (\w+) = \{+(.*?)\}+,?$", entry, re.M))
+    file = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (said["title"], said["version"]) == (file["title"], file["version"])
+    assert said["author"] == file["authors"][0]["name"]
 
 
 def test_answers_are_those_of_the_real_model():

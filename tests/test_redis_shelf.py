@@ -200,7 +200,7 @@ def test_a_server_that_is_full_says_so(shelf):
 
 def test_no_server_is_an_error_at_once():
     pytest.importorskip("redis")
-    with pytest.raises(ConnectionError, match=r"no Redis at redis://127.0.0.1.*Start one"):
+    with pytest.raises(ConnectionError, match=r"no Redis at redis://127.0.0.1.*; start one"):
         RedisShelf(f"redis://:secret@127.0.0.1:{free_port()}/0", "model")
 
 

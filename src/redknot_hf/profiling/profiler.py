@@ -104,7 +104,9 @@ def profile_heads(  # noqa: PLR0913 - every one is a choice of the caller
         raise ValueError(f"windows={windows}: gates are trained for one window, such as windows=(256,)")
     inside, confirming = _split(as_prompts(prompts, windows, sink), held_out, windows, sink)
     if max_kl is not None and not target and not confirming:
-        raise ValueError("max_kl is looked for on prompts held out: give held_out, or four inputs or more")
+        kinds = len({prompt.kind for prompt in prompts})
+        raise ValueError(f"max_kl is looked for on prompts held out, and {len(prompts)} inputs (kinds: {kinds}) leave "
+                         f"none: give {max(4, kinds + 1)} or more, or held_out")  # fmt: skip
     job = Job(
         model, inside, confirming, Clock(seconds), report or (lambda stage, done, total: None),
         float(MAX_KL if max_kl is None else max_kl), steps, checkpoint,

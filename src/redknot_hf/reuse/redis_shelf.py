@@ -71,7 +71,10 @@ class RedisShelf(Shelf):
         try:
             self._server.ping()
         except exceptions.RedisError as e:
-            raise ConnectionError(f"no Redis at {self.url}: {e}. Start one (redis-server), or correct the URL.") from e
+            reason = str(e).rstrip(".")
+            raise ConnectionError(
+                f"no Redis at {self.url}: {reason}; start one (redis-server), or correct the URL"
+            ) from e
 
     def __contains__(self, address: str) -> bool:
         return bool(self._server.exists(_key(address)))
