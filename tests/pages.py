@@ -63,15 +63,9 @@ def typed(beginning: str, instead: Mapping[str, object] = MappingProxyType({})) 
     return [str(instead.get(word, word)) for word in line_of(beginning).words]
 
 
-def recipe(target: str) -> list[list[str]]:
-    """What `make TARGET` runs once its environments are there, as words of which the first is a program's name."""
-    made = [f"--old-file={name}/.ready" for name in (".venv", ".venv-kvpress")]
-    said = subprocess.run(
-        ["make", "--dry-run", "--no-print-directory", *made, target],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    said = said.stdout.replace("\\\n", " ").replace(".venv/bin/", "")
-    return [shlex.split(line) for line in said.splitlines()]
+def recipe(*targets: str) -> list[list[str]]:
+    """What `make TARGETS` runs once its environments are there, as words of which the first is a program's name."""
+    made = (".venv/.torch", *(f".venv{name}/.ready" for name in ("", "-kvpress", "-oldest", "-previous")))
+    words = ["make", "--dry-run", "--no-print-directory", *(f"--old-file={file}" for file in made), *targets]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [shlex.split(line) for line in said.replace("\\\n", " ").replace(".venv/bin/", "").splitlines()]
