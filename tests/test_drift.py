@@ -80,6 +80,23 @@ def test_a_token_whose_embedding_is_zero_drifts_not():
     assert (drift(sums) > 0).all()
 
 
+def test_a_seventh_of_a_texts_queries_stands_for_all(monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="redknot")
+    monkeypatch.setattr("redknot_hf.profiling.drift._FEWEST", 1)
+    ids, weights = Corpus(Lexicon(), 5).sample(1024, 14)
+    inputs = [Prompt(torch.tensor(ids), torch.tensor(weights == 1))]
+    specs = (*choices(128, sink=4), HeadSpec(storage="int4"))
+    some = measure_drift(model, inputs, specs, lambda: False)
+    assert (some[..., 1, 1] == 147).all()
+    monkeypatch.setattr("redknot_hf.profiling.drift._EVERY", 1)
+    monkeypatch.setattr("redknot_hf.profiling.drift._MOST", 4096)
+    every = measure_drift(model, inputs, specs, lambda: False)
+    assert (every[..., 1, 1] == 1023).all()
+    off = np.abs(drift(some) / drift(every) - 1)
+    assert np.median(off) < 0.01
+    assert off.max() < 0.2
+
+
 def test_true_heads_of_the_bundled_model():
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="redknot")
     true = HeadPlan.load(TINY / "plan.json", model.config)

@@ -36,8 +36,8 @@ def test_masks_that_are_kept_outlive_inference_mode():
     """A backward pass on a GPU keeps them."""
     stored._parts.cache_clear()
     with torch.inference_mode():
-        (part,) = stored._parts(range(200), 256, torch.device("cpu"))
-    assert not part.seen.is_inference()
+        (part,) = stored._parts(range(200), 256, 2, torch.float32, torch.device("cpu"))
+    assert not part.bias.is_inference()
 
 
 def test_bits_cost_what_they_are(monkeypatch):

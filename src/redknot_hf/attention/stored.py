@@ -7,11 +7,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from redknot_kernels import implementation
 from redknot_kernels.plain.quantise import dequantise_page, quantise_page
 from torch import Tensor, nn
 
+from redknot_hf.attention.asked import bias_of, runs
 from redknot_hf.attention.dense import dense_attention
 from redknot_hf.plan.storage import HOT, PAGE_SIZE, cold_pages
 
@@ -61,18 +62,21 @@ def _masked(
 ) -> Float[Tensor, "batch rows query_heads value_dim"]:
     """The same chunk by chunk, in ordinary attention under masks."""
     group = query.shape[1] // held[0].shape[1]
-    wide = [[x.repeat_interleave(group, 1) for x in pair] for pair in (held, cold)]
+    # Query heads that are attended as one, which goes over the keys once; a logit of its own keeps each apart.
+    joined = group if options["s_aux"] is None else 1
+    wide = [[x.repeat_interleave(group // joined, 1) for x in pair] for pair in (held, cold)]
     outs = []
-    for part in _parts(rows, CHUNK, query.device):
+    for part in _parts(rows, CHUNK, joined, query.dtype, query.device):
         keys, values = (
             torch.cat(
-                [x[:, :, : min(PAGE_SIZE, part.stop)], y[:, :, PAGE_SIZE : part.cold], x[:, :, part.hot : part.stop]],
+                [x[:, :, : min(PAGE_SIZE, part.stop)], y[:, :, PAGE_SIZE : part.cold], x[:, :, part.cold : part.stop]],
                 2,
             )
             for x, y in zip(*wide, strict=True)
         )
-        mine = query[:, :, part.first : part.last]
-        outs.append(dense_attention(module, mine, keys, values, part.seen[None, None], 0.0, {}, **options))
+        mine = query[:, :, part.first : part.last].unflatten(1, (-1, joined)).flatten(2, 3)
+        out = dense_attention(module, mine, keys, values, part.bias, 0.0, {}, **options)
+        outs.append(out.unflatten(1, (joined, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3))
     return torch.cat(outs, 1)
 
 
@@ -92,36 +96,33 @@ def _end(row: int, chunk: int) -> int:
 
 
 class _Part(NamedTuple):
-    """Queries that are attended in one call, over the first page, cold ones, and what is hot for some of them.
+    """Queries of a chunk, which are attended in one call: over the first page, the cold ones, and what is hot.
 
     Attributes:
         first, last: Which queries.
-        cold: Where the cold pages end for the last of them.
-        hot, stop: Where what is hot begins for the first, and ends.
-        seen: Which of the keys each sees.
+        cold: Where the cold pages end, and what is hot begins.
+        stop: Where that ends.
+        bias: 0 where a query sees a key, and -inf elsewhere; for the query heads that are joined, one behind another.
     """
 
     first: int
     last: int
     cold: int
-    hot: int
     stop: int
-    seen: Bool[Tensor, "queries keys"]
+    bias: Float[Tensor, "1 1 joined_queries keys"]
 
 
 @lru_cache(maxsize=2)  # all layers ask for the same
 @torch.inference_mode(False)  # so that what was made in inference mode can be used outside of it
-def _parts(rows: Sequence[int], chunk: int, device: torch.device) -> tuple[_Part, ...]:
+def _parts(
+    rows: Sequence[int], chunk: int, joined: int, dtype: torch.dtype, device: torch.device
+) -> tuple[_Part, ...]:
     found = []
-    for first in range(0, len(rows), chunk):
-        mine = rows[first : first + chunk]
-        ends = [_end(row, chunk) for row in mine]
-        cold, hot, stop = ends[-1], ends[0], mine[-1] + 1
-        place = torch.arange(stop, device=device)
-        row, end = (torch.tensor(x, device=device)[:, None] for x in (list(mine), ends))
-        near = (place <= row) & ((place >= end) | (place < PAGE_SIZE))
-        seen = torch.cat([near[:, :PAGE_SIZE], place[PAGE_SIZE:cold] < end, near[:, hot:]], 1)
-        found.append(_Part(first, first + len(mine), cold, hot, stop, seen))
+    for first, last in runs(rows, chunk):
+        mine = rows[first:last]
+        cold, stop = _end(mine[0], chunk), mine[-1] + 1
+        seen = torch.arange(stop, device=device) <= torch.tensor(list(mine), device=device)[:, None]
+        found.append(_Part(first, last, cold, stop, bias_of(seen, joined, dtype)))
     return tuple(found)
 
 

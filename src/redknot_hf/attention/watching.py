@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from redknot_hf.attention.asked import attend_asked
 from redknot_hf.attention.attention import attention_options
 from redknot_hf.attention.mask import PaddingMask, redknot_mask
 from redknot_hf.attention.stored import attend_stored
@@ -66,7 +67,7 @@ class Call:
         stores = [spec.storage if self.reach is None else "model" for spec in specs]
         where = None if rows is None else _index(rows, self.query.device)
         if set(stores) == {"model"}:
-            return _of(self._prefill(specs), where)
+            return self._prefill(specs, rows)
         batch, query_heads, tokens, _ = self.query.shape
         asked = tokens if rows is None else len(rows)
         out = self.query.new_empty(batch, asked, query_heads, self.value.shape[-1])
@@ -75,17 +76,22 @@ class Call:
             heads = tuple(head for head, mine in enumerate(stores) if mine == storage)
             part = self._take(heads)
             if storage == "model":
-                found = _of(part._prefill(tuple(specs[head] for head in heads)), where)
+                found = part._prefill(tuple(specs[head] for head in heads), rows)
             else:
                 query = part.query if where is None else part.query[:, :, where]
                 found = attend_stored(part.module, query, part.key, part.value, storage, part.options, rows)
             grouped.index_copy_(2, head_index(heads, out.device), found.unflatten(2, (len(heads), -1)))
         return out
 
-    def _prefill(self, specs: tuple[HeadSpec, ...]) -> Attended:
+    def _prefill(self, specs: tuple[HeadSpec, ...], rows: tuple[int, ...] | None) -> Asked:
         rules = head_rules(tuple(replace(spec, storage="model") for spec in specs), _PAGE, self.reach, 0)
         kernels = implementation(None, self.query.device)
-        return kernels.prefill(self.query, self.key, self.value, None, rules, **self.options)
+        if rows is None:
+            return kernels.prefill(self.query, self.key, self.value, None, rules, **self.options)
+        where = _index(rows, self.query.device)
+        if kernels.in_chunks is None:  # where masks do as well as kernels
+            return attend_asked(self.query[:, :, where], self.key, self.value, rules, rows, self.options)
+        return kernels.prefill(self.query, self.key, self.value, None, rules, **self.options)[:, where]
 
     def _take(self, heads: tuple[int, ...]) -> Call:
         """The call of some of the KV heads."""
@@ -101,10 +107,6 @@ class Call:
 @torch.inference_mode(False)
 def _index(rows: tuple[int, ...], device: torch.device) -> Int[Tensor, " rows"]:
     return torch.tensor(rows, device=device)
-
-
-def _of(out: Attended, rows: Int[Tensor, " rows"] | None) -> Asked:
-    return out if rows is None else out[:, rows]
 
 
 Watcher = Callable[[Call], Attended]

@@ -21,8 +21,8 @@ from .prompt import Prompt
 # What queries all over a text weigh beside those that predict its scored tokens: some heads do their work where a text
 # is read, so that an answer finds it done. On the bundled model both together find its heads more surely than either.
 READING = 0.1
-_READ = 1024  # queries of a text, evenly spaced, that stand for all
-_ROWS = 1024  # queries whose errors are held at once, each as wide as the model for every KV head
+# Of a text every so many queries, evenly spaced, stand for all; but no fewer and no more than these.
+_EVERY, _FEWEST, _MOST = 7, 256, 1024
 
 
 def measure_drift(
@@ -66,8 +66,9 @@ def drift(sums: Float[np.ndarray, "prompts heads choices 2 2"]) -> Float[np.ndar
 
 def _queries(prompt: Prompt) -> Int[Tensor, " rows"]:
     """Places of the queries that predict scored tokens, and then of those that stand for the whole text."""
-    last = len(prompt.ids) - 2
-    return torch.cat([prompt.targets - 1, torch.linspace(0, last, min(_READ, last + 1)).round().long()])
+    queries = len(prompt.ids) - 1
+    read = min(queries, _MOST, max(_FEWEST, -(-queries // _EVERY)))
+    return torch.cat([prompt.targets - 1, torch.linspace(0, queries - 1, read).round().long()])
 
 
 class _Meter:
@@ -84,20 +85,17 @@ class _Meter:
     ) -> None:
         self.choices = choices
         self.scored = scored
-        ascending, order = rows.sort()
-        self.ascending = tuple(ascending.tolist())
-        self.rows, self.order = rows.to(device), order.argsort().to(device)
+        ascending = rows.argsort()
+        self.asked = tuple(rows[ascending].tolist())
+        self.rows, self.ascending, self.order = (x.to(device) for x in (rows, ascending, ascending.argsort()))
         self.errors: dict[int, Float[Tensor, "choices heads rows"]] = {}
         self.sums: dict[int, Float[Tensor, "heads choices 2 2"]] = {}
 
     def __call__(self, call: Call) -> Attended:
         whole = call.attend((HeadSpec(),) * call.heads)
-        kept = whole[0, self.rows]
-        errors = [
-            _projected(kept - call.attend((spec,) * call.heads, self.ascending)[0, self.order], call)
-            for spec in self.choices
-        ]
-        self.errors[call.layer] = torch.stack(errors)
+        kept, gram = whole[0, self.rows[self.ascending]], _gram(call)
+        errors = [_projected(kept - call.attend((spec,) * call.heads, self.asked)[0], gram) for spec in self.choices]
+        self.errors[call.layer] = torch.stack(errors)[..., self.order]
         return whole
 
     @contextmanager
@@ -158,12 +156,22 @@ class _Meter:
         return sums
 
 
-def _projected(error: Float[Tensor, "rows query_heads dim"], call: Call) -> Float[Tensor, "heads rows"]:
-    """Squared length of each KV head's error behind `o_proj`; its group of query heads is restricted together."""
+def _gram(call: Call) -> Float[Tensor, "heads inner inner"]:
+    """Products of the columns of `o_proj` that a KV head's group of query heads goes through."""
     with weight_of(call.module.get_submodule("o_proj")) as weight:
-        weight = weight.unflatten(1, (call.heads, -1)).permute(1, 2, 0).float()
-    parts = error.unflatten(1, (call.heads, -1)).flatten(2).transpose(0, 1).float().split(_ROWS, 1)
-    return torch.cat([_squares(part @ weight) for part in parts], 1)
+        columns = weight.unflatten(1, (call.heads, -1)).permute(1, 2, 0).float()
+    return columns @ columns.mT
+
+
+def _projected(
+    error: Float[Tensor, "rows query_heads dim"], gram: Float[Tensor, "heads inner inner"]
+) -> Float[Tensor, "heads rows"]:
+    """Squared length of each KV head's error behind `o_proj`; its group of query heads is restricted together.
+
+    By the columns' products it takes as many steps as the group has dims, and not the stream.
+    """
+    parts = error.unflatten(1, (len(gram), -1)).flatten(2).transpose(0, 1).float()
+    return ((parts @ gram) * parts).sum(-1).clamp(min=0)  # rounding may make it negative
 
 
 def _squares(tensor: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows"]:
