@@ -191,10 +191,15 @@ def test_other_libraries_are_asked_too_or_named_before_anything_is_measured(smal
 def test_profiles_are_made_alone(small):
     made = real(typed("python -m evals.real profile fisher loss 0.1", {"loss 0.1": "loss 0.5"}))
     assert made.exit_code == 0, made.output
-    assert sorted(path.name for path in Path("P").iterdir()) == ["fisher.json", "loss_0.5.json"]
+    assert sorted(path.name for path in Path("P").iterdir()) == ["fisher.json", "loss_0.5.json", "profiles.jsonl"]
     assert real(["python", "-m", "evals.real", "profile", "drift 2", "--out", "P"]).exit_code == 0
     profile = HeadProfile.load(Path("P/drift_2.json"))
     assert [profile.provenance["calibration"]["prompts"], profile.provenance["held_out"][0]["prompts"]] == [4, 2]
+    took = [json.loads(line) for line in Path("P/profiles.jsonl").read_text().splitlines()]
+    assert [(row["profile"], row["prompts"], row["held_out"]) for row in took] == [
+        ("fisher", 2, 2), ("loss 0.5", 2, 2), ("drift 2", 4, 2),
+    ]  # fmt: skip
+    assert all(row["cpu_seconds"] > 0 and row["seconds"] > 0 for row in took)
     unknown = real(["python", "-m", "evals.real", "profile", "drift", "loss", "--out", "P"])
     assert str(unknown.exception).startswith("error: profile 'loss': name drift, fisher")
 

@@ -115,6 +115,20 @@ def test_tables_of_other_lengths_and_prompts_are_the_results(name):
             assert cell in (f"{right:.1f}", f"{right:.1f} ({kl:.3f})"), (kept, plan, task)
 
 
+def test_what_drift_takes_on_a_cpu_is_the_result():
+    lines = map(json.loads, (RESULTS / "profiling_cpu.jsonl").read_text().splitlines())
+    (took,) = (line for line in lines if line["benchmark"] == "real_profile")
+    assert (took["profile"], took["length"], took["prompts"], took["held_out"]) == ("drift", 2048, 32, 32)
+    page = (ROOT / "docs" / "plans.md").read_text()
+    assert (
+        f"it took {took['cpu_seconds']:.0f} CPU seconds of {['', 'one', 'two'][took['hardware']['threads']]} threads"
+        in page
+    )
+    assert f"clock, at {took['seconds']:.0f} s" in page
+    assert f"{took['cpu_seconds']:.0f} CPU seconds, of 32" in page
+    assert f"is {took['cpu_seconds'] / 120:.1f} minutes of two cores" in page
+
+
 def test_times_are_those_of_the_8b_shape():
     last = json.loads((RESULTS / "speed_gpu.jsonl").read_text().splitlines()[-1])
     found = {one["method"]: one for one in last["rows"] if one["batch"] == 1 and one["length"] == 131072}

@@ -8,6 +8,7 @@ figures with paired intervals.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from evals.real.contenders import Contender, contenders, part
 from evals.real.items import Item, items
 from evals.real.peers import Peer, peers
 from evals.real.texts import docstrings, fingerprint
+from evals.result_file import write_line
 from redknot_hf import HeadPlan, HeadSpec
 from redknot_hf.profiling import (
     HeadProfile,
@@ -105,7 +107,10 @@ def names(job: Job) -> list[str]:
 
 
 def make_profiles(job: Job, wanted: list[str], say: Callable[[str], object]) -> dict[str, HeadProfile]:
-    """Some profiles by their names, each written to the folder.
+    """Some profiles by their names, each written to the folder, and what it took to a line of `profiles.jsonl` there.
+
+    The seconds of all threads say more than the clock where other processes share the cores (`load_average`, before
+    and after).
 
     Raises:
         ValueError: A name is none that a frontier knows.
@@ -133,10 +138,18 @@ def make_profiles(job: Job, wanted: list[str], say: Callable[[str], object]) -> 
         if method == "loss":
             options |= {"seconds": _SECONDS}
         budget = float(rest) if method == "loss" else 0.2
+        begun, load = time.process_time(), os.getloadavg()[0]
         profile = profile_heads(job.model, inputs, method=method, budget=budget, held_out=held_out, **options)
         found[name] = profile
         profile.save(job.out / f"{name.replace(' ', '_')}.json")
-        say(f"{name}: {profile.provenance['seconds']} s, overlap {profile.provenance.get('overlap')}")
+        seconds = profile.provenance["seconds"]
+        say(f"{name}: {seconds} s, overlap {profile.provenance.get('overlap')}")
+        row = {
+            "benchmark": "real_profile", "profile": name, "length": profile.length, "prompts": len(inputs),
+            "held_out": len(held_out), "seconds": seconds, "cpu_seconds": round(time.process_time() - begun, 1),
+            "load_average": [load, os.getloadavg()[0]],
+        }  # fmt: skip
+        write_line(job.out / "profiles.jsonl", row, job.model.device)
     return found | (parts(found["drift"]) if "drift" in found else {})
 
 
