@@ -129,6 +129,14 @@ def test_what_drift_takes_on_a_cpu_is_the_result():
     assert f"is {took['cpu_seconds'] / 120:.1f} minutes of two cores" in page
 
 
+def test_how_often_drift_finds_the_true_heads_on_a_cpu_is_the_result():
+    lines = map(json.loads, (RESULTS / "profiling_cpu.jsonl").read_text().splitlines())
+    found = sorted(round(10 * line["recall"]) for line in lines if line.get("stage") == "seeds")
+    assert found == [8] * 3 + [9] * 9
+    page = " ".join((ROOT / "docs" / "plans.md").read_text().split())
+    assert "it finds nine of them nine times and eight three times" in page
+
+
 def test_times_are_those_of_the_8b_shape():
     last = json.loads((RESULTS / "speed_gpu.jsonl").read_text().splitlines()[-1])
     found = {one["method"]: one for one in last["rows"] if one["batch"] == 1 and one["length"] == 131072}
