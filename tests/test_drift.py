@@ -25,7 +25,7 @@ def test_drift_is_the_change_of_the_stream(family):
     """Restricting one head changes the stream behind its layer's attention by exactly what was foretold."""
     model, prompt = make_model(family), prompts()[0]
     shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
-    foretold = drift(measure_drift(model, [prompt], choices(3, 9, sink=1), lambda: False)).reshape(*shape, 2)
+    foretold = drift(measure_drift(model, [prompt], choices(3, 9, sink=1), lambda: False), ["text"]).reshape(*shape, 2)
     whole = streams(model, prompt, HeadPlan.uniform(model.config, HeadSpec()))
     linear = family not in (
         "gemma2",
@@ -59,7 +59,7 @@ def streams(model, prompt, plan):
 
 def test_drift_falls_with_the_window_and_weighs_scored_queries_most():
     model, (prompt, _) = make_model("llama"), prompts()
-    errors = drift(measure_drift(model, [prompt], choices(2, 8, 20, 38), lambda: False))
+    errors = drift(measure_drift(model, [prompt], choices(2, 8, 20, 38), lambda: False), ["text"])
     assert (errors[:, :-1].mean(0) > errors[:, 1:].mean(0)).all()
     early = Prompt(prompt.ids, torch.arange(40) <= 20)  # no query of theirs sees more than 20 tokens
     sums = measure_drift(model, [early], choices(2, 20), lambda: False)
@@ -67,7 +67,14 @@ def test_drift_falls_with_the_window_and_weighs_scored_queries_most():
     assert (scored[:, 1] < 1e-12).all()
     assert (scored[:, 0] > 1e-6).all()
     assert (reading[:, 1] > 1e-6).all(), "later queries of the text see more"
-    assert drift(sums) == pytest.approx(np.sqrt((scored + 0.1 * reading) / 1.1))
+    assert drift(sums, ["text"]) == pytest.approx(np.sqrt((scored + 0.1 * reading) / 1.1))
+
+
+def test_kinds_count_alike_and_queries_within_a_kind():
+    """A prompt's sums: one head, one choice, and of scored queries as of those all over error and number."""
+    few, many, other = (np.array([[[(error, number)] * 2]]) for error, number in ((1.0, 1), (3.0, 9), (0.6, 3)))
+    found = drift(np.stack([few, other, many]), ["copy", "text", "copy"])
+    assert found == pytest.approx(np.sqrt([[(4 / 10 + 0.6 / 3) / 2]]))
 
 
 def test_a_token_whose_embedding_is_zero_drifts_not():
@@ -77,7 +84,7 @@ def test_a_token_whose_embedding_is_zero_drifts_not():
         model.get_input_embeddings().weight[prompt.ids[0]] = 0
     sums = measure_drift(model, [prompt], choices(2, 8), lambda: False)
     assert np.isfinite(sums).all()
-    assert (drift(sums) > 0).all()
+    assert (drift(sums, ["text"]) > 0).all()
 
 
 def test_a_seventh_of_a_texts_queries_stands_for_all(monkeypatch):
@@ -92,7 +99,7 @@ def test_a_seventh_of_a_texts_queries_stands_for_all(monkeypatch):
     monkeypatch.setattr("redknot_hf.profiling.drift._MOST", 4096)
     every = measure_drift(model, inputs, specs, lambda: False)
     assert (every[..., 1, 1] == 1023).all()
-    off = np.abs(drift(some) / drift(every) - 1)
+    off = np.abs(drift(some, ["text"]) / drift(every, ["text"]) - 1)
     assert np.median(off) < 0.01
     assert off.max() < 0.2
 

@@ -53,7 +53,7 @@ def test_drift_stops_where_time_is_up_but_not_before_there_are_two_prompts(model
     assert said == [("drift", i, len(work.prompts)) for i in range(1, measuring.FEWEST + 1)]
     assert found.provenance["calibration"]["prompts"] == measuring.FEWEST
     sums = measure_drift(model, work.prompts[: measuring.FEWEST], CHOICES, lambda: False)
-    np.testing.assert_array_equal(found.errors, drift(sums))
+    np.testing.assert_array_equal(found.errors, drift(sums, [prompt.kind for prompt in work.prompts[: len(sums)]]))
 
 
 @pytest.mark.parametrize(("stage", "kept", "done"), [("drift", 0.0, 32), ("fisher", 0.0, 32), ("fisher", 32.0, 29)])
@@ -78,7 +78,7 @@ def test_halves_are_of_the_same_kinds(model):
     some = [replace(prompt, kind=kind) for prompt, kind in zip(prompts(count=4), kinds, strict=True)]
     sums = measure_drift(model, some, CHOICES, lambda: False)
     found = measuring.measured(empty("drift"), job(model, some=some)[0])
-    np.testing.assert_array_equal(found.halves[1], drift(sums[[1, 2]]))
+    np.testing.assert_array_equal(found.halves[1], drift(sums[[1, 2]], kinds[1:3]))
 
 
 def test_a_search_for_a_ratio_looks_at_windows_alone(model):

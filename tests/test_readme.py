@@ -132,9 +132,9 @@ def test_what_drift_takes_on_a_cpu_is_the_result():
 def test_how_often_drift_finds_the_true_heads_on_a_cpu_is_the_result():
     lines = map(json.loads, (RESULTS / "profiling_cpu.jsonl").read_text().splitlines())
     found = sorted(round(10 * line["recall"]) for line in lines if line.get("stage") == "seeds")
-    assert found == [8] * 3 + [9] * 9
+    assert found == [9] * 3 + [10] * 9
     page = " ".join((ROOT / "docs" / "plans.md").read_text().split())
-    assert "it finds nine of them nine times and eight three times" in page
+    assert "`drift` finds all ten nine times, and nine of them three times" in page
 
 
 def test_times_are_those_of_the_8b_shape():

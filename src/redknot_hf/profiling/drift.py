@@ -54,12 +54,19 @@ def measure_drift(
     return np.stack(found)
 
 
-def drift(sums: Float[np.ndarray, "prompts heads choices 2 2"]) -> Float[np.ndarray, "heads choices"]:
+def drift(
+    sums: Float[np.ndarray, "prompts heads choices 2 2"], kinds: Sequence[str]
+) -> Float[np.ndarray, "heads choices"]:
     """The drift over some prompts: root of the mean squared relative error, queries all over weighing `READING`.
 
-    Prompts count alike, however many of their tokens are scored.
+    Kinds count alike, and within a kind the queries do, of whichever prompt: one that scores little says little.
+
+    Args:
+        sums: As `measure_drift` gives them.
+        kinds: Of the prompts.
     """
-    errors, number = np.moveaxis(sums, -1, 0)
+    of_kinds = [sums[[kind == one for kind in kinds]].sum(0) for one in dict.fromkeys(kinds)]
+    errors, number = np.moveaxis(np.stack(of_kinds), -1, 0)
     scored, reading = np.moveaxis((errors / number).mean(0), -1, 0)
     return np.sqrt((scored + READING * reading) / (1 + READING))
 

@@ -46,7 +46,7 @@ class LossSearch:
         self.model, self.windows, self.sink, self.tick = model, windows, sink, tick
         sums = measure_drift(model, prompts, [HeadSpec(window, sink) for window in windows], lambda: False)
         self.holders = Holders.of(model.config)
-        self.drifts = self.holders.fold(drift(sums) ** 2) ** 0.5
+        self.drifts = self.holders.fold(drift(sums, [prompt.kind for prompt in prompts]) ** 2) ** 0.5
         self.divergence = Divergence(model, prompts)
         self.until: float | None = None
         self.finished = False

@@ -122,8 +122,11 @@ def _by_drift(profile: HeadProfile, job: Job) -> HeadProfile:
     sums = measure_drift(job.model, job.prompts, profile.choices, _ticks("drift", job))
     holders = Holders.of(job.model.config)
     used = job.prompts[: len(sums)]
-    parts = (sums, *(sums[half] for half in halves([prompt.kind for prompt in used])))
-    whole, first, second = (holders.fold(drift(part) ** 2) ** 0.5 for part in parts)
+    kinds = [prompt.kind for prompt in used]
+    whole, first, second = (
+        holders.fold(drift(sums[some], [kinds[i] for i in some]) ** 2) ** 0.5
+        for some in (list(range(len(kinds))), *halves(kinds))
+    )
     return replace(profile, errors=whole, halves=(first, second), provenance=provenance_of(job.model, used))
 
 
