@@ -36,7 +36,7 @@ def test_print_storages():
     assert lines[0] == "HeadPlan: 2 layers x 3 KV heads, 4 global (1 in int8, 1 in int4), 2 local (window 256, sink 4)"
     assert lines[2:5] == ["  head 0 █▒", "       1 ··", "       2 ▓█"]
     assert lines[5] == "  █ global  ▓ int8  ▒ int4   window:  · 256"
-    assert lines[6].startswith("KV kept (head_dim 128, bfloat16): 8K 48 % (2.1x less)")
+    assert lines[6].startswith("KV kept (if head_dim is 128, in bfloat16): 8K 48 % (2.1x less)")
 
 
 def test_print_windows_by_size():

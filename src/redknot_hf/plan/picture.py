@@ -89,4 +89,4 @@ def _saving(plan: HeadPlan) -> str:
         share = plan.nbytes(length, _HEAD_DIM, _ITEMSIZE) / (plan.num_heads * length * 2 * _HEAD_DIM * _ITEMSIZE)
         percent = f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.1f}"
         parts.append(f"{thousands}K {percent} % ({1 / share:.1f}x less)")
-    return "KV kept" + (f" (head_dim {_HEAD_DIM}, bfloat16)" if stored else "") + ": " + ", ".join(parts)
+    return "KV kept" + (f" (if head_dim is {_HEAD_DIM}, in bfloat16)" if stored else "") + ": " + ", ".join(parts)
