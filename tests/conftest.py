@@ -9,15 +9,15 @@ from pairs import beyond_pairs
 
 
 def pytest_addoption(parser):
-    parser.addoption("--pairs", action="store_true", help="of crossed parameters every pair, not every combination")
+    parser.addoption("--pairs", action="store_true", help="all tests as if they had the mark `pairs`")
 
 
 @pytest.hookimpl(trylast=True)  # of what other options leave
 def pytest_collection_modifyitems(config, items):
-    if config.option.pairs:
-        left = beyond_pairs(items)
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+    beyond = beyond_pairs(item for item in items if config.option.pairs or item.get_closest_marker("pairs"))
+    if beyond:
+        config.hook.pytest_deselected(items=beyond)
+        items[:] = [item for item in items if item not in beyond]
 
 
 def pytest_configure(config):

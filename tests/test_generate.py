@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 
+pytestmark = pytest.mark.pairs
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
 llama_only = pytest.mark.parametrize("model", ["llama"], indirect=True)
 two_families = pytest.mark.parametrize("model", ["llama", "gemma3"], indirect=True)

@@ -29,6 +29,7 @@ def test_tokens_are_those_of_generate(family, local):
     assert all_free(engine)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("preempt", ["swap", "recompute", None])
 @pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
 @pytest.mark.parametrize("seed", range(2))

@@ -72,6 +72,7 @@ def place_by_hand(pages, keys, values, table, kept, span):
     return pages
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("span", [(70, 0, 0), (70, 7, 33), (9, 3, 2), (1, 0, 60), (1, 0, 0), (40, 39, 100)], ids=str)
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
