@@ -126,7 +126,7 @@ def describing(tuples_vary):
         if issubclass(of, str):
             return lambda text: text if len(text) <= LITERAL else of
         if issubclass(of, Mapping):
-            return lambda held: (of, one(map(type, held)), one(map(kind, held.values())))
+            return lambda held: (of, *first(held))
         if issubclass(of, (list, Set)) or (tuples_vary and issubclass(of, tuple)):
             return lambda held: (of, len(held) if of is tuple else None, one(map(kind, held)))
         if issubclass(of, tuple):
@@ -135,6 +135,12 @@ def describing(tuples_vary):
 
     def kind(value):
         return describer(value.__class__)(value)
+
+    def first(held):
+        """Of a mapping a checker looks at the first key and its value."""
+        for key, value in held.items():
+            return type(key), kind(value)
+        return ()
 
     return describer
 
