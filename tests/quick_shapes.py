@@ -12,6 +12,7 @@ import re
 import threading
 import types
 from collections.abc import Mapping, Set
+from itertools import islice
 from typing import get_args
 
 import jaxtyping
@@ -126,7 +127,7 @@ def describing(tuples_vary):
         if issubclass(of, str):
             return lambda text: text if len(text) <= LITERAL else of
         if issubclass(of, Mapping):
-            return lambda held: (of, *first(held))
+            return lambda held: (of, *map(first, islice(held.items(), 1)))  # at which a checker looks
         if issubclass(of, (list, Set)) or (tuples_vary and issubclass(of, tuple)):
             return lambda held: (of, len(held) if of is tuple else None, one(map(kind, held)))
         if issubclass(of, tuple):
@@ -136,11 +137,9 @@ def describing(tuples_vary):
     def kind(value):
         return describer(value.__class__)(value)
 
-    def first(held):
-        """Of a mapping a checker looks at the first key and its value."""
-        for key, value in held.items():
-            return type(key), kind(value)
-        return ()
+    def first(item):
+        key, value = item
+        return type(key), kind(value)
 
     return describer
 

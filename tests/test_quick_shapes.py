@@ -20,6 +20,7 @@ def rows_of(
     places: list[Int[Tensor, " rows"]],
     cut: int = 0,
     how: Literal["whole", "part"] = "whole",
+    named: dict[str, int] | None = None,
 ) -> Float[Tensor, "rows dim"]:
     return table[cut:]
 
@@ -44,12 +45,13 @@ TABLE, PLACES = torch.zeros(3, 4), [torch.zeros(3, dtype=torch.long)] * 2
         {"places": tuple(PLACES)},
         {"how": "half"},
         {"cut": None},
+        {"named": {"b": 1.5, "a": 1}},  # of a mapping its first item is looked at
         {"cut": 1},  # the answer is shorter
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_a_wrong_call_is_told_after_right_ones(wrong):
-    right = {"table": TABLE, "places": PLACES, "cut": 0, "how": "part"}
+    right = {"table": TABLE, "places": PLACES, "cut": 0, "how": "part", "named": {"a": 1, "b": 1.5}}
     for _ in range(2):
         assert rows_of(**right) is not None
         assert rows_of(TABLE, PLACES) is not None
