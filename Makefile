@@ -4,6 +4,8 @@ BIN := .venv/bin
 KVPRESS := .venv-kvpress/bin
 # Most of what is installed is never imported; Python compiles what is, once, where it may keep it.
 INSTALL := install --quiet --no-compile
+# Several packages at a time, in half the time of pip's.
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: compiled docs demo test test-checked test-compiled test-oldest test-previous test-newest lint speed evals real clean
@@ -61,13 +63,14 @@ clean:
 	rm -rf .venv .venv-oldest .venv-previous .venv-newest .venv-kvpress
 
 .venv/.ready: pyproject.toml .venv/.torch
-	$(BIN)/pip $(INSTALL) -c constraints.txt -e ".[docs,examples,evals,lm-eval,real,ray]" --group test --group lint
+	$(UV) -c constraints.txt -e ".[docs,examples,evals,lm-eval,real,ray]" --group test --group lint
 	touch $@
 
 .venv/.torch: constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip $(INSTALL) -c constraints.txt torch numpy "triton; platform_system == 'Linux'" pytest
+	$(BIN)/pip $(INSTALL) --upgrade "pip>=25.1" uv
+	$(BIN)/pip $(INSTALL) -c constraints.txt torch
+	$(UV) -c constraints.txt numpy "triton; platform_system == 'Linux'" pytest
 	touch $@
 
 # Kernels for chips that are not here, as their test compiles them: it finds them in Triton's cache.
