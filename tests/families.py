@@ -17,7 +17,7 @@ VOCABULARY = 97
 _COMMON = {
     "hidden_size": 64,
     "intermediate_size": 48,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 16,
@@ -35,13 +35,14 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral_sliding": ("mistral", {"sliding_window": 12}),
     "qwen2": ("qwen2", {}),
-    "qwen2_half_sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}),
+    "qwen2_half_sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
     "qwen3": ("qwen3", {}),
     "qwen3_moe": ("qwen3_moe", _EXPERTS),
     "gemma2": ("gemma2", {"sliding_window": 12, "query_pre_attn_scalar": 16}),
     "gemma3": (
         "gemma3_text",
         {
+            "num_hidden_layers": 4,
             "sliding_window": 12,
             "query_pre_attn_scalar": 16,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
@@ -50,6 +51,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gemma3n": (
         "gemma3n_text",
         {
+            "num_hidden_layers": 4,
             "sliding_window": 12,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "num_kv_shared_layers": 2,
@@ -63,6 +65,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gemma4": (  # the shape of E2B and E4B: layers that share keys, and full layers with wider heads
         "gemma4_text",
         {
+            "num_hidden_layers": 4,
             "sliding_window": 12,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "num_kv_shared_layers": 2,
@@ -75,7 +78,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "gemma4_text",
         {
             "sliding_window": 12,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "layer_types": ["sliding_attention", "full_attention"],
             "global_head_dim": 32,
             "num_global_key_value_heads": 2,
             "attention_k_eq_v": True,
@@ -86,7 +89,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "mimo_v2_flash",
         {
             "sliding_window": 12,
-            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "layer_types": ["full_attention", "sliding_attention"],
             "v_head_dim": 8,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
@@ -98,7 +101,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "granite": ("granite", {"attention_multiplier": 0.2}),
     "olmo2": ("olmo2", {}),
     "glm4": ("glm4", {"partial_rotary_factor": 0.5}),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
 }
 
 

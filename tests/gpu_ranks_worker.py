@@ -17,7 +17,7 @@ from redknot_hf import HeadPlan, RedKnotCache
 from redknot_hf.parallel import over_ranks, reorder_heads
 from redknot_hf.reuse.transfer import receive, send
 
-MEMORY = 350_000  # bytes of pages of a rank: too few for all requests
+MEMORY = 175_000  # bytes of pages of a rank: too few for all requests
 SENT = ("llama", "gemma4")
 SECONDS = 200
 

@@ -21,7 +21,7 @@ from redknot_hf.parallel import over_ranks, reorder_heads
 from redknot_hf.serving import Engine, Sampling
 
 # Bytes of pages of a rank that serves, by the name of its plan: too few for all requests.
-MEMORY = {"first rank global": 500_000, "balanced": 350_000}
+MEMORY = {"first rank global": 250_000, "balanced": 175_000}
 # Of the benchmark that a page starts under torchrun.
 TOY = [*("--shape", "toy", "--device", "cpu", "--requests", "3", "--length", "100", "--new", "8", "--memory", "8MiB")]
 OPTIONS = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}

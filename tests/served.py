@@ -17,6 +17,14 @@ def plan_of(model, local=True):
     return HeadPlan.with_global(model.config, [(1, 1)], rule) if local else HeadPlan.uniform(model.config, HeadSpec())
 
 
+def planned_here_and_there(model):
+    """Heads of one layer that keep everything, one in the middle and one at the end; and the places of these two."""
+    layers = len(model.model.layers)
+    middle, last = (layers // 2, 2), (layers - 1, 3)
+    plan = HeadPlan.with_global(model.config, [(1, 0), (1, 1), middle, last], HeadSpec(window=20, sink=2))
+    return plan, middle, last
+
+
 def prompts_of(seed, count, longest=90):
     """Random prompts, and two that begin like the first."""
     draw = random.Random(seed)

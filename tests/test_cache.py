@@ -187,7 +187,7 @@ def test_print_says_tokens_heads_and_bytes():
     assert "\n" not in text
     full = cache.plan.num_global
     assert "100 tokens x 2 sequences" in text
-    assert f"{full} global + {16 - full} local heads" in text
+    assert f"{full} global + {8 - full} local heads" in text
     assert f"{cache.nbytes / 1024:.1f} KiB resident" in text
     assert f"dense {cache.dense_nbytes / 1024:.1f} KiB, {cache.dense_nbytes / cache.nbytes:.1f}x less" in text
     assert "0 tokens x 0 sequences" in str(RedKnotCache(model.config, cache.plan))
@@ -195,7 +195,7 @@ def test_print_says_tokens_heads_and_bytes():
 
 def test_a_step_that_broke_off_is_noticed():
     model, cache, _ = planned(1, 40)
-    hook = model.model.layers[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         feed(model, cache, some_ids(1, 3))
     hook.remove()
@@ -266,4 +266,4 @@ def test_sequences_are_chosen_by_whatever_indexes_a_batch(chosen):
     model(ids, attention_mask=mask, **cache_argument(model, cache))
     lengths = cache.layers[0].storage.rows.lengths
     cache.batch_select_indices(chosen)
-    assert cache.layers[3].storage.rows.lengths.tolist() == lengths[chosen.numpy()].tolist()
+    assert cache.layers[1].storage.rows.lengths.tolist() == lengths[chosen.numpy()].tolist()

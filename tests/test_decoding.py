@@ -22,7 +22,7 @@ def prompts():
 
 
 def new_cache(model, slots=90):
-    plan = HeadPlan.with_global(model.config, [(0, 0), (2, 1)], local=HeadSpec(window=20, sink=2))
+    plan = HeadPlan.with_global(model.config, [(0, 0), (1, 1)], local=HeadSpec(window=20, sink=2))
     return RedKnotCache(model.config, plan, page_size=16, max_cache_len=slots)
 
 

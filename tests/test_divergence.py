@@ -32,7 +32,7 @@ def test_divergence_is_the_kl_of_the_oracle(model):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
 def test_what_is_settled_changes_no_result(family):
-    model = make_model(family)
+    model = make_model(family, num_hidden_layers=4)
     divergence, base, places = Divergence(model, prompts()), random_plan(model.config), ((0, 1), (2, 0), (3, 3))
     plans = [base]
     for layer, head in places:

@@ -59,18 +59,18 @@ def test_another_attention_implementation_is_named_and_may_still_be_switched(mod
     assert_continues_like(model, cache, fresh)
 
 
-@pytest.mark.parametrize("other", [{"num_hidden_layers": 2}, {"num_key_value_heads": 2}], ids=str)
+@pytest.mark.parametrize("other", [{"num_hidden_layers": 3}, {"num_key_value_heads": 2}], ids=str)
 def test_a_plan_of_another_shape(model, other):
     plan = HeadPlan.uniform(make_model("llama", **other).config, LOCAL)
     shape = f"{len(plan)} layers x {len(plan[0])} KV heads"
-    with pytest.raises(ValueError, match=rf"plan has {shape}, the model \(llama\) has 4 layers x 4 .*: load the plan"):
+    with pytest.raises(ValueError, match=rf"plan has {shape}, the model \(llama\) has 2 layers x 4 .*: load the plan"):
         RedKnotCache(model.config, plan)
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"num_hidden_layers": 6}, "has a layer 4 and the cache 4 layers: make the cache from model.config"),
+        ({"num_hidden_layers": 3}, "has a layer 2 and the cache 2 layers: make the cache from model.config"),
         ({"num_key_value_heads": 2}, r"plan has 4 KV heads .* keys have 2\. Make the plan for this model"),
     ],
 )

@@ -21,7 +21,7 @@ from redknot_hf import HeadPlan, HeadSpec, RedKnotCache
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model("llama")
+    return make_model("llama", num_hidden_layers=4)
 
 
 @pytest.fixture(scope="module")

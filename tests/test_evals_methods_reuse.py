@@ -23,7 +23,7 @@ def with_documents(lengths):
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model("llama", max_position_embeddings=2048)
+    return make_model("llama", num_hidden_layers=4, max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import accelerate
 import pytest
 import torch
 from families import VOCABULARY, make_model
-from served import SIZES, all_free
+from served import SIZES, all_free, planned_here_and_there
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, captured_decoding, prompt
+from redknot_hf import RedKnotCache, SegmentStore, assemble, captured_decoding, prompt
 from redknot_hf.cache.cache import row_layers
 from redknot_hf.serving import Engine, Sampling
 
@@ -25,15 +25,16 @@ def texts(*lengths, seed=0):
 
 def plan_of(model):
     """Heads with windows, heads that keep everything in the model's dtype and others in int8."""
-    plan = HeadPlan.with_global(model.config, [(1, 0), (1, 1), (2, 1), (3, 0)], HeadSpec(20, 2))
+    plan, _, _ = planned_here_and_there(model)
     return plan.stored("int8", heads=[(1, 0)])
 
 
 def spread(model, second):
     """The same model, its first layers on the first accelerator; as `device_map` does it."""
+    layers = len(model.model.layers)
     places = {f"model.{name}": second for name, _ in model.model.named_children() if name != "layers"}
     places |= {"lm_head": second}
-    places |= {f"model.layers.{i}": 0 if i < 2 else second for i in range(4)}
+    places |= {f"model.layers.{i}": 0 if i < layers // 2 else second for i in range(layers)}
     # What layers write to for each other is not moved: it would be a copy.
     return accelerate.dispatch_model(model, places, main_device=second, skip_keys=model._skip_keys_device_placement)
 

@@ -29,7 +29,7 @@ def model():
 @pytest.fixture(scope="module")
 def plan(model):
     """All global heads are of the first rank, unless they are balanced."""
-    return HeadPlan.with_global(model.config, [(i, h) for i in range(4) for h in (0, 1)], HeadSpec(7, 2))
+    return HeadPlan.with_global(model.config, [(i, h) for i in range(2) for h in (0, 1)], HeadSpec(7, 2))
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from families import VOCABULARY, make_model
-from served import SIZES, all_free, kept_after_its_end
+from served import SIZES, all_free, kept_after_its_end, planned_here_and_there
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, SegmentStore, assemble, prompt
+from redknot_hf import RedKnotCache, SegmentStore, assemble, prompt
 from redknot_hf.serving import Engine, Sampling
 from redknot_hf.serving.capturing import CapturedStep
 
@@ -23,9 +23,9 @@ def texts(count, seed=0):
 
 def plan_of(model, stored):
     """Some heads that keep everything, in the model's dtype or in int8 and int4, and others with windows."""
-    plan = HeadPlan.with_global(model.config, [(1, 0), (1, 1), (2, 1), (3, 0)], HeadSpec(20, 2))
+    plan, middle, last = planned_here_and_there(model)
     if stored:
-        plan = plan.stored("int8", heads=[(1, 0), (3, 0)]).stored("int4", heads=[(2, 1)])
+        plan = plan.stored("int8", heads=[(1, 0), last]).stored("int4", heads=[middle])
     return plan
 
 

@@ -55,7 +55,9 @@ def to_cpu(model, folder):
 
 def to_disk(model, folder):
     rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
-    places = dict.fromkeys(rest, "cpu") | {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    places = dict.fromkeys(rest, "cpu") | {
+        f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(len(model.model.layers))
+    }
     return accelerate.dispatch_model(model, places, offload_dir=folder, main_device="cpu", force_hooks=True)
 
 

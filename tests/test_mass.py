@@ -35,4 +35,4 @@ def test_mass_is_that_of_the_weights(family):
 def test_mass_makes_a_profile():
     profile = profile_heads(make_model("llama"), prompts(), windows=(4, 12, 30), method="mass")
     assert (profile.errors[:, 0] >= profile.errors[:, 2]).all()
-    assert profile.plan(global_ratio=0.5).num_global == 8
+    assert profile.plan(global_ratio=0.5).num_global == 4

@@ -30,9 +30,9 @@ def job(model, seconds=None, some=None, confirming=()):
 
 
 def empty(method, **target):
-    zeros = np.zeros((16, 2))
+    zeros = np.zeros((8, 2))
     return HeadProfile(
-        method, (4, 4, 4, 4), CHOICES, zeros, (zeros, zeros), length=40, head_dims=((16, 16),) * 4, itemsize=4,
+        method, (4, 4), CHOICES, zeros, (zeros, zeros), length=40, head_dims=((16, 16),) * 2, itemsize=4,
         target=target,
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ BOUNDARIES = {
 
 @pytest.mark.parametrize("length", sorted({1, 2} | BOUNDARIES))
 def test_prompts_that_end_at_a_boundary(model, length):
-    plan = HeadPlan.with_global(model.config, [(i, i) for i in range(4)], HeadSpec(WINDOW, SINK))
+    plan = HeadPlan.with_global(model.config, [(i, i) for i in range(len(model.model.layers))], HeadSpec(WINDOW, SINK))
     ids, _ = prompts(2, length + 3)
     cache = new_cache(model, plan, page_size=PAGE)
     with torch.no_grad():
@@ -62,7 +62,7 @@ MASKED = ["llama", "gemma2", "gpt_oss"]
 @pytest.mark.parametrize("family", MASKED)
 @pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
 def test_masks_of_the_callers_own(family, local, prefix, kind):
-    model = make_model(family, layer_types=["full_attention"] * 4)
+    model = make_model(family, layer_types=["full_attention"] * 2)
     plan = random_plan(model.config) if local else HeadPlan.uniform(model.config, HeadSpec())
     ids, _ = prompts(2, 50)
     seen = torch.ones(50, 50, dtype=torch.bool).tril()

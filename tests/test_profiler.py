@@ -18,11 +18,11 @@ def test_a_profile_says_where_it_comes_from(model, tmp_path):
     assert seen == [("drift", 1, 2), ("drift", 2, 2)]
     assert profile.windows == (4, 8)
     assert profile.length == 40
-    assert profile.head_dims == ((16, 16),) * 4
+    assert profile.head_dims == ((16, 16),) * 2
     assert profile.itemsize == 4
     assert profile.provenance["calibration"]["scored"] == 78
     plan = profile.plan()
-    assert plan.nbytes(40, 16, 4) <= 0.5 * 40 * 16 * 2 * 16 * 4
+    assert plan.nbytes(40, 16, 4) <= 0.5 * 40 * 8 * 2 * 16 * 4
     assert {"model", "revision", "calibration", "method", "budget", "drift"} <= plan.provenance.keys()
     plan.save(tmp_path / "plan.json")
     assert HeadPlan.load(tmp_path / "plan.json", model.config).provenance == plan.provenance
@@ -96,7 +96,7 @@ def test_a_model_with_other_attention_is_told():
 def test_a_model_that_computes_nan_is_told():
     model = make_model("llama")
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         profile_heads(model, prompts(), windows=(4,))
 

@@ -70,7 +70,7 @@ def recomputed(cache):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3n", "gpt_oss"])
 def test_a_cache_made_for_a_question_is_that_of_refreshing_the_same_tokens(family, monkeypatch):
     """And the passes that it takes do not matter."""
-    model = make_model(family, **LONG)
+    model = make_model(family, num_hidden_layers=4, **LONG)
     plan = random_plan(model.config, seed=2)
     if "gemma" in family:  # whose own windows are so short that of a local head's middle nothing would show
         plan = HeadPlan.uniform(model.config, HeadSpec())

@@ -11,7 +11,7 @@ from redknot_hf.reuse.schedule import Reused, passes
 
 @pytest.fixture(scope="module")
 def store():
-    model = make_model("llama")
+    model = make_model("llama", num_hidden_layers=4)
     return SegmentStore(model, HeadPlan.uniform(model.config, HeadSpec()))
 
 

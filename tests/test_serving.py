@@ -46,7 +46,7 @@ def test_any_mix_of_arrivals_chunks_and_preemptions(model, preempt, local, seed)
         for p, s in zip(prompts, asked, strict=True)
     ]
     chunk, parked = draw.choice((5, 16, 40)), draw.choice((0, 0.5))
-    memory = 360_000 if local else 430_000
+    memory = 180_000 if local else 215_000
     engine = Engine(model, plan, **SIZES | {"memory": memory, "chunk": chunk, "preempt": preempt, "parked": parked})
     engine.scheduler.ahead = 1
     found = []
@@ -68,7 +68,7 @@ def test_preempted_sequences_go_on_as_if_nothing_had_been(model, preempt):
     plan = plan_of(model)
     prompts, _ = prompts_of(3, 4, longest=60)
     expected = [alone(model, plan, p, 50) for p in prompts]
-    engine = Engine(model, plan, **SIZES | {"memory": 400_000, "preempt": preempt, "parked": 0})
+    engine = Engine(model, plan, **SIZES | {"memory": 200_000, "preempt": preempt, "parked": 0})
     engine.scheduler.ahead = 1
     low = [engine.submit(p, Sampling(max_new_tokens=50)) for p in prompts[1:]]
     for _ in range(20):
@@ -83,7 +83,7 @@ def test_preempted_sequences_go_on_as_if_nothing_had_been(model, preempt):
 @pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
 def test_prefixes_are_read_once(model, local):
     plan = plan_of(model, local)
-    prompts, _ = prompts_of(4, 6)
+    prompts, _ = prompts_of(9, 6)
     shared = prompts[0] + prompts[1] + prompts[2]
     texts = [shared, shared, shared + prompts[3], shared[:-3] + prompts[4]]
     expected = [alone(model, plan, p, 9) for p in texts]

@@ -91,7 +91,7 @@ def test_deadlines(model):
 
 
 def test_requests_that_can_never_fit_are_refused_with_their_bytes(model):
-    engine = Engine(model, plan_of(model), **SIZES | {"memory": 150_000, "max_len": 500})
+    engine = Engine(model, plan_of(model), **SIZES | {"memory": 75_000, "max_len": 500})
     with pytest.raises(ValueError, match=r"400 tokens of prompt and 50 new ones need [\d,]+ bytes .* has [\d,]+ in"):
         engine.submit([5] * 400, Sampling(50))
     with pytest.raises(ValueError, match="more than max_len=500"):

@@ -28,7 +28,8 @@ class Mix:
     def __init__(self, family, preempt, seed, local=True):
         self.draw = random.Random(seed)
         self.model = make_model(family)
-        both = [(1, 1), (2, 0)]  # one of them in a layer that sees everything, of families that have such
+        # One of them in a layer that sees everything, of families that have such.
+        both = [(1, 1), (len(self.model.model.layers) // 2, 0)]
         rule = HeadSpec(window=20, sink=2) if local else HeadSpec()
         self.plan = HeadPlan.with_global(self.model.config, both, rule)
         self.preempt = preempt

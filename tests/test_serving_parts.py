@@ -232,7 +232,7 @@ def test_an_inbox_keeps_groups_together_and_has_an_end():
 def test_tables_of_layers_in_two_places(family, monkeypatch):
     """Stands for two devices: both are the host, and the engine keeps them apart."""
     model = make_model(family)
-    plan = HeadPlan.with_global(model.config, [(1, 1), (1, 0), (3, 1)], HeadSpec(20, 2)).stored("int8", [(1, 0)])
+    plan = HeadPlan.with_global(model.config, [(1, 1), (1, 0), (0, 1)], HeadSpec(20, 2)).stored("int8", [(1, 0)])
     prompts, new = [[*range(3, 60)], [*range(9, 30)], [5]], 9
     expected = [x.ids for x in Engine(model, plan, **SIZES).generate(prompts, Sampling(new))]
     halves = lambda x: ((torch.device("cpu"), range(1)), (torch.device("cpu:0"), range(1, 4)))  # noqa: E731

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from families import make_model
-from served import SIZES, all_free, alone, prompts_of
+from served import SIZES, all_free, alone, planned_here_and_there, prompts_of
 
-from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
+from redknot_hf import RedKnotCache, cache_argument
 from redknot_hf.serving import Engine, Sampling
 from redknot_hf.serving.host import Away
 from redknot_hf.serving.load import Load
@@ -22,8 +22,8 @@ LONG = SIZES | {"max_len": 320, "chunk": 2048, "memory": 1 << 23}
 
 def plan_of(model):
     """Heads in int8 and int4, others that keep everything or a window, in one layer and in several."""
-    plan = HeadPlan.with_global(model.config, [(1, 0), (1, 1), (2, 1), (3, 0)], HeadSpec(20, 2))
-    return plan.stored("int8", heads=[(1, 0), (3, 0)]).stored("int4", heads=[(2, 1)])
+    plan, middle, last = planned_here_and_there(model)
+    return plan.stored("int8", heads=[(1, 0), last]).stored("int4", heads=[middle])
 
 
 def long_prompts(seed, count):
@@ -39,7 +39,7 @@ def plan_names(engine):
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model("llama")
+    return make_model("llama", num_hidden_layers=4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma4", "gpt_oss"])
