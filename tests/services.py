@@ -1,12 +1,14 @@
 """What tests start on the loopback and end by its own process: Redis, S3 as moto speaks it, two ranks of a worker."""
 
 import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -84,17 +86,30 @@ def s3_server(monkeypatch):
 def run_ranks(worker: Path, folder: Path) -> None:
     """Runs `worker.py FOLDER` as two ranks over gloo: what torchrun does, without a process of its own.
 
-    It would end both as soon as one has failed; here each is waited for.
+    It would end both as soon as one has failed; here each is waited for. Both come from a process that has imported
+    transformers for all of them.
     """
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    forks = get_context("forkserver")
+    forks.set_forkserver_preload(["redknot_hf.serving", "transformers.models.llama.modeling_llama"])
+    said = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    said |= {"MASTER_PORT": str(free_port())}
+    files = [folder / f"said.{rank}" for rank in range(2)]
     with ExitStack() as ends:
-        said = [ends.enter_context((folder / f"said.{rank}").open("w+")) for rank in range(2)]
         started = []
-        for rank, file in enumerate(said):
-            own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(subprocess.Popen([sys.executable, str(worker), str(folder)], env=own, stderr=file))
-            ends.callback(started[-1].wait)
+        for rank, file in enumerate(files):
+            own = said | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(forks.Process(target=_run_rank, args=(worker, folder, own, file)))
+            started[-1].start()
+            ends.callback(started[-1].join)
             ends.callback(started[-1].kill)
-        for process, file in zip(started, said, strict=True):
-            assert process.wait(240) == 0, (file.seek(0), file.read())
+        for process, file in zip(started, files, strict=True):
+            process.join(240)
+            assert process.exitcode == 0, file.read_text()
+
+
+def _run_rank(worker: Path, folder: Path, environment: dict[str, str], said: Path) -> None:
+    os.environ |= environment
+    with said.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.argv = [str(worker), str(folder)]
+    runpy.run_path(str(worker), run_name="__main__")
