@@ -13,6 +13,9 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/.ready
 	$(BIN)/python examples/quickstart.py
 
+# What tests start has one thread as they have: on few cores two wait for each other.
+test-checked test-compiled test-oldest test-previous test-newest: export OMP_NUM_THREADS := 1
+
 PYTEST := -m pytest --numprocesses auto --dist worksteal
 COMPILED := -m pytest --override-ini addopts= tests/compiled_cases.py
 
