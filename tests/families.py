@@ -13,6 +13,8 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import redknot_hf  # noqa: F401 - which makes its attention known to transformers
+
 VOCABULARY = 97
 _COMMON = {
     "hidden_size": 64,

@@ -30,7 +30,7 @@ def test_every_step_is_attention_over_hot_and_cold_pages(impl, reserved):
 def test_padding_and_rows_of_any_length(impl):
     held = Held(impl, batch=3)
     held.step(70, torch.arange(70) >= torch.tensor([[0], [9], [50]]))
-    for seed in range(3):
+    for seed in range(2):
         for tokens in (9, 30):
             chance = torch.rand(3, tokens, generator=torch.Generator().manual_seed(seed))
             real = chance < torch.tensor([[1], [0.5], [0]])

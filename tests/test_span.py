@@ -1,9 +1,6 @@
 """What a cache holds, taken out, sent to another process, and put into another cache."""
 
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,20 +12,6 @@ from texts import some_ids
 
 from redknot_hf import HeadPlan, HeadSpec, RedKnotCache, cache_argument
 from redknot_hf.cache.span import Span
-
-RECEIVER = """
-import pickle, sys, torch
-sys.path.insert(0, sys.argv[1])
-from families import make_model
-from layers import feed
-from oracle import random_plan
-from texts import some_ids
-from redknot_hf import RedKnotCache
-model = make_model("llama")
-cache = RedKnotCache(model.config, random_plan(model.config), page_size=16)
-cache.extend(pickle.load(open(sys.argv[2], "rb")))
-torch.save(feed(model, cache, some_ids(2, 9, seed=3)), sys.argv[3])
-"""
 
 
 def received(model, cache, plan=None, **kwargs):
@@ -68,15 +51,6 @@ def test_padding_is_left_out_and_pages_may_differ(kwargs):
             for held in (other, cache)
         )
     torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
-
-
-def test_another_process_goes_on_alike(tmp_path):
-    model, cache, _ = planned(2, 90)
-    (tmp_path / "spans").write_bytes(pickle.dumps(cache.spans()))
-    here = str(Path(__file__).parent)
-    subprocess.run([sys.executable, "-c", RECEIVER, here, tmp_path / "spans", tmp_path / "logits"], check=True)
-    want = feed(model, cache, some_ids(2, 9, seed=3))
-    torch.testing.assert_close(torch.load(tmp_path / "logits"), want, atol=1e-5, rtol=1e-5)
 
 
 def test_a_span_is_its_description_and_one_tensor():

@@ -62,6 +62,7 @@ def quicken():
     interpreter._patch_builtin, interpreter._patch_lang = patch, patch_once
     share_shapes(interpreter.tl.core)
     remember_types(interpreter)
+    remember_numbers(interpreter)
 
 
 def share_shapes(core):
@@ -123,7 +124,7 @@ def remember_types(interpreter):
     def broadcast_value(self, left, right):
         a, b = left.type, right.type
         if a.is_block() != b.is_block():
-            return broadcast(self, left, right)
+            return (left, splat(self, right, a)) if a.is_block() else (splat(self, left, b), right)
         if not a.is_block() or a.shape is b.shape:
             return left, right
         if len(a.shape) != len(b.shape):
@@ -139,5 +140,37 @@ def remember_types(interpreter):
         handle = self.builder.create_broadcast(tensor.handle, shape.values)
         return self.make_tensor(handle, block_type(tensor.type.scalar, shape))
 
+    def splat(self, scalar, like):
+        block = block_type(scalar.dtype, like.shape)
+        return self.make_tensor(self.builder.create_splat(block, scalar.handle), block)
+
     interpreter._get_np_dtype = get_np_dtype
     semantic.computation_type_impl, semantic.broadcast_impl_value = computation_type, broadcast_value
+
+
+def remember_numbers(interpreter):
+    """Lets two tensors of one type go together as they are, and numbers beside tensors become one once."""
+    semantic, numbers = interpreter.TritonSemantic, {}
+    made_alike = semantic.binary_op_type_checking_impl
+
+    def alike(self, left, right, allow_left=False, allow_right=False, arithmetic=True, divides=False):
+        of = left.dtype if left.__class__ is self.tensor else getattr(right, "dtype", None)
+        if arithmetic and of is not None and not of.is_ptr():
+            a, b = of_type(self, left, of, divides), of_type(self, right, of, divides)
+            if a is not None and b is not None:
+                return self.broadcast_impl_value(a, b)
+        return made_alike(self, left, right, allow_left, allow_right, arithmetic, divides)
+
+    def of_type(self, value, of, divides):
+        """A tensor of a type that computes in itself, or a number as one; nothing where types differ."""
+        if value.__class__ is self.tensor:
+            same = value.dtype is of and self.computation_type_impl(of, False, of, False, divides) is of
+            return value if same else None
+        key = repr(value), of.name, divides
+        if key not in numbers:
+            common = self.computation_type_impl(of, False, self.to_tensor_type(value), True, divides)
+            numbers[key] = self._cast_to_computation_type(value, of) if common is of else None
+        return numbers[key]
+
+    interpreter.TensorHandle.__post_init__ = lambda self: None  # holds what numpy made against types, each time
+    semantic.binary_op_type_checking_impl = alike

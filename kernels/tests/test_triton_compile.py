@@ -99,8 +99,9 @@ def decode(chip, dtype, dims, group, page, tokens=1, fused=True, flags=False, so
     from redknot_kernels.triton import decode as triton_decode
     from redknot_kernels.triton.configurations import configuration
 
-    kind, itemsize = "int4" if 4 in storage else "int8" if storage else "rows", 4 if dtype == "fp32" else 2
-    tile = configuration("decode", chip, kind, itemsize, max(dims), group)
+    kinds, itemsize = [f"int{bits}" for bits in storage] or ["rows"], 4 if dtype == "fp32" else 2
+    tile, *others = (configuration("decode", chip, kind, itemsize, max(dims), group) for kind in kinds)
+    assert others in ([], [tile])  # else one kind of cold pages needs a case of its own
     kernel, power = triton_decode.split_kernel, lambda n: 1 << (n - 1).bit_length()
     tokens = tokens or triton_decode.most_new_tokens(max(dims), itemsize)
     stored, most = (cold.Stored(None, storage, 0), cold.MOST_ROWS) if storage else (None, triton_decode._QUERIES)
@@ -194,22 +195,19 @@ def place(chip, dims, pairs, interleaved=False):
     return launch(chip, kernel, arguments, num_warps=4)
 
 
+# Launches differ in much, which few cases try, each as much as goes together: types, tiles of 128 and 256 channels,
+# pages that hold whole tiles and shorter ones, dims that fill a block and others, and every flag.
 CASES = {
     "decode": partial(decode, dtype="bf16", dims=(128, 128), group=4, page=64),
-    "decode_flags_softcap": partial(
-        decode, dtype="fp16", dims=(96, 80), group=5, page=16, tokens=9, flags=True, softcap=True
+    "decode_many": partial(
+        decode, dtype="fp16", dims=(96, 80), group=5, page=16, tokens=None, flags=True, softcap=True
     ),
-    "decode_page": partial(decode, dtype="bf16", dims=(128, 128), group=8, page=64, tokens=64),
     "decode_many_fp32": partial(decode, dtype="fp32", dims=(128, 128), group=4, page=128, tokens=None),
     "decode_many_256": partial(decode, dtype="bf16", dims=(256, 256), group=16, page=128, tokens=None),
     "decode_many_256_fp32": partial(decode, dtype="fp32", dims=(256, 256), group=2, page=128, tokens=None),
-    "decode_256": partial(decode, dtype="bf16", dims=(256, 256), group=16, page=128),
-    "decode_small": partial(decode, dtype="bf16", dims=(8, 16), group=1, page=16),
-    "decode_fp32": partial(decode, dtype="fp32", dims=(128, 128), group=2, page=64),
-    "decode_written": partial(decode, dtype="bf16", dims=(64, 64), group=8, page=64, fused=False),
-    "decode_int8": partial(decode, dtype="bf16", dims=(128, 128), group=4, page=64, storage=(8,)),
-    "decode_int4": partial(decode, dtype="bf16", dims=(128, 128), group=4, page=64, storage=(4,)),
-    "decode_both": partial(decode, dtype="fp16", dims=(96, 80), group=5, page=16, softcap=True, storage=(8, 4)),
+    "decode_small_written": partial(decode, dtype="bf16", dims=(8, 16), group=1, page=16, fused=False),
+    "decode_cold": partial(decode, dtype="bf16", dims=(128, 128), group=4, page=64, storage=(8, 4)),
+    "decode_cold_masked": partial(decode, dtype="fp16", dims=(96, 80), group=5, page=16, softcap=True, storage=(8, 4)),
     "merge_and_cool": partial(merge_and_cool, dims=(128, 128), page=64, storage=(4,), splits=64),
     "cool_new": partial(cool, dims=(80, 96), page=16, new=True),
     "merge_few": partial(merge, splits=8, sink=True),
@@ -218,34 +216,30 @@ CASES = {
     "place": partial(place, dims=(128, 128), pairs=64),
     "place_partial": partial(place, dims=(80, 96), pairs=10, interleaved=True),
     "place_copied": partial(place, dims=(256, 256), pairs=0),
-    "attend_at": partial(attend_at, dtype="bf16", dims=(128, 128), group=4),
     "attend_at_logits": partial(attend_at, dtype="fp16", dims=(96, 80), group=5, softcap=True, sink=True),
     "attend_at_256": partial(attend_at, dtype="bf16", dims=(256, 256), group=8),
     "attend_at_fp32": partial(attend_at, dtype="fp32", dims=(256, 256), group=2),
     "in_chunks": partial(in_chunks, dtype="bf16", dims=(64, 64), group=3, page=8, softcap=True, sink=True),
-    "prefill": partial(prefill, past=False, dtype="bf16", dims=(128, 128), group=4),
-    "prefill_band": partial(prefill, past=True, dtype="bf16", dims=(128, 128), group=4),
+    "prefill": partial(prefill, past=False, dtype="fp16", dims=(64, 64), group=8),
     "prefill_band_logits": partial(
-        prefill, past=True, dtype="fp16", dims=(64, 64), group=8, split=True, softcap=True, sink=True
+        prefill, past=True, dtype="bf16", dims=(128, 128), group=4, split=True, softcap=True, sink=True
     ),
     "prefill_band_fp32": partial(prefill, past=True, dtype="fp32", dims=(128, 128), group=1),
-    "prefill_pages": partial(prefill, past=True, dtype="bf16", dims=(128, 128), group=4, page=64),
-    "prefill_pages_small": partial(prefill, past=True, dtype="bf16", dims=(96, 80), group=5, page=16, split=True),
+    "prefill_pages": partial(prefill, past=True, dtype="bf16", dims=(96, 80), group=5, page=16, split=True),
     "prefill_pages_256": partial(prefill, past=True, dtype="bf16", dims=(256, 256), group=16, page=128, softcap=True),
     "prefill_pages_fp32": partial(prefill, past=True, dtype="fp32", dims=(256, 256), group=2, page=16, sink=True),
 }
 
 # Products of fewer than 64 rows, or of 32 bits, do not reach the matrix units that came with Hopper and Blackwell, and
 # some kernels multiply nothing. There Hopper's intermediate code is Ampere's line by line; Blackwell's passes order it
-# in another way, which one case of each kind tries: decode, decode_both, attend_at_fp32, append, place_partial.
+# in another way, which one case of each kind tries: decode, decode_cold_masked, attend_at_fp32, append, place_partial.
 _PLAIN = {
-    *("decode_256", "decode_small", "decode_fp32", "decode_written", "decode_many_fp32", "decode_many_256_fp32"),
+    *("decode_small_written", "decode_many_fp32", "decode_many_256_fp32"),
     *("cool_new", "merge_many", "place", "place_copied", "prefill_band_fp32", "prefill_pages_fp32"),
 }
 AS_ON_AMPERE = {"sm90": _PLAIN | {"attend_at_fp32"}, "sm100": _PLAIN}
-# Cold pages take long to compile: bits of one kind with the tiles that a chip has for them, elsewhere both at once.
-_TUNED = {"decode_int8", "decode_int4"}
-LEFT_OUT = {"sm80": _TUNED, "sm90": {"decode_both"}, "sm100": _TUNED, "gfx942": _TUNED}
+# Cold pages take long to compile: where a chip has tiles for them those of 128 channels, elsewhere what is masked.
+LEFT_OUT = {chip: {"decode_cold"} for chip in CHIPS} | {"sm90": {"decode_cold_masked"}}
 
 
 def cases(chip):
