@@ -202,7 +202,7 @@ def test_the_allocator_reports_what_stored_heads_hold(storage):
 def test_compressing_gives_the_allocator_its_bytes_back(narrower, reserved):
     model = make_model("llama", max_position_embeddings=16384).cuda().half()
     whole = HeadPlan.uniform(model.config, HeadSpec())
-    local = HeadPlan.with_global(model.config, [(0, 0), (1, 1)], local=HeadSpec(window=64, sink=4))
+    local = HeadPlan.with_global(model.config, [(0, 0)], local=HeadSpec(window=64, sink=4))
     plan = local if narrower == "windows" else whole.stored(narrower)
     ids = torch.randint(3, VOCABULARY, (4, 8192), device="cuda")
     with torch.no_grad():

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import ExitStack
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from itertools import pairwise
@@ -28,16 +29,16 @@ QUESTION = json.loads(typed("curl")[-1])
 INSTEAD = {
     "MODEL": str(TINY), "M": str(TINY), "TASK": "tiny/code", "HuggingFaceTB/SmolLM2-135M-Instruct": str(TINY),
     "meta-llama/Llama-3.1-8B-Instruct": str(TINY), "meta-llama/Llama-3.1-70B-Instruct": str(TINY),
-    "7168": "280", "4096": "280", "2048": "280", "32768": "280", "24": "6", "24GiB": "64MiB",
+    "7168": "240", "4096": "240", "2048": "240", "32768": "240", "24": "2", "24GiB": "64MiB",
 }  # fmt: skip
 # What is said besides: counts, which pages leave to their defaults.
 BESIDES = {
     "redknot profile": "--prompts 4 --windows 16 --dtype float32",
-    "redknot gate": "--prompts 4 --dtype float32",
+    "redknot gate": "--prompts 2 --dtype float32",
     "redknot serve": "--port 0 --memory 64MiB --dtype float32",
-    "python -m evals run": "--count 6",
-    "python -m evals gate": "--count 6 --length 280",
-    "python -m evals offline": "--count 6 --length 280 --method dense --method redknot",
+    "python -m evals run": "--count 2",
+    "python -m evals gate": "--count 2 --length 240",
+    "python -m evals offline": "--count 2 --length 240 --method dense --method redknot",
     "python -m evals bench speed": "--model bundled --length 64 --tokens 2 --repeats 1",
     "python -m evals bench ranks": "--shape toy --device cpu --requests 3 --length 100 --new 8 --memory 8MiB",
     "python kernels/build.py": "--out build",
@@ -45,6 +46,7 @@ BESIDES = {
 PROGRAMS = {"redknot": "redknot_cli", "python -m evals": "evals.__main__"}
 
 
+@cache
 def elsewhere():
     """Lines that other tests take from the pages, and run."""
     texts = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")]
@@ -132,7 +134,12 @@ def serve(words):
 
 
 def install(words):
-    """As far as pip goes without an index: that what is named is there, and has the extra."""
+    """As far as pip goes without an index: that what is named is there, and has the extra. Once for all pages."""
+    install_once(*words)
+
+
+@cache
+def install_once(*words):
     dry = ["--dry-run", "--no-index", "--no-build-isolation"]
     done = subprocess.run([sys.executable, "-m", *words, *dry], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "does not provide the extra" not in done.stderr, done.stderr

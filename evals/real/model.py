@@ -112,10 +112,9 @@ def _convert(gguf: Path, to: Path) -> None:
 
 @contextmanager
 def _each_once(*names: str) -> Iterator[None]:
-    """What `gguf` makes under these names it makes once.
+    """Keeps what `gguf` makes under these names, for transformers asks for it again and again.
 
-    transformers parses the file for the configuration, the weights and the tokenizer, and makes the map of names anew
-    for every module.
+    It parses the file for the configuration, the weights and the tokenizer, and maps names anew for every module.
     """
     import gguf
 

@@ -22,7 +22,7 @@ def test_the_benchmark_ends_in_one_json_line(tmp_path, capsys, monkeypatch):
     assert {(row["what"], row["plan"]) for row in result["rows"]} == {
         (what, plan) for what in ("decode", "prefill") for plan in ("all global", "1/8 global", "all local")
     }
-    assert all(row["s"] > 0 and row["dense"]["math"] > 0 for row in result["rows"])
+    assert all(min(row["s"], *row["dense"].values()) > 0 for row in result["rows"])
 
 
 def test_a_step_over_cold_pages_reads_what_it_says_it_reads(monkeypatch):
