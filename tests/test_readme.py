@@ -64,6 +64,12 @@ def test_times_on_the_real_model_are_beside_dense_of_the_length_that_is_told():
     assert {row["length"] for row in rows} == {7168}
     (dense,) = (row for row in rows if (row["method"], row["how"], row["batch"]) == ("dense", "eager", 1))
     assert f"{1e3 * dense['first_s']:.0f} ms to the first token and {1e3 * dense['token_s']:.1f} ms a token" in README
+    tokens = {(row["method"], row["how"], row["batch"]): f"{row['times_tokens']:.1f}" for row in rows}
+    plans = [tokens[f"fisher {budget}", "captured", 32] for budget in (0.28, 0.2, 0.1)]
+    compiled = [tokens["dense", "compiled", batch] for batch in (1, 32)]
+    text = " ".join(README.split())
+    assert f"(`StaticCache`, compiled: {compiled[0]} x)" in text
+    assert "{}, {} and {} x as much, a compiled `StaticCache` {} x".format(*plans, compiled[1]) in text
 
 
 NAMES = {
