@@ -42,8 +42,7 @@ def test_all_decode_and_none_reads_more_than_its_own_token(rows):
         f"engine, {PLAN} in int8",
     ]
     assert all(row["tokens_read_by_requests"] == work.requests for row in engines)
-    assert all(row["tokens_per_s"] > 0 for row in engines)
-    assert static["tokens_per_s"]  # the difference of two turns of a few tokens, which a busy machine may turn round
+    assert all(row["tokens_per_s"] > 0 for row in (*engines, static))
 
 
 def test_arrivals_are_read_beside_those_that_decode(rows):

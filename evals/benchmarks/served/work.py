@@ -36,7 +36,7 @@ WORKS = {
         "prefix": Work(2, 320 + 64, 2, "32MiB"),
         "swap": Work(1, 150, 12, "8MiB"),
         "arrivals": Work(2, 1300, 8, "3MiB"),
-        "decoding": Work(2, 130, 18, "8MiB"),
+        "decoding": Work(2, 130, 104, "8MiB"),
         "peer": Work(2, 40, 4, "8MiB"),
     },
 }
