@@ -172,5 +172,4 @@ def remember_numbers(interpreter):
             numbers[key] = self._cast_to_computation_type(value, of) if common is of else None
         return numbers[key]
 
-    interpreter.TensorHandle.__post_init__ = lambda self: None  # holds what numpy made against types, each time
     semantic.binary_op_type_checking_impl = alike

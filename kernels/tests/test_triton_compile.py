@@ -216,6 +216,7 @@ CASES = {
     "place": partial(place, dims=(128, 128), pairs=64),
     "place_partial": partial(place, dims=(80, 96), pairs=10, interleaved=True),
     "place_copied": partial(place, dims=(256, 256), pairs=0),
+    "attend_at": partial(attend_at, dtype="bf16", dims=(128, 128), group=4),
     "attend_at_logits": partial(attend_at, dtype="fp16", dims=(96, 80), group=5, softcap=True, sink=True),
     "attend_at_256": partial(attend_at, dtype="bf16", dims=(256, 256), group=8),
     "attend_at_fp32": partial(attend_at, dtype="fp32", dims=(256, 256), group=2),
@@ -225,7 +226,8 @@ CASES = {
         prefill, past=True, dtype="bf16", dims=(128, 128), group=4, split=True, softcap=True, sink=True
     ),
     "prefill_band_fp32": partial(prefill, past=True, dtype="fp32", dims=(128, 128), group=1),
-    "prefill_pages": partial(prefill, past=True, dtype="bf16", dims=(96, 80), group=5, page=16, split=True),
+    "prefill_pages": partial(prefill, past=True, dtype="bf16", dims=(128, 128), group=4, page=64),
+    "prefill_pages_small": partial(prefill, past=True, dtype="bf16", dims=(96, 80), group=5, page=16, split=True),
     "prefill_pages_256": partial(prefill, past=True, dtype="bf16", dims=(256, 256), group=16, page=128, softcap=True),
     "prefill_pages_fp32": partial(prefill, past=True, dtype="fp32", dims=(256, 256), group=2, page=16, sink=True),
 }
