@@ -64,12 +64,18 @@ def test_times_on_the_real_model_are_beside_dense_of_the_length_that_is_told():
     assert {row["length"] for row in rows} == {7168}
     (dense,) = (row for row in rows if (row["method"], row["how"], row["batch"]) == ("dense", "eager", 1))
     assert f"{1e3 * dense['first_s']:.0f} ms to the first token and {1e3 * dense['token_s']:.1f} ms a token" in README
-    tokens = {(row["method"], row["how"], row["batch"]): f"{row['times_tokens']:.1f}" for row in rows}
-    plans = [tokens[f"fisher {budget}", "captured", 32] for budget in (0.28, 0.2, 0.1)]
+    tokens = {(row["method"], row["how"], row["batch"]): row["times_tokens"] for row in rows}
+    plans = {
+        how: [tokens[f"fisher {budget}", how, 32] for budget in (0.28, 0.2, 0.1)] for how in ("captured", "eager")
+    }
     compiled = [tokens["dense", "compiled", batch] for batch in (1, 32)]
-    text = " ".join(README.split())
-    assert f"(`StaticCache`, compiled: {compiled[0]} x)" in text
-    assert "{}, {} and {} x as much, a compiled `StaticCache` {} x".format(*plans, compiled[1]) in text
+    others = [tokens[name, "eager", 32] for name in ("transformers quanto 4 bits", "kvpress AdaKV SnapKV")]
+    text, measured = (" ".join(page.split()) for page in (README, (ROOT / "docs" / "measured.md").read_text()))
+    assert f"(`StaticCache`, compiled: {compiled[0]:.1f} x)" in text
+    more = "{:.1f}, {:.1f} and {:.1f} x as much, a compiled `StaticCache` {:.1f} x"
+    assert more.format(*plans["captured"], compiled[1]) in text
+    less = "decode {:.2f}, {:.2f} and {:.2f} x the tokens/s, quanto {:.2f} x and kvpress {:.2f} x"
+    assert less.format(*plans["eager"], *others) in measured
 
 
 NAMES = {
